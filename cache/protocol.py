@@ -1,0 +1,99 @@
+"""What an engine may ask of a cache, and the shape of what passes between them.
+
+The engine knows nothing of tiers, Redis or policies; the cache knows nothing of models. Between them pass token ids,
+chunks (tensors of one fixed shape) and a lease that keeps the chunks in place while they are copied.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+
+@dataclass(frozen=True)
+class ChunkShape:
+    """The tensor of one chunk: `[layers, 2, kv_heads, chunk_tokens, head_dim]`; index 1 is key (0) or value (1)."""
+
+    layers: int
+    kv_heads: int
+    chunk_tokens: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> tuple[int, int, int, int, int]:
+        return (self.layers, 2, self.kv_heads, self.chunk_tokens, self.head_dim)
+
+    @property
+    def size_bytes(self) -> int:
+        layers, two, heads, tokens, dim = self.size
+        return layers * two * heads * tokens * dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Everything that must be equal for two processes to share chunks; the root of every key.
+
+    All fields are content digests or values, never names that other weights could carry too.
+    """
+
+    weights_digest: str
+    tokenizer_digest: str
+    rope: str
+    """The position settings (rope type, base, scaling), as one canonical string; empty where there are none."""
+    adapter: str = ""
+
+
+class Lease(Protocol):
+    """The reusable prefix of one prompt. While it is held its chunks are neither evicted nor overwritten."""
+
+    local_chunks: int
+    remote_chunks: int
+    """Of `chunks`, the first `local_chunks + remote_chunks`, in any order of tiers, by where each was found."""
+    sources: Sequence[str]
+    """For each chunk of `chunks`, `local` or `remote`."""
+    chunks: Sequence[torch.Tensor]
+    """`chunks[i]` holds tokens `[i * chunk_tokens, (i + 1) * chunk_tokens)`; a contiguous prefix, on the CPU."""
+    capacity_chunks: int
+    """What the local tier might hold when this look-up was made."""
+    used_chunks: int
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def release(self) -> None:
+        """Let the chunks go. Idempotent."""
+        ...
+
+
+class KVCache(Protocol):
+    """A cache of full chunks of one model."""
+
+    shape: ChunkShape
+
+    def lookup(self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None) -> Lease:
+        """The longest cached prefix of `token_ids`, in full chunks; may reach the very end of the prompt.
+
+        Never raises and never blocks beyond its deadline: any fault is a shorter prefix. `prefill_ms_per_token` is
+        what the engine has measured; Redis is asked only where its transfer is predicted to be cheaper.
+        """
+        ...
+
+    def store(
+        self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = ""
+    ) -> int:
+        """Keep the full chunks of `token_ids` that the local tier lacks; the number kept.
+
+        `read_chunk(i, out)` copies chunk `i` into `out` (of `shape`). If it raises, nothing of that chunk is visible
+        afterwards and the error passes on.
+        """
+        ...
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Write out what is queued, as far as `timeout_s` allows, and end the background thread."""
+        ...

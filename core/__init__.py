@@ -1,0 +1,1 @@
+"""The vocabulary that every room shares: records, configuration, clock and errors. Imports nothing of the project."""

@@ -1,0 +1,150 @@
+"""Configuration: frozen, validated once, every default written once, here.
+
+Each class is one concern; a job's configuration is made of them. `core.options` turns the fields into command-line
+options of the same names (`max_wait_ms` is `--max-wait-ms`), so that a name never has two spellings.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MIB = 1 << 20
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Strategy(StrEnum):
+    """How the local tier's capacity is set."""
+
+    STATIC = "STATIC"
+    FLUID = "FLUID"
+    FREQUENCY = "FREQUENCY"
+
+
+class Eviction(StrEnum):
+    """Which chunk leaves a full local tier."""
+
+    LRU = "LRU"
+
+
+class SizingConfig(Config):
+    """The local tier's capacity in chunks, and the parameters of the policies that change it."""
+
+    strategy: Strategy = Field(default=Strategy.STATIC, description="sizing policy of the local tier")
+    capacity_chunks: int = Field(default=96, ge=0, description="local capacity of a slot: fixed, or to begin with")
+    min_capacity_chunks: int = Field(default=32, ge=0, description="least local capacity a policy may set")
+    max_capacity_chunks: int = Field(default=384, ge=0, description="greatest local capacity a policy may set")
+    adjust_every_requests: int = Field(default=15, ge=1, description="requests between two decisions of a policy")
+    fluid_window_ms: float = Field(default=3000.0, gt=0, description="FLUID: span over which the rate is taken")
+    fluid_history_weight: float = Field(default=0.7, ge=0, lt=1, description="FLUID: weight of the past average")
+    fluid_grow_above: float = Field(default=1.35, gt=1, description="FLUID: grow above this share of the average")
+    fluid_shrink_below: float = Field(default=0.65, gt=0, lt=1, description="FLUID: shrink below this share")
+    fluid_grow_factor: float = Field(default=1.25, gt=1, description="FLUID: growth of one step")
+    fluid_shrink_factor: float = Field(default=1.15, gt=1, description="FLUID: a step down divides by this")
+    frequency_buckets: int = Field(default=500, ge=1, description="FREQUENCY: buckets that keys are counted in")
+    frequency_coverage: float = Field(default=0.9, gt=0, le=1, description="FREQUENCY: share of accesses to cover")
+    frequency_window_accesses: int = Field(
+        default=65_536, ge=1, description="FREQUENCY: most recent accesses that are remembered; bounds its memory"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_capacity_chunks > self.max_capacity_chunks:
+            raise ValueError("min_capacity_chunks is above max_capacity_chunks; swap them")
+        return self
+
+
+class RemoteConfig(Config):
+    """The Redis tier. Without `redis_url` there is none."""
+
+    redis_url: str | None = Field(default=None, description="redis://host:port/db of the remote tier; none: no Redis")
+    redis_namespace: str = Field(
+        default="infertuner", min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$", description="prefix of keys"
+    )
+    remote_deadline_ms: float = Field(default=100.0, gt=0, description="longest that a look-up may wait for Redis")
+    remote_ttl_s: int = Field(default=3600, ge=1, description="lifetime of a chunk in Redis")
+    remote_read_bytes: int = Field(default=4 * MIB, ge=1, description="bytes asked of Redis in one round trip")
+    write_queue_bytes: int = Field(default=64 * MIB, ge=0, description="write-behind queue; full, it drops the newest")
+    write_flush_ms: float = Field(default=20.0, ge=0, description="longest a chunk waits for others to be written with")
+    breaker_failures: int = Field(default=3, ge=1, description="failures in a row after which Redis is left alone")
+    breaker_open_ms: float = Field(default=2000.0, gt=0, description="time until one probe may try Redis again")
+
+
+class CacheConfig(Config):
+    """The two-level cache of one slot."""
+
+    cache: bool = Field(default=True, description="reuse key/value chunks at all")
+    chunk_tokens: int = Field(default=32, ge=1, le=4096, description="tokens of one chunk, the cache's entry")
+    eviction: Eviction = Field(default=Eviction.LRU, description="eviction policy of the local tier")
+    sizing: SizingConfig = SizingConfig()
+    remote: RemoteConfig = RemoteConfig()
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class EngineConfig(Config):
+    """The model and the pool of slots it runs on."""
+
+    model: str = Field(default="default", min_length=1, description="path or name of a causal LM; default: built here")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: one GPU a slot if there are, else cpu"
+    )
+    dtype: str = Field(default="float32", pattern=f"^({'|'.join(DTYPES)})$", description="of weights and key/value")
+    max_running: int = Field(default=8, ge=1, le=1024, description="sequences that decode together")
+    max_model_len: int = Field(default=2048, ge=2, description="longest sequence, prompt and answer, in tokens")
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of one slot; 0: cores / parallelism")
+
+
+class BatchingConfig(Config):
+    """When a micro-batch is complete: at `batch_size` requests, or when its first has waited `max_wait_ms`."""
+
+    batch_size: int = Field(default=4, ge=1, le=1024, description="requests that close a micro-batch")
+    max_wait_ms: float = Field(default=100.0, ge=0, le=3_600_000, description="longest that a request waits for others")
+
+
+class KafkaConfig(Config):
+    """The broker and the names of the topics."""
+
+    brokers: str = Field(default="127.0.0.1:9092", min_length=1, description="Kafka bootstrap servers, host:port,...")
+    topic_prefix: str = Field(
+        default="llm", pattern=r"^[A-Za-z0-9._-]{1,200}$", description="topics are PREFIX.requests, .responses, ..."
+    )
+    consumer_group: str = Field(default="infertuner", min_length=1, description="Kafka group id of the job")
+
+    @property
+    def requests_topic(self) -> str:
+        return f"{self.topic_prefix}.requests"
+
+    @property
+    def responses_topic(self) -> str:
+        return f"{self.topic_prefix}.responses"
+
+    @property
+    def dead_letters_topic(self) -> str:
+        return f"{self.topic_prefix}.dead-letters"
+
+    @property
+    def ready_topic(self) -> str:
+        """One record a slot, once its model is loaded and warm."""
+        return f"{self.topic_prefix}.ready"
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        return (self.requests_topic, self.responses_topic, self.dead_letters_topic, self.ready_topic)
+
+
+class JobConfig(Config):
+    """One inference job."""
+
+    job_name: str = Field(default="infertuner", min_length=1, max_length=200, description="name in Flink's UI")
+    parallelism: Annotated[int, Field(ge=1, le=128)] = Field(default=2, description="slots: one engine and cache each")
+    checkpoint_interval_ms: int = Field(default=10_000, ge=100, description="time between two checkpoints")
+    bounded: bool = Field(default=False, description="stop at the end of what the requests topic holds at the start")
+    engine: EngineConfig = EngineConfig()
+    cache: CacheConfig = CacheConfig()
+    batching: BatchingConfig = BatchingConfig()
+    kafka: KafkaConfig = KafkaConfig()

@@ -1,0 +1,105 @@
+"""Command-line options made from configuration classes: same names, same defaults, same checks, written once."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any, NoReturn, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from core.errors import UserError, one_line
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaint is one line (argparse itself prints the whole usage first)."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def add_options(parser: argparse.ArgumentParser, config: type[BaseModel]) -> None:
+    """One option for each leaf field of `config`; nested configurations become groups of the same flat names."""
+    group = parser.add_argument_group(config.__name__, (config.__doc__ or "").splitlines()[0])
+    for name, field in config.model_fields.items():
+        nested = _nested(field)
+        if nested is not None:
+            add_options(parser, nested)
+            continue
+        flag = "--" + name.replace("_", "-")
+        default = field.get_default(call_default_factory=True)
+        help_text = f"{field.description or name} (default: {'none' if default is None else default})"
+        # Suppressed defaults: only what was given reaches the model, which alone knows the defaults.
+        if field.annotation is bool:
+            group.add_argument(
+                flag, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
+            )
+        else:
+            metavar = name.rsplit("_", 1)[-1].upper()
+            group.add_argument(flag, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=help_text)
+
+
+def from_options(config: type[C], options: argparse.Namespace) -> C:
+    """The configuration that the parsed `options` state. Raises `UserError` in one line naming each bad option."""
+    try:
+        return config.model_validate(_gather(config, vars(options)))
+    except ValidationError as error:
+        raise UserError(_as_options(one_line(error))) from None
+
+
+def to_options(config: BaseModel) -> list[str]:
+    """The command line that states `config`: what `from_options` turns back into it. Defaults are left out."""
+    arguments: list[str] = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            arguments += to_options(value)
+        elif value != field.get_default(call_default_factory=True):
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                arguments.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                arguments += [f"--{flag}", str(value)]
+    return arguments
+
+
+def flatten(config: BaseModel) -> Iterator[tuple[str, Any]]:
+    """Every leaf field's name and value, in the order of the options."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from flatten(value)
+        else:
+            yield name, value
+
+
+def _nested(field: FieldInfo) -> type[BaseModel] | None:
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _gather(config: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, field in config.model_fields.items():
+        nested = _nested(field)
+        if nested is not None:
+            values[name] = _gather(nested, given)
+        elif name in given:
+            values[name] = given[name]
+    return values
+
+
+def _as_options(faults: str) -> str:
+    """`cache.chunk_tokens: ...` -> `--chunk-tokens: ...`, the name the user typed."""
+    lines = []
+    for fault in faults.split("; "):
+        place, colon, message = fault.partition(": ")
+        if colon and place.replace(".", "").replace("_", "").isalnum():
+            option = place.rsplit(".", 1)[-1].replace("_", "-")
+            lines.append(f"--{option}: {message}")
+        else:
+            lines.append(fault)
+    return "; ".join(lines)

@@ -1,0 +1,157 @@
+"""The records on the wire: a request, its response, and the dead letter of a record that cannot be one.
+
+Topics carry one JSON object a record. Unknown fields are refused by name, so that a misspelt option is an error
+and never a silent default.
+"""
+
+import base64
+import json
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from core.errors import UserError, one_line
+
+Identifier = Annotated[str, Field(min_length=1, max_length=256)]
+MAX_RECORD_BYTES = 1 << 20
+"""A request record above this many bytes is a dead letter; Kafka's own default limit is about the same."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    """The model produced its end-of-sequence token (which is not part of the answer)."""
+    LENGTH = "length"
+    """`max_new_tokens` were produced."""
+    CONTEXT = "context"
+    """The sequence reached the longest the engine can hold."""
+    DEADLINE = "deadline"
+    """`deadline_ms` passed first; what was produced until then is the answer."""
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Request(BaseModel):
+    """One request for an answer of the model; exactly one of `prompt`, `messages`, `prompt_token_ids` is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    request_id: Identifier
+    session_id: Identifier
+    user_id: Identifier
+    max_new_tokens: int = Field(ge=1, le=1 << 20)
+    created_at_ms: float = Field(ge=0, le=1e15, description="Unix time at which the client made the request")
+    prompt: str | None = Field(default=None, min_length=1)
+    messages: tuple[Message, ...] | None = Field(default=None, min_length=1)
+    prompt_token_ids: tuple[Annotated[int, Field(ge=0, lt=1 << 32)], ...] | None = Field(default=None, min_length=1)
+    temperature: float = Field(default=0.0, ge=0, le=100, description="0 is greedy")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of this request's own sampling")
+    deadline_ms: float | None = Field(default=None, gt=0, le=1e12, description="time allowed, from created_at_ms on")
+    priority: int = Field(default=0, ge=-1000, le=1000, description="higher is served first")
+    cache_salt: str = Field(default="", max_length=256, description="requests share cached chunks only within a salt")
+    model: str | None = Field(default=None, min_length=1, max_length=256, description="refused where another serves")
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        given = [name for name in ("prompt", "messages", "prompt_token_ids") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of prompt, messages, prompt_token_ids (found {found})")
+        return self
+
+    @classmethod
+    def from_json(cls, raw: bytes | str) -> Self:
+        """Parse one record. Raises `UserError` with a line that names each field at fault."""
+        if len(raw) > MAX_RECORD_BYTES:
+            raise UserError(f"record: {len(raw)} bytes are more than the {MAX_RECORD_BYTES} allowed; shorten it")
+        try:
+            return cls.model_validate_json(raw)
+        except ValidationError as error:
+            raise UserError(one_line(error)) from None
+
+    def to_json(self) -> str:
+        return self.model_dump_json(exclude_defaults=True)
+
+
+class Response(BaseModel):
+    """The answer to one request, with every count and timing that the experiments read.
+
+    `prompt_tokens == local_tokens + remote_tokens + computed_tokens`, exactly.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    request_id: str
+    session_id: str
+    user_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    slot: int = Field(ge=0, description="index of the inference subtask that answered")
+    device: str
+    engine: str
+    model: str
+    batch_id: str = Field(description="one id for all requests that entered the engine as one micro-batch")
+    batch_size: int = Field(ge=1, description="requests in that micro-batch")
+
+    prompt_tokens: int = Field(ge=1)
+    local_tokens: int = Field(ge=0, description="prompt tokens whose key/value came from the local tier")
+    remote_tokens: int = Field(ge=0, description="prompt tokens whose key/value came from Redis")
+    computed_tokens: int = Field(ge=0, description="prompt tokens that were prefilled")
+    output_tokens: int = Field(ge=0)
+
+    created_at_ms: float = Field(description="the request's")
+    completed_at_ms: float = Field(description="Unix time of the last token")
+    wait_ms: float = Field(ge=0, description="arrival at the operator until its prefill begins")
+    ttft_ms: float | None = Field(description="created_at_ms until the first token; none where there is no token")
+    tpot_ms: float | None = Field(description="mean time per output token after the first; none below two tokens")
+    inference_ms: float = Field(ge=0, description="begin of the prefill until the last token")
+    e2e_ms: float = Field(description="created_at_ms until the last token")
+
+    cache_capacity_chunks: int = Field(ge=0, description="what the local tier may hold, when this request looked up")
+    cache_used_chunks: int = Field(ge=0, description="what the local tier held at that moment")
+    chunk_bytes: int = Field(ge=0, description="size of one chunk's tensors")
+
+    @model_validator(mode="after")
+    def _tokens_add_up(self) -> Self:
+        if self.prompt_tokens != self.local_tokens + self.remote_tokens + self.computed_tokens:
+            raise ValueError("prompt_tokens must equal local_tokens + remote_tokens + computed_tokens")
+        if self.output_tokens != len(self.token_ids):
+            raise ValueError("output_tokens must equal the number of token_ids")
+        return self
+
+    def to_json(self) -> str:
+        # ASCII only: a lone surrogate of a half-finished character must not break the writer's UTF-8.
+        return json.dumps(self.model_dump(mode="json"), ensure_ascii=True, separators=(",", ":"))
+
+
+class DeadLetter(BaseModel):
+    """A record that could not be answered: its bytes as they came, where they came from, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reason: str
+    stage: Literal["decode", "inference"]
+    request_id: str | None = None
+    topic: str
+    partition: int
+    offset: int
+    raw_base64: str | None = Field(description="the value's bytes; none for a record without a value")
+
+    @classmethod
+    def of(cls, raw: bytes | None, **fields: Any) -> Self:
+        return cls(raw_base64=None if raw is None else base64.b64encode(raw).decode(), **fields)
+
+    @property
+    def raw(self) -> bytes | None:
+        return None if self.raw_base64 is None else base64.b64decode(self.raw_base64)
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
