@@ -1,0 +1,96 @@
+"""One pool of key/value memory for all running sequences, which `transformers` models write into and read from.
+
+The pool stands where a model expects its `past_key_values`: each attention layer calls `update` with the keys and
+values of the new tokens and gets back those of the whole sequence. They are written in place and returned as views,
+so that a sequence enters and leaves the batch without a copy of the others. Running rows stand together at the front:
+one view serves them all, and a row that finishes costs one copy, of the last row into its place.
+"""
+
+from typing import Any
+
+import torch
+
+from cache.protocol import ChunkShape
+
+
+class KVPool:
+    """Memory for `rows` sequences of up to `max_len` tokens: `[layers, 2, rows, kv_heads, max_len, head_dim]`."""
+
+    is_compileable = False
+
+    def __init__(self, shape: ChunkShape, rows: int, max_len: int, device: torch.device) -> None:
+        self.shape = shape
+        self.rows = rows
+        self.max_len = max_len
+        self.device = device
+        # Zeros, not empty: a masked position counts with weight 0, and 0 * NaN would be NaN.
+        self._memory = torch.zeros(
+            (shape.layers, 2, rows, shape.kv_heads, max_len, shape.head_dim), dtype=shape.dtype, device=device
+        )
+        self.layers = [None] * shape.layers
+        self._prefill: tuple[int, int, int] | None = None
+        self._rows = torch.arange(rows, device=device)
+        self._positions = torch.zeros(0, dtype=torch.long, device=device)
+        self._length = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return self._memory.numel() * self._memory.element_size()
+
+    # What is about to run. The model then calls `update` once a layer.
+
+    def begin_prefill(self, row: int, start: int, tokens: int) -> None:
+        """The next forward pass is of `tokens` tokens of `row`, from position `start` on."""
+        self._prefill = (row, start, start + tokens)
+
+    def begin_decode(self, positions: torch.Tensor, length: int) -> None:
+        """The next forward pass is of one token in each of the first rows.
+
+        `positions`: `[running]`, where each stands; `length` is the greatest of them plus one.
+        """
+        self._prefill = None
+        self._positions = positions
+        self._length = length
+
+    # The interface of `past_key_values`.
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new tokens' `[batch, kv_heads, tokens, head_dim]`; views of all tokens so far come back."""
+        keys, values = self._memory[layer_idx, 0], self._memory[layer_idx, 1]
+        if self._prefill is not None:
+            row, start, end = self._prefill
+            keys[row, :, start:end] = key[0]
+            values[row, :, start:end] = value[0]
+            return keys[row : row + 1, :, :end], values[row : row + 1, :, :end]
+        running = len(self._positions)
+        rows = self._rows[:running]
+        keys[rows, :, self._positions] = key[:, :, 0]
+        values[rows, :, self._positions] = value[:, :, 0]
+        return keys[:running, :, : self._length], values[:running, :, : self._length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._prefill[1] if self._prefill is not None else self._length - 1
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    # Chunks and rows.
+
+    def load_chunk(self, row: int, index: int, chunk: torch.Tensor) -> None:
+        """Copy a chunk (of `shape.size`) to its position in `row`."""
+        tokens = self.shape.chunk_tokens
+        self._memory[:, :, row, :, index * tokens : (index + 1) * tokens].copy_(chunk, non_blocking=True)
+
+    def read_chunk(self, row: int, index: int, out: torch.Tensor) -> None:
+        """Copy chunk `index` of `row` to `out` (of `shape.size`)."""
+        tokens = self.shape.chunk_tokens
+        out.copy_(self._memory[:, :, row, :, index * tokens : (index + 1) * tokens])
+
+    def move_row(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` positions of row `source` over row `target`."""
+        self._memory[:, :, target, :, :tokens] = self._memory[:, :, source, :, :tokens]

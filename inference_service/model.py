@@ -1,0 +1,128 @@
+"""Load a causal language model of `transformers`, by path or name, and identify it by content."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cache.protocol import ChunkShape, ModelIdentity
+from core.config import EngineConfig
+from core.errors import UserError
+from inference_service.default_model import default_model_path
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, ready for the engine."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    identity: ModelIdentity
+    max_len: int
+    """Longest sequence the engine may hold: `max_model_len`, or the model's own limit where that is less."""
+    eos_token_ids: frozenset[int]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    def chunk_shape(self, chunk_tokens: int) -> ChunkShape:
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return ChunkShape(config.num_hidden_layers, heads, chunk_tokens, head_dim, self.dtype)
+
+
+def resolve_device(device: str, slot: int) -> torch.device:
+    """The device of slot `slot`: `auto` and `cuda` give each slot a GPU of its own, round robin.
+
+    Raises `UserError` where the GPU asked for does not exist.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and count == 0):
+        return torch.device("cpu")
+    if count == 0:
+        raise UserError(f"device: {device!r} asks for a GPU and there is none; use cpu or auto")
+    index = int(device.removeprefix("cuda:")) if device.startswith("cuda:") else slot % count
+    if index >= count:
+        raise UserError(f"device: there is no {device!r} among {count} GPUs")
+    return torch.device("cuda", index)
+
+
+def resolve_model(model: str) -> tuple[str, str]:
+    """`(what transformers loads, the name in results)` of a path, a hub name, or `default`.
+
+    Raises `UserError` for a path that holds no model.
+    """
+    if model == "default":
+        path = default_model_path()
+        return str(path), path.name
+    looks_like_path = model.startswith((".", "/", "~")) or Path(model).exists() or model.count("/") > 1
+    if looks_like_path:
+        path = Path(model).expanduser().resolve()
+        if not (path / "config.json").is_file():
+            raise UserError(f"model: no config.json in {str(path)!r}; give the folder of a saved model or a hub name")
+        return str(path), path.name
+    return model, model
+
+
+def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
+    """Load weights and tokenizer. Raises `UserError` in one line where that is not possible."""
+    device = resolve_device(config.device, slot)
+    source, name = resolve_model(config.model)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    try:
+        model_config = AutoConfig.from_pretrained(source)
+        if getattr(model_config, "is_encoder_decoder", False):
+            raise UserError(f"model: {name!r} is an encoder-decoder; the engine runs decoder-only causal models")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise UserError(f"model: cannot load {config.model!r}{offline}: {reason}") from error
+    model = model.to(device).eval().requires_grad_(False)
+    text_config = model.config.get_text_config()
+    own_limit = getattr(text_config, "max_position_embeddings", None) or config.max_model_len
+    eos = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else ()
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        identity=ModelIdentity(_weights_digest(model), _tokenizer_digest(tokenizer), _position_settings(text_config)),
+        max_len=min(config.max_model_len, own_limit),
+        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos),
+    )
+
+
+def _weights_digest(model: torch.nn.Module) -> str:
+    """Digest of the weights as loaded: whatever file, revision or conversion they came from, equal weights agree."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().contiguous().cpu().flatten()
+        digest.update(f"{name}|{flat.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _position_settings(config: Any) -> str:
+    names = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "max_position_embeddings")
+    settings = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
+    return json.dumps(settings, sort_keys=True, default=str)
