@@ -4,6 +4,7 @@ Each class is one concern; a job's configuration is made of them. `core.options`
 options of the same names (`max_wait_ms` is `--max-wait-ms`), so that a name never has two spellings.
 """
 
+import os
 from enum import StrEnum
 from typing import Annotated, Self
 
@@ -148,3 +149,14 @@ class JobConfig(Config):
     cache: CacheConfig = CacheConfig()
     batching: BatchingConfig = BatchingConfig()
     kafka: KafkaConfig = KafkaConfig()
+
+    @property
+    def threads_per_slot(self) -> int:
+        """CPU threads of one slot: as set, or the machine's cores shared out evenly."""
+        return self.engine.threads or max(1, (os.cpu_count() or 1) // self.parallelism)
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> Self:
+        if self.batching.batch_size > self.engine.max_running:
+            raise ValueError("batch_size is above max_running; raise --max-running or lower --batch-size")
+        return self

@@ -1,7 +1,7 @@
 """Errors a person can act on: one line that names the field and the fix."""
 
-from collections.abc import Callable
 import sys
+from collections.abc import Callable
 
 from pydantic import ValidationError
 
@@ -10,18 +10,22 @@ class UserError(Exception):
     """Something the user gave is wrong; `str(error)` is one line that says what and how to mend it."""
 
 
-def one_line(error: ValidationError) -> str:
-    """All faults of a pydantic validation in one line: `field: what is wrong; field: ...`."""
-    faults = []
+def faults(error: ValidationError) -> list[tuple[str, str]]:
+    """Each fault of a pydantic validation: the dotted path of its field (empty for the whole), and what is wrong."""
+    found = []
     for fault in error.errors(include_url=False, include_context=False, include_input=False):
-        place = ".".join(str(part) for part in fault["loc"]) or "record"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             message = "unknown field; remove it"
         elif fault["type"] == "missing":
             message = "missing; add it"
-        faults.append(f"{place}: {message}")
-    return " ".join("; ".join(faults).split())
+        found.append((".".join(str(part) for part in fault["loc"]), message))
+    return found
+
+
+def one_line(error: ValidationError) -> str:
+    """All faults of a pydantic validation in one line: `field: what is wrong; field: ...`."""
+    return " ".join("; ".join(f"{place or 'record'}: {message}" for place, message in faults(error)).split())
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
@@ -29,5 +33,5 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

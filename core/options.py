@@ -1,13 +1,14 @@
 """Command-line options made from configuration classes: same names, same defaults, same checks, written once."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from core.errors import UserError, one_line
+from core.errors import UserError, faults
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -45,7 +46,7 @@ def from_options(config: type[C], options: argparse.Namespace) -> C:
     try:
         return config.model_validate(_gather(config, vars(options)))
     except ValidationError as error:
-        raise UserError(_as_options(one_line(error))) from None
+        raise UserError(_as_options(config, error)) from None
 
 
 def to_options(config: BaseModel) -> list[str]:
@@ -60,7 +61,8 @@ def to_options(config: BaseModel) -> list[str]:
             if isinstance(value, bool):
                 arguments.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                arguments += [f"--{flag}", str(value)]
+                # In one word: a value that begins with a dash would else be taken for an option.
+                arguments.append(f"--{flag}={value}")
     return arguments
 
 
@@ -92,14 +94,27 @@ def _gather(config: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _as_options(faults: str) -> str:
-    """`cache.chunk_tokens: ...` -> `--chunk-tokens: ...`, the name the user typed."""
+def _as_options(config: type[BaseModel], error: ValidationError) -> str:
+    """All faults in one line under the names the user typed: `cache.chunk_tokens` is `--chunk-tokens`."""
+    names = set(_leaves(config))
+
+    def flag(name: str) -> str:
+        return "--" + name.replace("_", "-")
+
     lines = []
-    for fault in faults.split("; "):
-        place, colon, message = fault.partition(": ")
-        if colon and place.replace(".", "").replace("_", "").isalnum():
-            option = place.rsplit(".", 1)[-1].replace("_", "-")
-            lines.append(f"--{option}: {message}")
+    for place, message in faults(error):
+        leaf = place.rsplit(".", 1)[-1]
+        if leaf in names:
+            lines.append(f"{flag(leaf)}: {message}")
+        else:  # of several fields together: the message names them
+            lines.append(re.sub(r"\w+", lambda word: flag(word[0]) if word[0] in names else word[0], message))
+    return " ".join("; ".join(lines).split())
+
+
+def _leaves(config: type[BaseModel]) -> Iterator[str]:
+    for name, field in config.model_fields.items():
+        nested = _nested(field)
+        if nested is None:
+            yield name
         else:
-            lines.append(fault)
-    return "; ".join(lines)
+            yield from _leaves(nested)

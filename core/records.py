@@ -69,6 +69,8 @@ class Request(BaseModel):
     @classmethod
     def from_json(cls, raw: bytes | str) -> Self:
         """Parse one record. Raises `UserError` with a line that names each field at fault."""
+        if isinstance(raw, str):
+            raw = raw.encode(errors="surrogatepass")
         if len(raw) > MAX_RECORD_BYTES:
             raise UserError(f"record: {len(raw)} bytes are more than the {MAX_RECORD_BYTES} allowed; shorten it")
         try:
@@ -128,8 +130,7 @@ class Response(BaseModel):
         return self
 
     def to_json(self) -> str:
-        # ASCII only: a lone surrogate of a half-finished character must not break the writer's UTF-8.
-        return json.dumps(self.model_dump(mode="json"), ensure_ascii=True, separators=(",", ":"))
+        return _ascii_json(self)
 
 
 class DeadLetter(BaseModel):
@@ -154,4 +155,9 @@ class DeadLetter(BaseModel):
         return None if self.raw_base64 is None else base64.b64decode(self.raw_base64)
 
     def to_json(self) -> str:
-        return self.model_dump_json()
+        return _ascii_json(self)
+
+
+def _ascii_json(record: BaseModel) -> str:
+    """ASCII only: a lone surrogate of a half-finished character must not break the writer's UTF-8."""
+    return json.dumps(record.model_dump(mode="json"), ensure_ascii=True, separators=(",", ":"))

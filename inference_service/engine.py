@@ -37,6 +37,8 @@ class Completion:
     local_tokens: int
     remote_tokens: int
     computed_tokens: int
+    decode_steps: int
+    """Tokens after the first one, an end-of-sequence token included."""
     cache_capacity_chunks: int
     cache_used_chunks: int
     arrived_ms: float
@@ -132,6 +134,13 @@ class Engine:
         while self.unfinished:
             done += self.step()
         return done
+
+    def warm_up(self) -> None:
+        """Run each kind of forward pass once, in an idle engine: first calls allocate and choose kernels."""
+        prompt = [0] * min(self.chunk_shape.chunk_tokens, self.model.max_len - 1)
+        for row in range(self._pool.rows):
+            self._runner.prefill(row, prompt, 0)
+        self._runner.decode([0] * self._pool.rows, [len(prompt)] * self._pool.rows)
 
     def close(self) -> None:
         if self._cache is not None:
@@ -237,6 +246,7 @@ class Engine:
             local_tokens=sequence.local_tokens,
             remote_tokens=sequence.remote_tokens,
             computed_tokens=prompt - sequence.local_tokens - sequence.remote_tokens,
+            decode_steps=max(0, len(sequence.output) - 1),
             cache_capacity_chunks=sequence.capacity_chunks,
             cache_used_chunks=sequence.used_chunks,
             arrived_ms=sequence.arrived_ms,

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import xxhash
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from cache.protocol import ChunkShape, ModelIdentity
 from core.config import EngineConfig
@@ -84,12 +85,19 @@ def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
         model_config = AutoConfig.from_pretrained(source)
         if getattr(model_config, "is_encoder_decoder", False):
             raise UserError(f"model: {name!r} is an encoder-decoder; the engine runs decoder-only causal models")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = _load_tokenizer(source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # the library and the readers of its file formats raise errors of every kind
         reason = " ".join(str(error).split())[:300]
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise UserError(f"model: cannot load {config.model!r}{offline}: {reason}") from error
+    model, loading = loaded
+    if loading["missing_keys"]:
+        # The library fills them with random numbers and only warns.
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise UserError(f"model: the weights of {name!r} are incomplete: {missing} missing; save the model again")
     model = model.to(device).eval().requires_grad_(False)
     text_config = model.config.get_text_config()
     own_limit = getattr(text_config, "max_position_embeddings", None) or config.max_model_len
@@ -104,6 +112,14 @@ def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
         max_len=min(config.max_model_len, own_limit),
         eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos),
     )
+
+
+def _load_tokenizer(source: str) -> Any:
+    if get_tokenizer_config(source).get("tokenizer_class") == "TokenizersBackend":
+        # A tokenizer of its own in tokenizer.json. For some architectures (Qwen2) AutoTokenizer would put their usual
+        # normalisation and special tokens in the place of what was saved.
+        return PreTrainedTokenizerFast.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source)
 
 
 def _weights_digest(model: torch.nn.Module) -> str:

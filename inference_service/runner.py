@@ -42,7 +42,8 @@ class Runner:
         length = max(lengths) + 1
         self._pool.begin_decode(positions, length)
         mask = torch.arange(length, device=self._device)[None, :] <= positions[:, None]
-        return self._forward(torch.tensor(tokens, device=self._device)[:, None], positions[:, None], mask[:, None, None])
+        input_ids = torch.tensor(tokens, device=self._device)[:, None]
+        return self._forward(input_ids, positions[:, None], mask[:, None, None])
 
     def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         if self._additive:

@@ -1,0 +1,7 @@
+"""Kafka, Redis and Flink on this machine, started, probed and stopped as one. Imports only `core`."""
+
+from local_stack.config import StackConfig
+from local_stack.flink import flink_cli
+from local_stack.stack import Addresses, LocalStack
+
+__all__ = ["Addresses", "LocalStack", "StackConfig", "flink_cli"]

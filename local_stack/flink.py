@@ -1,0 +1,189 @@
+"""Flink as a standalone cluster, from the pip package: one JobManager and some TaskManagers, all on loopback."""
+
+import http.client
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from ruamel.yaml import YAML
+
+from core.errors import UserError
+from local_stack.config import HOST, JARS, StackConfig
+from local_stack.processes import Started, launch
+from local_stack.service import PROBE_TIMEOUT_S, NotReady
+
+# Past any proxy of the environment, which could not reach this machine's loopback.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+LOGGING = """\
+status=error
+appender.file.type=RollingFile
+appender.file.name=file
+appender.file.fileName=${sys:log.file}
+appender.file.filePattern=${sys:log.file}.%i
+appender.file.layout.type=PatternLayout
+appender.file.layout.pattern=%d %-5p %c{1.} - %m%n
+appender.file.policies.type=Policies
+appender.file.policies.size.type=SizeBasedTriggeringPolicy
+appender.file.policies.size.size=50MB
+appender.file.strategy.type=DefaultRolloverStrategy
+appender.file.strategy.max=2
+rootLogger.level=info
+rootLogger.appenderRef.file.ref=file
+# These warn and fill the log with every job's whole configuration.
+logger.consumer.name=org.apache.kafka.clients.consumer.ConsumerConfig
+logger.consumer.level=error
+logger.producer.name=org.apache.kafka.clients.producer.ProducerConfig
+logger.producer.level=error
+logger.admin.name=org.apache.kafka.clients.admin.AdminClientConfig
+logger.admin.level=error
+"""
+
+
+class FlinkService:
+    name = "Flink"
+    address_option = "--flink-url"
+
+    def __init__(self, config: StackConfig) -> None:
+        self._config = config
+        self._dir = config.dir / "flink"
+        self.own = config.flink_url is None
+        self.address = (config.flink_url or f"http://{HOST}:{config.flink_port}").rstrip("/")
+        self.home = _flink_home()
+        self.conf_dir = self._dir / "conf"
+
+    def ports(self) -> dict[str, int]:
+        if not self.own:
+            return {}
+        return {"--flink-port": self._config.flink_port, "--flink-rpc-port": self._config.flink_rpc_port}
+
+    def launch(self) -> Iterator[Started]:
+        # What a killed TaskManager could not delete.
+        shutil.rmtree(self._dir / "tmp", ignore_errors=True)
+        (self._dir / "tmp").mkdir(parents=True)
+        scripts = [("jobmanager", "jobmanager.sh")]
+        scripts += [(f"taskmanager-{n}", "taskmanager.sh") for n in range(1, self._config.task_managers + 1)]
+        logs = self._config.dir / "log"
+        for name, script in scripts:
+            # Flink names its logs after the user, here the process, so that each finds its own.
+            env = self.environment() | {"FLINK_IDENT_STRING": name}
+            argv = ["bash", str(self.home / "bin" / script), "start-foreground"]
+            yield launch(self.name, name, argv, env, logs, log=f"flink-{name}-*.log")
+
+    def probe(self) -> None:
+        try:
+            with DIRECT.open(f"{self.address}/overview", timeout=PROBE_TIMEOUT_S) as answer:
+                overview = json.load(answer)
+            managers, slots = overview["taskmanagers"], overview["slots-total"]
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            raise NotReady(f"{type(error).__name__}: {error}") from None
+        wanted = self._config.task_managers * self._config.task_slots
+        if self.own and slots < wanted:
+            raise NotReady(f"{slots} of {wanted} slots, {managers} of {self._config.task_managers} TaskManagers")
+
+    def write_client_files(self) -> None:
+        """Write the configuration that the cluster and `flink run` share."""
+        self.conf_dir.mkdir(parents=True, exist_ok=True)
+        settings = self._client_settings() | (self._cluster_settings() if self.own else {})
+        # A JSON value is a YAML value, and Flink reads flat keys.
+        lines = [f"{key}: {json.dumps(value)}\n" for key, value in settings.items()]
+        (self.conf_dir / "config.yaml").write_text("".join(lines))
+        for name in ("log4j-console.properties", "log4j-cli.properties"):
+            (self.conf_dir / name).write_text(LOGGING)
+        self._link_libraries()
+
+    def environment(self) -> dict[str, str]:
+        """Environment for Flink's scripts, without the FLINK_... variables of another set-up."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLINK_", "_FLINK"))}
+        return kept | {
+            "FLINK_CONF_DIR": str(self.conf_dir),
+            "FLINK_LIB_DIR": str(self._dir / "lib"),
+            "FLINK_LOG_DIR": str(self._config.dir / "log"),
+            "FLINK_PID_DIR": str(self._dir / "pid"),
+        }
+
+    def _client_settings(self) -> dict[str, Any]:
+        url = urlsplit(self.address)
+        return {
+            "rest.address": url.hostname,
+            "rest.port": url.port,
+            "parallelism.default": 1,
+            # The virtual environment's, which can import the project.
+            "python.executable": sys.executable,
+            "python.client.executable": sys.executable,
+            # Workers are given slots by number, not a share of Flink's managed memory.
+            "python.fn-execution.memory.managed": False,
+            "env.java.opts.all": _packaged_java_options(self.home),
+        }
+
+    def _cluster_settings(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "rest.bind-address": HOST,
+            "jobmanager.bind-host": HOST,
+            "jobmanager.rpc.address": HOST,
+            "jobmanager.rpc.port": config.flink_rpc_port,
+            "jobmanager.memory.process.size": f"{config.job_manager_mb}m",
+            "taskmanager.bind-host": HOST,
+            "taskmanager.host": HOST,
+            "taskmanager.memory.process.size": f"{config.task_manager_mb}m",
+            "taskmanager.memory.managed.fraction": 0.1,
+            "taskmanager.numberOfTaskSlots": config.task_slots,
+            "taskmanager.load-balance.mode": "SLOTS",
+            # TaskManagers start beside the JobManager; by default one that came first would wait 10 s.
+            "cluster.registration.error-delay": "500 ms",
+            "execution.checkpointing.storage": "filesystem",
+            "execution.checkpointing.dir": (self._dir / "checkpoints").as_uri(),
+            "execution.checkpointing.savepoint-dir": (self._dir / "savepoints").as_uri(),
+            "io.tmp.dirs": str(self._dir / "tmp"),
+        }
+
+    def _link_libraries(self) -> None:
+        # Flink's own jars, its Python part and the connectors in one folder: on the class path of client, JobManager
+        # and TaskManagers alike. No job has to name or upload them, and none loads their classes once more: 27 MB of
+        # a TaskManager's 256 MB of class memory a job.
+        lib = self._dir / "lib"
+        shutil.rmtree(lib, ignore_errors=True)
+        lib.mkdir(parents=True)
+        connectors = sorted((JARS / "connector").glob("*.jar"))
+        if not connectors:
+            raise UserError(f"{JARS / 'connector'} holds no jar; run scripts/setup.sh")
+        python = (self.home / "opt").glob("flink-python-*.jar")
+        for jar in (*(self.home / "lib").glob("*.jar"), *python, *connectors):
+            (lib / jar.name).symlink_to(jar)
+
+
+class HasConfig(Protocol):
+    """A stack that is, or was, started."""
+
+    @property
+    def config(self) -> StackConfig: ...
+
+
+def flink_cli(stack: HasConfig) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment of Flink's command line against `stack`, which has been started.
+
+    `argv + ["run", "-d", "-py", "job.py", "--option", "value"]` submits a job; `-d` returns once it is accepted.
+    """
+    service = FlinkService(stack.config)
+    return ["bash", str(service.home / "bin" / "flink")], service.environment()
+
+
+def _flink_home() -> Path:
+    spec = importlib.util.find_spec("pyflink")
+    if spec is None or spec.origin is None:
+        raise UserError("the Python package apache-flink is not installed; run scripts/setup.sh")
+    return Path(spec.origin).parent
+
+
+def _packaged_java_options(home: Path) -> str:
+    """What Flink opens of the JDK's modules, as its package states it: Java 17 refuses it otherwise."""
+    packaged = YAML(typ="safe").load(home / "conf" / "config.yaml")
+    return str(packaged["env"]["java"]["opts"]["all"])

@@ -1,0 +1,147 @@
+"""Kafka as a single node: broker and controller in one JVM, from the jars that scripts/setup.sh has fetched."""
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+
+from kafka import KafkaAdminClient
+from kafka.errors import KafkaError
+
+from core.errors import UserError
+from local_stack.config import HOST, JARS, StackConfig
+from local_stack.processes import Started, launch
+from local_stack.service import PROBE_TIMEOUT_S, NotReady, program
+
+CLUSTER_ID = "aW5mZXJ0dW5lci1sb2NhbA"
+
+PROPERTIES = """\
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@{host}:{controller_port}
+controller.listener.names=CONTROLLER
+listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller_port}
+advertised.listeners=PLAINTEXT://{host}:{port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+log.dirs={data}
+
+# One node cannot hold more than one replica.
+default.replication.factor=1
+min.insync.replicas=1
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.num.partitions=4
+
+# Whoever uses a topic creates it and so decides its partitions; a misspelt name is an error.
+auto.create.topics.enable=false
+message.max.bytes=2097152
+replica.fetch.max.bytes=2097152
+log.retention.hours=24
+log.retention.bytes=1073741824
+log.segment.bytes=134217728
+# The only consumers are ours: no need to wait for others to join their group.
+group.initial.rebalance.delay.ms=0
+"""
+
+LOGGING = """\
+status=error
+appender.out.type=Console
+appender.out.name=out
+appender.out.layout.type=PatternLayout
+appender.out.layout.pattern=%d %p %c{1}: %m%n
+rootLogger.level=warn
+rootLogger.appenderRef.out.ref=out
+logger.server.name=kafka.server
+logger.server.level=info
+"""
+
+
+class KafkaService:
+    name = "Kafka"
+    address_option = "--brokers"
+
+    def __init__(self, config: StackConfig) -> None:
+        self._config = config
+        self._dir = config.dir / "kafka"
+        self.own = config.brokers is None
+        self.address = config.brokers or f"{HOST}:{config.kafka_port}"
+
+    def ports(self) -> dict[str, int]:
+        if not self.own:
+            return {}
+        return {
+            "--kafka-port": self._config.kafka_port,
+            "--kafka-controller-port": self._config.kafka_controller_port,
+        }
+
+    def launch(self) -> Iterator[Started]:
+        self._write_properties()
+        self._format_once()
+        argv = self._java(f"-Xmx{self._config.kafka_heap_mb}m", "-XX:+ExitOnOutOfMemoryError")
+        argv += ["kafka.Kafka", self._properties]
+        yield launch(self.name, "kafka", argv, os.environ, self._config.dir / "log")
+
+    def probe(self) -> None:
+        host, _, port = self.address.split(",")[0].rpartition(":")
+        try:
+            # The plain connection first: the client would log every refusal.
+            socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
+            admin = KafkaAdminClient(
+                bootstrap_servers=self.address.split(","),
+                request_timeout_ms=int(PROBE_TIMEOUT_S * 1000),
+                bootstrap_timeout_ms=int(PROBE_TIMEOUT_S * 1000),
+            )
+            try:
+                admin.list_topics()
+            finally:
+                admin.close()
+        except (KafkaError, OSError, OverflowError) as error:
+            raise NotReady(str(error) or type(error).__name__) from None
+
+    @property
+    def _properties(self) -> str:
+        return str(self._dir / "server.properties")
+
+    def _write_properties(self) -> None:
+        self._dir.mkdir(parents=True, exist_ok=True)
+        (self._dir / "server.properties").write_text(
+            PROPERTIES.format(
+                host=HOST,
+                port=self._config.kafka_port,
+                controller_port=self._config.kafka_controller_port,
+                data=self._dir / "data",
+            )
+        )
+        (self._dir / "log4j2.properties").write_text(LOGGING)
+
+    def _format_once(self) -> None:
+        # Our own mark, written last: what an interrupted formatting left behind must not be taken for a storage.
+        formatted = self._dir / "formatted"
+        if formatted.exists():
+            return
+        shutil.rmtree(self._dir / "data", ignore_errors=True)
+        done = subprocess.run(
+            [
+                *self._java("-XX:TieredStopAtLevel=1"),
+                *("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", self._properties),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise UserError(f"Kafka's storage in {self._dir} cannot be formatted\n{done.stdout}{done.stderr}".rstrip())
+        formatted.touch()
+
+    def _java(self, *options: str) -> list[str]:
+        jars = JARS / "broker"
+        if not jars.is_dir():
+            raise UserError(f"{jars} is missing; run scripts/setup.sh")
+        logging = self._dir / "log4j2.properties"
+        return [program("java"), *options, f"-Dlog4j2.configurationFile={logging}", "-cp", f"{jars}/*"]

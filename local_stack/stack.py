@@ -1,0 +1,200 @@
+"""The stack as a whole: what is started is written down before anything else happens, and ended from that."""
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import ValidationError
+
+from core.config import Config
+from core.errors import UserError
+from core.options import flatten
+from local_stack.config import StackConfig
+from local_stack.flink import FlinkService
+from local_stack.kafka import KafkaService
+from local_stack.processes import Started, end, is_alive
+from local_stack.redis import RedisService
+from local_stack.service import NotReady, Service, refuse_taken_ports, require_own, wait_ready
+
+
+class State(Config):
+    """What the state file holds: the options of the running stack and its processes, in the order of their start."""
+
+    config: StackConfig
+    processes: tuple[Started, ...] = ()
+
+
+@dataclass(frozen=True)
+class Addresses:
+    brokers: str
+    redis_url: str
+    flink_rest_url: str
+    flink_home: Path
+    conf_dir: Path
+
+
+@dataclass(frozen=True)
+class Health:
+    """One part of the stack: `problem` is none if it answers and all its processes run."""
+
+    service: Service
+    processes: tuple[Started, ...]
+    problem: str | None
+
+
+class LocalStack:
+    """Kafka, Redis and Flink of one folder. As a context manager it is started on entry and stopped on exit."""
+
+    def __init__(self, config: StackConfig) -> None:
+        self.config = config.model_copy(update={"dir": config.dir.resolve()})
+        self._flink = FlinkService(self.config)
+        # In the order of their start: Flink takes longest, so the others start beside it.
+        self._services: tuple[Service, ...] = (self._flink, RedisService(self.config), KafkaService(self.config))
+
+    @classmethod
+    def running_in(cls, directory: Path) -> Self | None:
+        """The stack that was started in `directory` and not stopped, with the options it was started with."""
+        state = _read_state(directory.resolve())
+        return None if state is None else cls(state.config)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def addresses(self) -> Addresses:
+        """Where the parts answer, the user's own ones included."""
+        flink, redis, kafka = (service.address for service in self._services)
+        return Addresses(
+            brokers=kafka,
+            redis_url=redis,
+            flink_rest_url=flink,
+            flink_home=self._flink.home,
+            conf_dir=self._flink.conf_dir,
+        )
+
+    def start(self) -> bool:
+        """Start everything and return once it answers: True, or False if it was running already.
+
+        What an earlier run left behind is ended first. Raises `UserError` with nothing left running; any other
+        exception, an interruption too, also ends what was started.
+        """
+        with _locked(self.config.dir):
+            if self._already_runs():
+                return False
+            self._end_recorded()
+            own = [service for service in self._services if service.own]
+            for service in self._services:
+                if not service.own:
+                    require_own(service)
+            refuse_taken_ports(own)
+            try:
+                self._launch(own)
+            except BaseException:
+                self._end_recorded()
+                raise
+            return True
+
+    def stop(self) -> int:
+        """End what was started in this folder, and nothing else. Returns how many processes that were."""
+        with _locked(self.config.dir):
+            return self._end_recorded()
+
+    def health(self) -> list[Health]:
+        """The state of every part, probed now."""
+        state = _read_state(self.config.dir)
+        recorded = () if state is None else state.processes
+        return [self._health_of(service, recorded) for service in self._services]
+
+    def _health_of(self, service: Service, recorded: tuple[Started, ...]) -> Health:
+        mine = tuple(process for process in recorded if process.service == service.name)
+        dead = [process.name for process in mine if not is_alive(process)]
+        if dead:
+            return Health(service, mine, f"{', '.join(dead)} ended")
+        if service.own and not mine:
+            return Health(service, mine, "not started")
+        try:
+            service.probe()
+        except NotReady as reason:
+            return Health(service, mine, str(reason))
+        return Health(service, mine, None)
+
+    def _already_runs(self) -> bool:
+        state = _read_state(self.config.dir)
+        if state is None or any(part.problem for part in LocalStack(state.config).health()):
+            return False
+        running, wanted = dict(flatten(state.config)), dict(flatten(self.config))
+        # How long to wait is a matter of one command, not of what runs.
+        differing = [
+            f"--{name.replace('_', '-')} is {running[name]}"
+            for name in wanted
+            if running[name] != wanted[name] and name not in {"start_timeout_s", "stop_grace_s"}
+        ]
+        if differing:
+            raise UserError(
+                f"a stack with other options runs in {self.config.dir} ({', '.join(differing)}); "
+                "stop it first or choose another --dir"
+            )
+        return True
+
+    def _launch(self, own: list[Service]) -> None:
+        deadline_s = time.monotonic() + self.config.start_timeout_s
+        self._flink.write_client_files()
+        state = State(config=self.config)
+        _write_state(state)
+        for service in own:
+            for process in service.launch():
+                state = state.model_copy(update={"processes": (*state.processes, process)})
+                _write_state(state)
+        for service in own:
+            mine = [process for process in state.processes if process.service == service.name]
+            wait_ready(service, mine, self.config.dir / "log", deadline_s)
+
+    def _end_recorded(self) -> int:
+        state = _read_state(self.config.dir)
+        if state is None:
+            return 0
+        ended = end(state.processes, self.config.stop_grace_s)
+        _state_file(self.config.dir).unlink()
+        return ended
+
+
+def _state_file(directory: Path) -> Path:
+    return directory / "state.json"
+
+
+def _read_state(directory: Path) -> State | None:
+    file = _state_file(directory)
+    try:
+        return State.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        raise UserError(
+            f"{file} is not a state file of this version; end its processes by hand and delete it"
+        ) from None
+
+
+def _write_state(state: State) -> None:
+    file = _state_file(state.config.dir)
+    fresh = file.with_suffix(".new")
+    fresh.write_text(state.model_dump_json(indent=1))
+    fresh.replace(file)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One start or stop at a time in a folder; another one waits."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,55 @@
+"""The Flink environment that every job of ours needs, and what it cannot run with."""
+
+from pyflink.common import Configuration
+from pyflink.datastream import StreamExecutionEnvironment
+from pyflink.java_gateway import get_gateway
+
+from core.config import JobConfig
+from core.errors import UserError
+from pipelines.connectors import connector_jars
+
+MAX_PARALLELISM = 128
+"""Number of key groups. Fixed, as it decides which key leads to which subtask."""
+
+_SETTINGS = {
+    # Elements and timers wait for the end of a bundle: with the defaults (1000 ms, 1000 elements) for a second.
+    "python.fn-execution.bundle.time": "10",
+    # A checkpoint waits for the bundle, and an element of it may hold a whole micro-batch of inference.
+    "python.fn-execution.bundle.size": "4",
+    # Managed memory is what lets the Python operators of a slot share one worker process.
+    "python.fn-execution.memory.managed": "true",
+    "execution.buffer-timeout.interval": "5 ms",
+    # Barriers overtake what queues before a busy engine; aligned ones would wait for all of it.
+    "execution.checkpointing.unaligned.enabled": "true",
+    "restart-strategy.type": "exponential-delay",
+    "restart-strategy.exponential-delay.initial-backoff": "1 s",
+    "restart-strategy.exponential-delay.max-backoff": "30 s",
+    "restart-strategy.exponential-delay.attempts-before-reset-backoff": "10",
+}
+
+
+def make_environment(config: JobConfig) -> StreamExecutionEnvironment:
+    """Raises `UserError` for a cluster set to thread mode, which PyFlink 2 cannot run these jobs in."""
+    settings = Configuration()
+    for key, value in _SETTINGS.items():
+        settings.set_string(key, value)
+    settings.set_string("execution.checkpointing.interval", f"{config.checkpoint_interval_ms} ms")
+    env = StreamExecutionEnvironment.get_execution_environment(settings)
+    mode = env._j_stream_execution_environment.getConfiguration().toMap().get("python.execution-mode")
+    if mode not in (None, "process"):
+        raise UserError(f"python.execution-mode: {mode!r} is not supported; set it to process")
+    jars = connector_jars()
+    if jars:
+        env.add_jars(*jars)
+    env.set_parallelism(config.parallelism)
+    env.set_max_parallelism(MAX_PARALLELISM)
+    return env
+
+
+def subtask_of_key(key: int, parallelism: int) -> int:
+    """Flink's own rule: the subtask that a key is processed by. PyFlink wraps every key in a row, and hashes that."""
+    jvm = get_gateway().jvm
+    row = jvm.org.apache.flink.types.Row(1)
+    row.setField(0, key)
+    assignment = jvm.org.apache.flink.runtime.state.KeyGroupRangeAssignment
+    return int(assignment.assignKeyToParallelOperator(row, MAX_PARALLELISM, parallelism))

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Everything that has to hold before a change is merged: lint, formatting, types, then all tests. The tests start
+# the Kafka, Redis and Flink that they need on free ports.
+#
+#   scripts/test.sh                       all of it: what CI runs
+#   scripts/test.sh tests/core -k record  only pytest, with these arguments
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd "$root"
+
+scripts/setup.sh
+export PATH="$root/.venv/bin:$PATH"
+# Several test processes share few cores: more threads than cores each would only slow them down.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
+# Tests use only models that they build themselves.
+export HF_HUB_OFFLINE=1
+
+if (($# == 0)); then
+    echo "test: ruff check" && ruff check .
+    echo "test: ruff format --check" && ruff format --check .
+    echo "test: mypy" && mypy
+fi
+echo "test: pytest"
+pytest "$@"

@@ -1,0 +1,17 @@
+"""What tests of several rooms share: one real Kafka, Redis and Flink for the whole run."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from local_stack import LocalStack, StackConfig
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
+    """A running stack with four slots, on free ports. Topics and Redis keys are shared: use names of your own."""
+    config = StackConfig.on_free_ports(
+        tmp_path_factory.mktemp("stack"), task_managers=1, task_slots=4, task_manager_mb=1536
+    )
+    with LocalStack(config) as running:
+        yield running

@@ -1,0 +1,61 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REAL_TRACE = ROOT.parent / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
+
+MADE_ROWS = [
+    {"timestamp": 0, "input_length": 700, "output_length": 100, "hash_ids": [0, 1]},
+    # Extends the first by a second whole block, block 0 being everybody's: still a session of its own.
+    {"timestamp": 0, "input_length": 1500, "output_length": 2, "hash_ids": [0, 2, 3]},
+    {"timestamp": 3000, "input_length": 1024, "output_length": 2000, "hash_ids": [0, 4]},
+    # Extends the row before, twice; the second time by way of its own extension.
+    {"timestamp": 3000, "input_length": 1537, "output_length": 50, "hash_ids": [0, 4, 5, 6]},
+    {"timestamp": 9000.5, "input_length": 2560, "output_length": 16, "hash_ids": [0, 4, 5, 7, 8]},
+    {"timestamp": 12000, "input_length": 51200, "output_length": 16, "hash_ids": [0, *range(100, 199)]},
+    {"timestamp": 15000, "input_length": 1, "output_length": 0, "hash_ids": [9]},
+]
+
+
+@pytest.fixture
+def write_trace(tmp_path: Path) -> Callable[..., Path]:
+    def write(rows: list[object], name: str = "trace.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def made_trace(write_trace: Callable[..., Path]) -> Path:
+    return write_trace(list(MADE_ROWS))
+
+
+@pytest.fixture(params=["made", "real"] if REAL_TRACE.exists() else ["made"])
+def any_trace(request: pytest.FixtureRequest, made_trace: Path) -> Path:
+    """Every trace there is: the small made one, and the real one where the checkout has it beside it."""
+    return REAL_TRACE if request.param == "real" else made_trace
+
+
+@pytest.fixture
+def run_workloads() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python -m workloads` with these arguments, in a process of its own."""
+
+    def run(*arguments: str, hash_seed: str = "0", timeout_s: float = 30) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "workloads", *arguments],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": hash_seed, "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    return run

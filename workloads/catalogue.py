@@ -1,0 +1,15 @@
+"""From a configuration to the workload it names."""
+
+from workloads.config import WorkloadConfig, WorkloadKind
+from workloads.mooncake import MooncakeWorkload
+from workloads.phases import PhasesWorkload
+from workloads.timed_request import Workload
+
+
+def make_workload(config: WorkloadConfig) -> Workload:
+    """Raises `UserError` where options contradict each other or the trace cannot be read."""
+    match config.workload:
+        case WorkloadKind.PHASES:
+            return PhasesWorkload(config)
+        case WorkloadKind.MOONCAKE:
+            return MooncakeWorkload(config)

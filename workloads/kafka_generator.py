@@ -1,0 +1,258 @@
+"""Sends a workload to the requests topic and says what rate it offered and what rate it reached."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.errors import KafkaError
+
+from core.clock import Clock
+from core.config import KafkaConfig
+from core.errors import UserError
+from core.records import Request
+from workloads.pacing import Backlog, Lag, OpenLoop
+from workloads.timed_request import Workload
+
+CONNECT_TIMEOUT_MS = 5_000
+"""Longest wait for a first answer of the broker."""
+DELIVERY_TIMEOUT_MS = 10_000
+"""Longest that a record may be on its way; then it counts as an error."""
+
+
+class Delivery(Protocol):
+    """A record on its way; callbacks may come from another thread."""
+
+    def add_callback(self, callback: Callable[[Any], None]) -> Any: ...
+
+    def add_errback(self, errback: Callable[[BaseException], None]) -> Any: ...
+
+
+class Producer(Protocol):
+    """What the generator needs of a `kafka.KafkaProducer`."""
+
+    def send(self, topic: str, value: bytes, key: bytes) -> Delivery: ...
+
+    def flush(self, timeout: float) -> None:
+        """Block until every delivery has ended, or raise a `KafkaError` after `timeout` seconds."""
+        ...
+
+
+class Stop(Protocol):
+    """What the generator needs of a `threading.Event`."""
+
+    def wait(self, timeout: float) -> bool: ...
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was offered and what became of it."""
+
+    sent: int
+    """Requests handed to the producer."""
+    acknowledged: int
+    errors: int
+    """Requests that the broker did not acknowledge."""
+    first_error: str | None
+    duration_ms: float
+    """First hand-over until the last acknowledgement."""
+    offered_rate: float | None
+    """Requests per second of the schedule: (sent - 1) / (last due - first due); none in a backlog and below two."""
+    reached_rate: float | None
+    """Requests per second into Kafka: (acknowledged - 1) / duration; none below two."""
+    lag: Lag
+    adjustments: Mapping[str, int] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """The report for a person, a fact a line."""
+        facts = {
+            "requests sent": str(self.sent),
+            "acknowledged": str(self.acknowledged),
+            "errors": str(self.errors),
+            "duration": f"{self.duration_ms / 1000:.2f} s",
+            "offered rate": _rate(self.offered_rate),
+            "reached rate": _rate(self.reached_rate),
+            "lag": f"mean {self.lag.mean_ms:.2f} ms, max {self.lag.max_ms:.2f} ms, {self.lag.late} late",
+        }
+        facts |= {name.replace("_", " "): str(count) for name, count in self.adjustments.items()}
+        return [f"{name + ':':22}{value}" for name, value in facts.items()]
+
+
+class KafkaLoadGenerator:
+    """Sends each request of a workload when it is due; runs in the caller's thread.
+
+    The session is the record's key: a session's requests stay in their order, in one partition.
+    """
+
+    def __init__(
+        self, producer: Producer, topic: str, workload: Workload, clock: Clock, *, backlog: bool = False
+    ) -> None:
+        self._producer = producer
+        self._topic = topic
+        self._workload = workload
+        self._clock = clock
+        self._backlog = backlog
+
+    def run(self, stop: Stop | None = None, on_sent: Callable[[Request], None] | None = None) -> LoadReport:
+        """Send all, or until `stop` is set; then wait for the acknowledgements.
+
+        `on_sent` is called in this thread once a request is in the producer's hands. A record that Kafka does not take
+        is counted in the report. Raises what the workload raises, with everything before it delivered.
+        """
+        stop = stop or threading.Event()
+        pace = (Backlog if self._backlog else OpenLoop)(self._clock, lambda wait_ms: stop.wait(wait_ms / 1000))
+        deliveries = _Deliveries(self._clock)
+        first_due_ms = last_due_ms = 0.0
+        # The first request is made before the clock starts, as opening a trace takes a moment.
+        requests = iter(self._workload)
+        timed = next(requests, None)
+        pace.begin()
+        try:
+            while timed is not None:
+                created_at_ms = pace.due(timed.at_ms)
+                if created_at_ms is None:
+                    break
+                if deliveries.sent == 0:
+                    first_due_ms = timed.at_ms
+                last_due_ms = timed.at_ms
+                request = timed.created(created_at_ms)
+                self._send(request, deliveries)
+                if on_sent is not None:
+                    on_sent(request)
+                timed = next(requests, None)
+        finally:
+            self._flush(deliveries)
+        span_ms = 0.0 if self._backlog else last_due_ms - first_due_ms
+        return deliveries.report(span_ms, pace.lag, dict(self._workload.adjustments()))
+
+    def _send(self, request: Request, deliveries: "_Deliveries") -> None:
+        deliveries.begin()
+        try:
+            delivery = self._producer.send(
+                self._topic, value=request.to_json().encode(), key=request.session_id.encode()
+            )
+        except KafkaError as error:
+            deliveries.failed(error)
+            return
+        delivery.add_callback(deliveries.acknowledged)
+        delivery.add_errback(deliveries.failed)
+
+    def _flush(self, deliveries: "_Deliveries") -> None:
+        try:
+            # The producer gives a record up by itself; the margin is for it to tell.
+            self._producer.flush(timeout=1.5 * DELIVERY_TIMEOUT_MS / 1000)
+        except KafkaError as error:
+            deliveries.abandon(error)
+
+
+class _Deliveries:
+    """Counts what became of the records; the producer's thread reports here too."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._began_ms = self._last_ms = 0.0
+        self._acknowledged = self._errors = 0
+        self._first_error: str | None = None
+        self.sent = 0
+
+    def begin(self) -> None:
+        if self.sent == 0:
+            self._began_ms = self._last_ms = self._clock.monotonic_ms()
+        self.sent += 1
+
+    def acknowledged(self, _metadata: Any) -> None:
+        with self._lock:
+            self._acknowledged += 1
+            self._last_ms = self._clock.monotonic_ms()
+
+    def failed(self, error: BaseException) -> None:
+        with self._lock:
+            self._errors += 1
+            self._first_error = self._first_error or " ".join(str(error).split())
+
+    def abandon(self, error: BaseException) -> None:
+        """What has no outcome yet will not have one."""
+        with self._lock:
+            self._errors = self.sent - self._acknowledged
+            self._first_error = self._first_error or " ".join(str(error).split())
+
+    def report(self, span_ms: float, lag: Lag, adjustments: Mapping[str, int]) -> LoadReport:
+        with self._lock:
+            duration_ms = self._last_ms - self._began_ms
+            return LoadReport(
+                sent=self.sent,
+                acknowledged=self._acknowledged,
+                errors=self._errors,
+                first_error=self._first_error,
+                duration_ms=duration_ms,
+                offered_rate=_per_second(self.sent - 1, span_ms),
+                reached_rate=_per_second(self._acknowledged - 1, duration_ms),
+                lag=lag,
+                adjustments=adjustments,
+            )
+
+
+@contextmanager
+def connected(config: KafkaConfig) -> Iterator[Producer]:
+    """`connect`, and close the producer in the end."""
+    producer = connect(config)
+    try:
+        yield producer
+    finally:
+        try:
+            producer.close(timeout=1)
+        except KafkaError:
+            # `close` flushes first, and leaves all open where the broker has gone. What that broker did not take is
+            # in the report already.
+            producer.flush = lambda timeout: None
+            producer.close(timeout=0)
+
+
+def connect(config: KafkaConfig) -> KafkaProducer:
+    """A producer for the requests topic: nothing is lost, doubled or out of order while the broker is there.
+
+    Raises `UserError` within about twice `CONNECT_TIMEOUT_MS` where no broker answers or the topic does not exist.
+    """
+    brokers = config.brokers.split(",")
+    try:
+        admin = KafkaAdminClient(
+            bootstrap_servers=brokers,
+            bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
+            request_timeout_ms=CONNECT_TIMEOUT_MS,
+        )
+        try:
+            topics = admin.list_topics()
+        finally:
+            admin.close()
+        if config.requests_topic not in topics:
+            raise UserError(
+                f"--topic-prefix: Kafka at {config.brokers} has no topic {config.requests_topic}; "
+                f"create it or start the job first"
+            )
+        return KafkaProducer(
+            bootstrap_servers=brokers,
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=0,
+            allow_auto_create_topics=False,
+            bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
+            max_block_ms=CONNECT_TIMEOUT_MS,
+            request_timeout_ms=CONNECT_TIMEOUT_MS,
+            delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
+        )
+    except KafkaError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--brokers: Kafka at {config.brokers} does not answer ({reason}); is it running?") from None
+    except ValueError:
+        raise UserError(f"--brokers: {config.brokers} is not host:port,...; give the addresses of Kafka") from None
+
+
+def _per_second(intervals: int, span_ms: float) -> float | None:
+    return 1000 * intervals / span_ms if intervals > 0 and span_ms > 0 else None
+
+
+def _rate(per_second: float | None) -> str:
+    return "-" if per_second is None else f"{per_second:.2f} requests/s"

@@ -1,0 +1,144 @@
+"""Replay of a Mooncake trace: its arrivals, its lengths scaled down, and prompts that share what the trace shares.
+
+The trace names blocks, not text. A block becomes tokens that its id determines, so equal ids are equal tokens and the
+prefixes of the trace are the prefixes of the replay. A partial last block has an id of its own in the trace, hence
+the turn that later completes it shares only the whole blocks before it.
+"""
+
+import hashlib
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+
+from core.errors import UserError
+from workloads.config import LongPrompts, WorkloadConfig, WorkloadKind
+from workloads.mooncake_trace import TRACE_BLOCK_TOKENS, TraceRow, read_trace
+from workloads.timed_request import TimedRequest, request_id
+
+REMEMBERED_ENDS = 1 << 16
+"""Requests whose end is remembered, most recently continued first: bounds the memory of a replay of any length."""
+
+
+def block_token_ids(seed: int, block_id: int, tokens: int, vocab_size: int) -> tuple[int, ...]:
+    """The first `tokens` tokens of a block, each in [0, `vocab_size`).
+
+    An extendable hash makes them: fewer tokens of a block are a prefix of more, on every machine and version.
+    """
+    stream = hashlib.shake_128(f"{seed}/{block_id}".encode()).digest(8 * tokens)
+    return tuple(word % vocab_size for word in struct.unpack(f"<{tokens}Q", stream))
+
+
+class PrefixSessions:
+    """Sessions read off the prefixes, as the trace names none.
+
+    A request continues the session of the longest earlier prompt it extends: one whose whole blocks, all of them, are
+    the beginning of its own. Earlier prompts with no more than `shared_blocks` whole blocks are not extended by
+    anybody, as what they hold (a system prompt) is in everybody's. A request that extends nothing begins a session.
+    """
+
+    def __init__(self, shared_blocks: int, remembered: int = REMEMBERED_ENDS) -> None:
+        self._shared_blocks = shared_blocks
+        self._remembered = remembered
+        self._session_of_end: OrderedDict[int, int] = OrderedDict()
+        self._sessions = 0
+
+    def of(self, whole_blocks: Sequence[int]) -> int:
+        """The session (from 1) of a prompt with these whole blocks, and remember where it ended.
+
+        The id of a block stands for all before it, so that the id of its last whole block identifies a prompt.
+        """
+        own = whole_blocks[self._shared_blocks :]
+        session = next((self._session_of_end[end] for end in reversed(own) if end in self._session_of_end), None)
+        if session is None:
+            self._sessions += 1
+            session = self._sessions
+        if own:
+            self._session_of_end[own[-1]] = session
+            self._session_of_end.move_to_end(own[-1])
+            if len(self._session_of_end) > self._remembered:
+                self._session_of_end.popitem(last=False)
+        return session
+
+
+class MooncakeWorkload:
+    """The first `config.requests` requests of the trace that fit `max_prompt_tokens`.
+
+    Arrivals are the trace's, divided by `time_scale` and counted from its first row. The trace has no users: each
+    session is a user of its own. Skipped requests still take part in telling sessions apart.
+    """
+
+    def __init__(self, config: WorkloadConfig) -> None:
+        options = config.mooncake
+        if options.trace is None:
+            raise UserError("--trace: the mooncake workload replays a trace; give its path")
+        if not options.trace.is_file():
+            raise UserError(f"--trace: {options.trace} is not a file; give the path of a trace")
+        if config.max_prompt_tokens < options.block_tokens:
+            raise UserError(
+                f"--max-prompt-tokens: {config.max_prompt_tokens} does not hold one block; "
+                f"give at least --block-tokens, {options.block_tokens}"
+            )
+        self._config = config
+        self._trace = options.trace
+        self._skipped = 0
+        self._cut = 0
+        self._block = lru_cache(maxsize=4096)(
+            lambda block_id: block_token_ids(config.seed, block_id, options.block_tokens, options.vocab_size)
+        )
+
+    @property
+    def requests(self) -> int:
+        return self._config.requests
+
+    def adjustments(self) -> Mapping[str, int]:
+        return {"skipped_long_prompts": self._skipped, "cut_long_prompts": self._cut}
+
+    def __iter__(self) -> Iterator[TimedRequest]:
+        config = self._config
+        sessions = PrefixSessions(config.mooncake.shared_blocks)
+        self._skipped = self._cut = 0
+        began_ms: float | None = None
+        index = 0
+        for row in read_trace(self._trace):
+            began_ms = row.timestamp if began_ms is None else began_ms
+            session = sessions.of(row.hash_ids[: row.input_length // TRACE_BLOCK_TOKENS])
+            prompt = self._prompt(row)
+            if prompt is None:
+                continue
+            yield TimedRequest(
+                at_ms=(row.timestamp - began_ms) / config.mooncake.time_scale,
+                request_id=request_id(WorkloadKind.MOONCAKE, config.seed, index),
+                session_id=f"user-{session:06d}/s1",
+                user_id=f"user-{session:06d}",
+                max_new_tokens=self._answer_tokens(row),
+                prompt_token_ids=prompt,
+            )
+            index += 1
+            if index == config.requests:
+                return
+
+    def _prompt(self, row: TraceRow) -> tuple[int, ...] | None:
+        """The row's prompt; none where it is too long and such are skipped."""
+        block_tokens, limit = self._config.mooncake.block_tokens, self._config.max_prompt_tokens
+        before_last = len(row.hash_ids) - 1
+        tokens = before_last * block_tokens + self._last_block_tokens(row)
+        if tokens <= limit:
+            return self._tokens(row.hash_ids)[:tokens]
+        if self._config.mooncake.long_prompts is LongPrompts.SKIP:
+            self._skipped += 1
+            return None
+        self._cut += 1
+        return self._tokens(row.hash_ids[: limit // block_tokens])
+
+    def _last_block_tokens(self, row: TraceRow) -> int:
+        """What the last block becomes: in proportion to what it holds in the trace, and never nothing."""
+        held = row.input_length - (len(row.hash_ids) - 1) * TRACE_BLOCK_TOKENS
+        return max(1, held * self._config.mooncake.block_tokens // TRACE_BLOCK_TOKENS)
+
+    def _tokens(self, block_ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(token for block_id in block_ids for token in self._block(block_id))
+
+    def _answer_tokens(self, row: TraceRow) -> int:
+        scaled = round(row.output_length * self._config.mooncake.output_scale)
+        return min(max(scaled, 1), self._config.max_new_tokens)

@@ -1,0 +1,51 @@
+"""A request before it is sent: when it is due and what it asks."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.records import Request
+
+
+@dataclass(frozen=True, slots=True)
+class TimedRequest:
+    """A request that is due `at_ms` milliseconds after the load begins; exactly one of the two prompts is given."""
+
+    at_ms: float
+    request_id: str
+    session_id: str
+    user_id: str
+    max_new_tokens: int
+    prompt: str | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+
+    def created(self, created_at_ms: float) -> Request:
+        """The record on the wire; `created_at_ms` is Unix time."""
+        return Request(
+            request_id=self.request_id,
+            session_id=self.session_id,
+            user_id=self.user_id,
+            max_new_tokens=self.max_new_tokens,
+            created_at_ms=created_at_ms,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+        )
+
+
+class Workload(Protocol):
+    """Requests in the order of their `at_ms`. Each iteration begins anew and yields the same requests."""
+
+    @property
+    def requests(self) -> int:
+        """How many requests there are at most."""
+        ...
+
+    def __iter__(self) -> Iterator[TimedRequest]: ...
+
+    def adjustments(self) -> Mapping[str, int]:
+        """What the latest iteration has changed or left out so far, by name; empty where nothing can be."""
+        ...
+
+
+def request_id(workload: str, seed: int, index: int) -> str:
+    return f"{workload}-{seed}-{index:06d}"
