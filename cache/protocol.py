@@ -7,7 +7,7 @@ chunks (tensors of one fixed shape) and a lease that keeps the chunks in place w
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 
@@ -49,16 +49,19 @@ class ModelIdentity:
 class Lease(Protocol):
     """The reusable prefix of one prompt. While it is held its chunks are neither evicted nor overwritten."""
 
-    local_chunks: int
-    remote_chunks: int
-    """Of `chunks`, the first `local_chunks + remote_chunks`, in any order of tiers, by where each was found."""
-    sources: Sequence[str]
-    """For each chunk of `chunks`, `local` or `remote`."""
     chunks: Sequence[torch.Tensor]
-    """`chunks[i]` holds tokens `[i * chunk_tokens, (i + 1) * chunk_tokens)`; a contiguous prefix, on the CPU."""
+    """`chunks[i]` holds tokens `[i * chunk_tokens, (i + 1) * chunk_tokens)`: a contiguous prefix, on the CPU, not to be
+    written to. Copy them and release the lease."""
+    sources: Sequence[Literal["local", "remote"]]
+    """For each of `chunks`, the tier it was found in."""
+    local_chunks: int
+    """How many of `chunks` the local tier held."""
+    remote_chunks: int
+    """How many of `chunks` came from Redis."""
     capacity_chunks: int
     """What the local tier might hold when this look-up was made."""
     used_chunks: int
+    """What the local tier held when this look-up was made."""
 
     def __enter__(self) -> Self: ...
 
@@ -84,13 +87,11 @@ class KVCache(Protocol):
         """
         ...
 
-    def store(
-        self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = ""
-    ) -> int:
-        """Keep the full chunks of `token_ids` that the local tier lacks; the number kept.
+    def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:
+        """Keep the full chunks of `token_ids` that the local tier lacks; the number newly kept.
 
-        `read_chunk(i, out)` copies chunk `i` into `out` (of `shape`). If it raises, nothing of that chunk is visible
-        afterwards and the error passes on.
+        `read_chunk(i, out)` copies chunk `i` into `out` (of `shape`) and keeps no reference to it. If it raises,
+        nothing of that chunk is visible afterwards and the error passes on.
         """
         ...
 

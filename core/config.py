@@ -145,6 +145,9 @@ class JobConfig(Config):
     parallelism: Annotated[int, Field(ge=1, le=128)] = Field(default=2, description="slots: one engine and cache each")
     checkpoint_interval_ms: int = Field(default=10_000, ge=100, description="time between two checkpoints")
     bounded: bool = Field(default=False, description="stop at the end of what the requests topic holds at the start")
+    ship_connector: bool = Field(
+        default=False, description="send the Kafka connector along, for a cluster that lacks it"
+    )
     engine: EngineConfig = EngineConfig()
     cache: CacheConfig = CacheConfig()
     batching: BatchingConfig = BatchingConfig()

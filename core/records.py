@@ -18,6 +18,12 @@ MAX_RECORD_BYTES = 1 << 20
 """A request record above this many bytes is a dead letter; Kafka's own default limit is about the same."""
 
 
+MAX_DEAD_LETTER_BYTES = 4 << 20
+"""Limit of a dead-letter record: a request of twice the allowed size in base64, and the reason."""
+MAX_DEAD_LETTER_RAW_BYTES = 2 * MAX_RECORD_BYTES
+"""Of a record that is longer still, a dead letter keeps this many bytes."""
+
+
 class FinishReason(StrEnum):
     STOP = "stop"
     """The model produced its end-of-sequence token (which is not part of the answer)."""
@@ -144,11 +150,15 @@ class DeadLetter(BaseModel):
     topic: str
     partition: int
     offset: int
-    raw_base64: str | None = Field(description="the value's bytes; none for a record without a value")
+    raw_bytes: int | None = Field(description="length of the record's value; none for a record without one")
+    raw_base64: str | None = Field(description="the value's bytes, cut after MAX_DEAD_LETTER_RAW_BYTES")
 
     @classmethod
     def of(cls, raw: bytes | None, **fields: Any) -> Self:
-        return cls(raw_base64=None if raw is None else base64.b64encode(raw).decode(), **fields)
+        if raw is None:
+            return cls(raw_bytes=None, raw_base64=None, **fields)
+        kept = base64.b64encode(raw[:MAX_DEAD_LETTER_RAW_BYTES]).decode()
+        return cls(raw_bytes=len(raw), raw_base64=kept, **fields)
 
     @property
     def raw(self) -> bytes | None:

@@ -118,8 +118,6 @@ class FlinkService:
             # The virtual environment's, which can import the project.
             "python.executable": sys.executable,
             "python.client.executable": sys.executable,
-            # Workers are given slots by number, not a share of Flink's managed memory.
-            "python.fn-execution.memory.managed": False,
             "env.java.opts.all": _packaged_java_options(self.home),
         }
 
@@ -134,6 +132,7 @@ class FlinkService:
             "taskmanager.bind-host": HOST,
             "taskmanager.host": HOST,
             "taskmanager.memory.process.size": f"{config.task_manager_mb}m",
+            # Nothing of ours is kept in managed memory, but it is what the Python operators of a slot share a worker by.
             "taskmanager.memory.managed.fraction": 0.1,
             "taskmanager.numberOfTaskSlots": config.task_slots,
             "taskmanager.load-balance.mode": "SLOTS",

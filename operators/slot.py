@@ -9,6 +9,7 @@ import transformers
 from pydantic import BaseModel, ConfigDict
 
 from cache.manager import open_cache
+from cache.redis_wire import RedisAddress
 from core.clock import Clock
 from core.config import JobConfig
 from core.errors import UserError
@@ -37,6 +38,8 @@ class Ready(BaseModel):
 def check_before_start(config: JobConfig) -> None:
     """Raises `UserError` for what no slot could start with, where the job is submitted and not in a worker."""
     resolve_model(config.engine.model)
+    if config.cache.remote.redis_url is not None:
+        RedisAddress.parse(config.cache.remote.redis_url)
 
 
 class InferenceSlot:

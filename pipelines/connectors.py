@@ -14,16 +14,18 @@ from pyflink.table import DataTypes, Schema, StatementSet, StreamTableEnvironmen
 
 from core.config import JobConfig, KafkaConfig
 from core.errors import UserError
+from core.records import MAX_DEAD_LETTER_BYTES
 from operators.functions import WARM_UP
 
 CONNECTOR_JARS = Path(__file__).resolve().parents[1] / ".local" / "jars" / "connector"
-DEAD_LETTER_BYTES = 4 << 20
-"""Limit of one dead letter: the greatest request record in base64, and the reason."""
 
 
 def connector_jars() -> list[str]:
-    """URLs of the connector's jars; none where they stand on the cluster's own class path."""
-    return [jar.as_uri() for jar in sorted(CONNECTOR_JARS.glob("*.jar"))]
+    """URLs of the connector's jars, for a cluster without them. Raises `UserError` where set-up has not run."""
+    jars = [jar.as_uri() for jar in sorted(CONNECTOR_JARS.glob("*.jar"))]
+    if not jars:
+        raise UserError(f"ship_connector: there is no jar in {str(CONNECTOR_JARS)!r}; run scripts/setup.sh")
+    return jars
 
 
 def ensure_topics(config: JobConfig) -> None:
@@ -35,7 +37,7 @@ def ensure_topics(config: JobConfig) -> None:
         raise UserError(f"brokers: no Kafka broker answers at {kafka.brokers!r} ({type(error).__name__})") from error
     try:
         present = set(admin.list_topics())
-        large = {"max.message.bytes": str(DEAD_LETTER_BYTES)}
+        large = {"max.message.bytes": str(MAX_DEAD_LETTER_BYTES)}
         for topic in kafka.topics:
             if topic in present:
                 continue
@@ -88,7 +90,7 @@ def add_kafka_sink(
         "value.format": "raw",
         "value.fields-include": "EXCEPT_KEY",
         "properties.linger.ms": "0",
-        "properties.max.request.size": str(DEAD_LETTER_BYTES),
+        "properties.max.request.size": str(MAX_DEAD_LETTER_BYTES),
         "properties.compression.type": "none",
         "sink.delivery-guarantee": "at-least-once",
     }

@@ -38,9 +38,8 @@ def make_environment(config: JobConfig) -> StreamExecutionEnvironment:
     mode = env._j_stream_execution_environment.getConfiguration().toMap().get("python.execution-mode")
     if mode not in (None, "process"):
         raise UserError(f"python.execution-mode: {mode!r} is not supported; set it to process")
-    jars = connector_jars()
-    if jars:
-        env.add_jars(*jars)
+    if config.ship_connector:
+        env.add_jars(*connector_jars())
     env.set_parallelism(config.parallelism)
     env.set_max_parallelism(MAX_PARALLELISM)
     return env

@@ -1,0 +1,91 @@
+"""What every benchmark writes: how it was run, where, with what, each sample, and the figures made of them."""
+
+import math
+import random
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+from redis import Redis
+
+from core.config import Config
+from experiments.provenance import provenance
+from inference_service.model import LoadedModel
+
+RESAMPLES = 2000
+VERSIONS = ("python", "torch", "transformers", "redis")
+
+
+class Report(Config):
+    """One benchmark's result. `samples` are the authority; every one of `figures` follows from them."""
+
+    benchmark: str
+    command: str
+    started_at: str
+    machine: dict[str, Any]
+    versions: dict[str, str | bool | None]
+    model: dict[str, Any]
+    rounds: int = Field(ge=1)
+    settings: dict[str, Any]
+    figures: dict[str, float]
+    samples: dict[str, list[float]]
+    """Each series in the order of its rounds; values of one position in two series were measured together."""
+
+    @field_validator("figures")
+    @classmethod
+    def _finite(cls, figures: dict[str, float]) -> dict[str, float]:
+        if broken := [name for name, value in figures.items() if not math.isfinite(value)]:
+            raise ValueError(f"not finite: {', '.join(broken)}")
+        return figures
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.model_dump_json(indent=1) + "\n")
+
+
+def conditions(model: LoadedModel, redis_url: str | None) -> dict[str, Any]:
+    """The fields of a `Report` that say where and with what it is made. To be called once threads are set."""
+    here = provenance()
+    device: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(model.device)}
+    if model.device.type == "cuda":
+        device["gpu"] = torch.cuda.get_device_name(model.device)
+    versions: dict[str, str | bool | None] = {name: here.versions[name] for name in VERSIONS if name != "redis"}
+    versions["redis-py"] = here.versions["redis"]
+    if redis_url is not None:
+        with Redis.from_url(redis_url) as client:
+            versions["redis-server"] = str(client.info("server")["redis_version"])
+    return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "started_at": here.started_at,
+        "machine": here.machine | device,
+        "versions": versions | {"git_commit": here.git_commit, "git_dirty": here.git_dirty},
+        "model": {
+            "name": model.name,
+            "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+    }
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Pair by pair: what slows the whole machine down for a while falls out of each ratio."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """`name` is the median; `name_p25` and `name_p75` are the quartiles."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {name: statistics.median(values), f"{name}_p25": low, f"{name}_p75": high}
+
+
+def median_noise(values: Sequence[float]) -> float:
+    """Half the width of the 95 % bootstrap interval of the median."""
+    generator = random.Random(0)
+    medians = [statistics.median(generator.choices(values, k=len(values))) for _ in range(RESAMPLES)]
+    cuts = statistics.quantiles(medians, n=40)
+    return (cuts[-1] - cuts[0]) / 2

@@ -1,0 +1,57 @@
+"""A circuit breaker: after failures in a row it leaves a service alone, then lets one probe through."""
+
+import threading
+
+from core.clock import Clock
+
+
+class CircuitBreaker:
+    """Closed until `failures` failures in a row; open for `open_ms`; then half-open: one probe decides.
+
+    Every `try_acquire` that returns true is followed by exactly one `success` or `failure`. Thread-safe.
+    """
+
+    def __init__(self, failures: int, open_ms: float, clock: Clock) -> None:
+        self._failures_to_open = failures
+        self._open_ms = open_ms
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._opened_at_ms: float | None = None
+        self._probing = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a call would be refused outright; false once a probe is due. Changes nothing."""
+        with self._lock:
+            return self._opened_at_ms is not None and (self._probing or not self._probe_due(self._opened_at_ms))
+
+    def try_acquire(self) -> bool:
+        """Whether the caller may try the service now."""
+        with self._lock:
+            if self._opened_at_ms is None:
+                return True
+            if self._probing or not self._probe_due(self._opened_at_ms):
+                return False
+            self._probing = True
+            return True
+
+    def success(self) -> None:
+        """The service answered: closed, and the failures are forgotten."""
+        with self._lock:
+            self._failures = 0
+            self._opened_at_ms = None
+            self._probing = False
+
+    def failure(self) -> bool:
+        """The service failed; whether this opened the breaker, or kept it open after a probe."""
+        with self._lock:
+            self._failures += 1
+            if self._failures < self._failures_to_open and not self._probing:
+                return False
+            self._opened_at_ms = self._clock.monotonic_ms()
+            self._probing = False
+            return True
+
+    def _probe_due(self, opened_at_ms: float) -> bool:
+        return self._clock.monotonic_ms() - opened_at_ms >= self._open_ms

@@ -1,0 +1,130 @@
+"""The record that one chunk is in Redis: a header of 128 bytes, then the raw tensor.
+
+| offset | bytes | field                                                        |
+|--------|-------|--------------------------------------------------------------|
+| 0      | 8     | magic                                                        |
+| 8      | 2     | version                                                      |
+| 10     | 1     | dtype code                                                   |
+| 11     | 1     | number of dimensions                                         |
+| 12     | 4     | header length                                                |
+| 16     | 8     | payload length                                               |
+| 24     | 20    | the five dimensions, u32 each                                |
+| 44     | 32    | fingerprint: `h0` of model, layout and tenant                |
+| 76     | 32    | the chunk's own hash                                         |
+| 108    | 4     | zero                                                         |
+| 112    | 16    | xxh3-128 of the 112 bytes before and of the payload          |
+
+All numbers are little-endian. The reader knows what it asked for, so every field has one right value; nothing in a
+record decides how much is allocated. Payloads are compared and moved as bytes, so NaN payloads survive.
+"""
+
+import struct
+
+import torch
+import xxhash
+
+from cache.protocol import ChunkShape
+
+MAGIC = b"INFTKVC\x00"
+VERSION = 1
+HEADER_BYTES = 128
+"""A multiple of 64, so that the payload of an aligned record is aligned as well."""
+
+_FIELDS = struct.Struct("<8sHBBIQ5I32s32s4x")
+_CHECKSUM_BYTES = 16
+_DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+Buffer = bytes | bytearray | memoryview
+
+
+class RecordError(Exception):
+    """The bytes are not the record that was asked for: damaged, truncated, foreign or of another version."""
+
+
+def record_bytes(shape: ChunkShape) -> int:
+    """The exact size of a chunk's record."""
+    return HEADER_BYTES + shape.size_bytes
+
+
+def payload_view(chunk: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes, without a copy."""
+    data: memoryview = chunk.detach().view(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def encode_header(shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes, payload: Buffer) -> bytes:
+    """The header that stands before `payload` (`payload_view` of a chunk of `shape`)."""
+    fields = _expected_fields(shape, fingerprint, chunk_hash)
+    return fields + _checksum(fields, payload)
+
+
+def check_header(header: Buffer, shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes) -> None:
+    """Raise `RecordError`, naming the field, unless `header` announces exactly the chunk that was asked for."""
+    if len(header) != HEADER_BYTES:
+        raise RecordError(f"header of {len(header)} bytes")
+    fields = bytes(header[: _FIELDS.size])
+    expected = _expected_fields(shape, fingerprint, chunk_hash)
+    if fields != expected:
+        raise RecordError(f"{_first_difference(fields, expected)} is not what was asked for")
+
+
+def check_payload(header: Buffer, payload: Buffer) -> None:
+    """Raise `RecordError` unless the checksum in `header` is that of header and `payload`."""
+    if _checksum(header[: _FIELDS.size], payload) != bytes(header[_FIELDS.size :]):
+        raise RecordError("checksum does not match")
+
+
+def encode(chunk: torch.Tensor, shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes) -> bytes:
+    """The whole record of `chunk` (contiguous, of `shape`, on the CPU) as one string; copies the payload."""
+    payload = payload_view(chunk)
+    return b"".join((encode_header(shape, fingerprint, chunk_hash, payload), payload))
+
+
+def decode(record: Buffer, shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes) -> torch.Tensor:
+    """The tensor of `shape` inside `record`, as a view of it. Raises `RecordError` for anything but that chunk.
+
+    Writing to the view is writing to `record`; over `bytes`, which are read-only, it is not allowed.
+    """
+    if len(record) != record_bytes(shape):
+        raise RecordError(f"record of {len(record)} bytes instead of {record_bytes(shape)}")
+    view = memoryview(record)
+    header, payload = view[:HEADER_BYTES], view[HEADER_BYTES:]
+    check_header(header, shape, fingerprint, chunk_hash)
+    check_payload(header, payload)
+    return torch.frombuffer(record, dtype=shape.dtype, offset=HEADER_BYTES).view(shape.size)
+
+
+def _expected_fields(shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes) -> bytes:
+    return _FIELDS.pack(
+        MAGIC,
+        VERSION,
+        _DTYPE_CODES[shape.dtype],
+        len(shape.size),
+        HEADER_BYTES,
+        shape.size_bytes,
+        *shape.size,
+        fingerprint,
+        chunk_hash,
+    )
+
+
+def _checksum(fields: Buffer, payload: Buffer) -> bytes:
+    digest = xxhash.xxh3_128(fields)
+    digest.update(payload)
+    return digest.digest()
+
+
+def _first_difference(fields: bytes, expected: bytes) -> str:
+    names = (
+        (8, "magic"),
+        (10, "version"),
+        (11, "dtype"),
+        (12, "number of dimensions"),
+        (16, "header length"),
+        (24, "payload length"),
+        (44, "shape"),
+        (76, "fingerprint"),
+        (108, "chunk hash"),
+    )
+    position = next(i for i, (got, want) in enumerate(zip(fields, expected, strict=True)) if got != want)
+    return next((name for end, name in names if position < end), "padding")

@@ -1,0 +1,99 @@
+"""Keys: which chunk of which prompt, under which model, for which tenant.
+
+`h0 = sha256(length-prefixed, tagged fields)` and `h(i) = sha256(h(i-1) || tokens of chunk i as little-endian u32)`, so
+that a key names a chunk together with everything before it, which is what its key/value tensors depend on. Only
+content goes in: the same keys come out of every process, whatever its PYTHONHASHSEED.
+"""
+
+import hashlib
+import struct
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cache.protocol import ChunkShape, ModelIdentity
+
+SCHEMA_VERSION = 1
+"""Part of every key; a new meaning of keys or tensors takes a new number, and old entries are never found."""
+
+TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True)
+class PromptKeys:
+    """The keys of one prompt's full chunks, in order."""
+
+    fingerprint: bytes
+    """`h0`, 32 bytes: model, layout and tenant."""
+    hashes: tuple[bytes, ...]
+    """`h1, h2, ...`, 32 bytes each: one for each full chunk."""
+
+
+class KeySchema:
+    """Makes the keys of one model's chunks. Pure: calls change nothing."""
+
+    def __init__(self, identity: ModelIdentity, shape: ChunkShape) -> None:
+        self._chunk_bytes = shape.chunk_tokens * TOKEN_BYTES
+        self._root = hashlib.sha256()
+        for field in _fields(identity, shape):
+            self._root.update(field)
+
+    def fingerprint(self, salt: str = "") -> bytes:
+        """`h0` of the tenant named by `salt`."""
+        root = self._root.copy()
+        root.update(_tagged("salt", salt.encode("utf-8", "surrogatepass")))
+        return root.digest()
+
+    def of(self, token_ids: Sequence[int], salt: str = "") -> PromptKeys:
+        """The keys of the full chunks of `token_ids`; a rest shorter than a chunk has none.
+
+        Raises `OverflowError` for an id outside `[0, 2**32)`, which no tokenizer produces.
+        """
+        tokens = _as_little_endian(token_ids)
+        fingerprint = self.fingerprint(salt)
+        step = self._chunk_bytes
+        hashes = []
+        previous = fingerprint
+        for end in range(step, len(tokens) + 1, step):
+            previous = hashlib.sha256(previous + tokens[end - step : end]).digest()
+            hashes.append(previous)
+        return PromptKeys(fingerprint, tuple(hashes))
+
+
+def _fields(identity: ModelIdentity, shape: ChunkShape) -> Iterable[bytes]:
+    numbers = {
+        "schema": SCHEMA_VERSION,
+        "layers": shape.layers,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "chunk_tokens": shape.chunk_tokens,
+    }
+    texts = {
+        "weights": identity.weights_digest,
+        "tokenizer": identity.tokenizer_digest,
+        "rope": identity.rope,
+        "adapter": identity.adapter,
+        "dtype": str(shape.dtype),
+        # The payload is raw memory; a machine of the other byte order must not find it.
+        "byteorder": sys.byteorder,
+    }
+    for tag, number in numbers.items():
+        yield _tagged(tag, struct.pack("<Q", number))
+    for tag, text in texts.items():
+        yield _tagged(tag, text.encode("utf-8", "surrogatepass"))
+
+
+def _tagged(tag: str, value: bytes) -> bytes:
+    # Lengths before both: without them ("ab", "c") and ("a", "bc") would be one key.
+    name = tag.encode("ascii")
+    return struct.pack("<II", len(name), len(value)) + name + value
+
+
+def _as_little_endian(token_ids: Sequence[int]) -> bytes:
+    tokens = array("I", token_ids)
+    if tokens.itemsize != TOKEN_BYTES:  # pragma: no cover - no platform that torch runs on
+        raise RuntimeError("a C unsigned int is not four bytes here")
+    if sys.byteorder == "big":  # pragma: no cover - as above
+        tokens.byteswap()
+    return tokens.tobytes()

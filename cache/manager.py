@@ -1,0 +1,213 @@
+"""The two-level cache: the local tier first, Redis for the rest of the prefix."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+
+from cache.eviction import make_eviction
+from cache.keys import KeySchema, PromptKeys
+from cache.lease import PrefixLease, Source
+from cache.local import LocalTier
+from cache.protocol import ChunkShape, ModelIdentity
+from cache.redis_wire import RedisAddress
+from cache.remote import ReadCounters, RemoteTier
+from cache.sizing import SizingPolicy, make_sizing
+from cache.stats import CacheStats
+from cache.write_behind import WriteCounters
+from core.clock import Clock
+from core.config import CacheConfig
+
+
+def open_cache(config: CacheConfig, shape: ChunkShape, identity: ModelIdentity, clock: Clock) -> "TwoLevelCache":
+    """A cache as `config` describes it, empty; without `redis_url` it has a local tier only. Does not wait for Redis.
+
+    Raises `UserError` for a `redis_url` that is none, and `ValueError` if `shape` has another chunk size.
+    """
+    if shape.chunk_tokens != config.chunk_tokens:
+        raise ValueError(f"a shape of {shape.chunk_tokens} tokens for chunks of {config.chunk_tokens}")
+    sizing = make_sizing(config.sizing)
+    local = LocalTier(sizing.capacity_chunks, shape.size_bytes, make_eviction(config.eviction))
+    remote = None
+    if config.remote.redis_url is not None:
+        remote = RemoteTier(config.remote, RedisAddress.parse(config.remote.redis_url), shape, clock)
+    keys = KeySchema(identity, shape)
+    return TwoLevelCache(shape=shape, keys=keys, local=local, sizing=sizing, remote=remote, clock=clock)
+
+
+class TwoLevelCache:
+    """A `cache.protocol.KVCache` for one engine thread."""
+
+    def __init__(
+        self,
+        *,
+        shape: ChunkShape,
+        keys: KeySchema,
+        local: LocalTier,
+        sizing: SizingPolicy,
+        remote: RemoteTier | None,
+        clock: Clock,
+    ) -> None:
+        self.shape = shape
+        self._keys = keys
+        self._local = local
+        self._sizing = sizing
+        self._remote = remote
+        self._clock = clock
+        self._lookups = 0
+        self._chunks_looked_up = 0
+        self._local_chunks_hit = 0
+        self._remote_chunks_hit = 0
+        self._chunks_stored = 0
+        self._chunks_refused = 0
+        self._leased_outside = 0
+
+    def lookup(
+        self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None
+    ) -> PrefixLease:
+        """See `cache.protocol.KVCache`. Chunks that came from Redis move into the local tier where there is room."""
+        keys = self._keys.of(token_ids, salt)
+        self._local.resize(self._sizing.observe(self._clock.monotonic_ms(), keys.hashes))
+        used_chunks = self._local.used_chunks
+        # Pinned before anything is promoted, which may evict.
+        resident = {key: chunk for key in keys.hashes if (chunk := self._local.pin(key)) is not None}
+        fetched = self._fetch(keys, resident, prefill_ms_per_token)
+        prefix = _prefix(keys.hashes, resident, fetched)
+        for key in keys.hashes[len(prefix) :]:
+            if key in resident:
+                self._local.unpin(key)
+
+        hits = keys.hashes[: len(prefix)]
+        promoted = [key for key in hits if key in fetched and self._local.put(key, fetched[key])]
+        for key in promoted:
+            self._local.pin(key)
+        pinned = [key for key in hits if key in self._local]
+        self._local.touch(pinned)
+
+        lease = PrefixLease(
+            chunks=[chunk for chunk, _ in prefix],
+            sources=[source for _, source in prefix],
+            capacity_chunks=self._local.capacity_chunks,
+            used_chunks=used_chunks,
+            on_release=partial(self._release, pinned, len(prefix) - len(pinned)),
+        )
+        self._leased_outside += len(prefix) - len(pinned)
+        self._lookups += 1
+        self._chunks_looked_up += len(keys.hashes)
+        self._local_chunks_hit += lease.local_chunks
+        self._remote_chunks_hit += lease.remote_chunks
+        return lease
+
+    def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:
+        """See `cache.protocol.KVCache`. Chunks without room in the local tier go to Redis alone, where there is one.
+
+        A chunk that the local tier has already, but Redis is not known to, is queued without being read again.
+        """
+        keys = self._keys.of(token_ids, salt)
+        stored = 0
+        pinned: list[bytes] = []
+        try:
+            for index, key in enumerate(keys.hashes):
+                if key not in self._local:
+                    stored += self._keep(keys.fingerprint, index, key, read_chunk)
+                chunk = self._local.pin(key)
+                # What is pinned is not evicted: a prompt never makes room for its end at the cost of its beginning.
+                if chunk is not None:
+                    pinned.append(key)
+                    self._write_behind(keys.fingerprint, key, chunk)
+        finally:
+            self._local.touch(pinned)
+            self._unpin(pinned)
+            self._chunks_stored += stored
+        return stored
+
+    def flush(self, timeout_s: float = 5.0) -> bool:
+        """Write out what is queued for Redis; whether that was done in time."""
+        return self._remote is None or self._remote.writes.flush(timeout_s)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """See `cache.protocol.KVCache`. Idempotent."""
+        if self._remote is not None:
+            self._remote.close(timeout_s)
+
+    def stats(self) -> CacheStats:
+        """A snapshot; the figures of the background thread may be a moment apart."""
+        reads = ReadCounters() if self._remote is None else self._remote.counters
+        writes = WriteCounters() if self._remote is None else self._remote.writes.counters
+        return CacheStats(
+            lookups=self._lookups,
+            chunks_looked_up=self._chunks_looked_up,
+            local_chunks_hit=self._local_chunks_hit,
+            remote_chunks_hit=self._remote_chunks_hit,
+            chunks_stored=self._chunks_stored,
+            chunks_refused=self._chunks_refused,
+            evictions=self._local.evictions,
+            remote_errors=reads.errors + writes.errors,
+            remote_timeouts=reads.timeouts,
+            remote_corrupt=reads.corrupt,
+            write_dropped=writes.chunks_dropped,
+            bytes_read=reads.bytes_read,
+            bytes_written=writes.bytes_written,
+            capacity_chunks=self._local.capacity_chunks,
+            used_chunks=self._local.used_chunks,
+            pinned_chunks=self._local.pinned_chunks,
+            local_bytes=self._local.size_bytes,
+            leased_outside_bytes=self._leased_outside * self.shape.size_bytes,
+            queued_bytes=0 if self._remote is None else self._remote.writes.queued_bytes,
+        )
+
+    def _fetch(
+        self, keys: PromptKeys, resident: Mapping[bytes, torch.Tensor], prefill_ms_per_token: float | None
+    ) -> dict[bytes, torch.Tensor]:
+        """Those of the keys that are not `resident` and that Redis gave, from the first such key on."""
+        if self._remote is None:
+            return {}
+        missing = [key for key in keys.hashes if key not in resident]
+        chunks = self._remote.fetch(keys.fingerprint, missing, prefill_ms_per_token)
+        return dict(zip(missing, chunks, strict=False))
+
+    def _keep(
+        self, fingerprint: bytes, index: int, key: bytes, read_chunk: Callable[[int, torch.Tensor], None]
+    ) -> bool:
+        """Read one chunk and keep it in the local tier or, if that has no room, for Redis; whether it was kept."""
+        with self._local.reserve() as reservation:
+            if reservation is not None:
+                reservation.commit(key, self._filled(index, read_chunk))
+                return True
+        self._chunks_refused += 1
+        if self._remote is None or not self._remote.writes.wants(key) or not self._remote.writes.has_room():
+            return False
+        return self._remote.writes.offer(key, fingerprint, self._filled(index, read_chunk))
+
+    def _filled(self, index: int, read_chunk: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
+        chunk = torch.empty(self.shape.size, dtype=self.shape.dtype)
+        read_chunk(index, chunk)
+        return chunk
+
+    def _write_behind(self, fingerprint: bytes, key: bytes, chunk: torch.Tensor) -> None:
+        if self._remote is not None and self._remote.writes.wants(key):
+            self._remote.writes.offer(key, fingerprint, chunk)
+
+    def _release(self, pinned: Sequence[bytes], outside: int) -> None:
+        self._unpin(pinned)
+        self._leased_outside -= outside
+
+    def _unpin(self, keys: Sequence[bytes]) -> None:
+        # From the last on: where the tier has shrunk meanwhile, a prompt's last chunks are the first to leave.
+        for key in reversed(keys):
+            self._local.unpin(key)
+
+
+def _prefix(
+    hashes: Sequence[bytes], resident: Mapping[bytes, torch.Tensor], fetched: Mapping[bytes, torch.Tensor]
+) -> list[tuple[torch.Tensor, Source]]:
+    """The chunks from the first on, each from where it is, up to the first that is nowhere."""
+    prefix: list[tuple[torch.Tensor, Source]] = []
+    for key in hashes:
+        if key in resident:
+            prefix.append((resident[key], "local"))
+        elif key in fetched:
+            prefix.append((fetched[key], "remote"))
+        else:
+            break
+    return prefix

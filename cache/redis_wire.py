@@ -1,0 +1,226 @@
+"""Redis' protocol (RESP2), as much as the remote tier needs, under deadlines that hold.
+
+redis-py's socket timeout starts again at every `recv`, so a server that drips bytes holds a reader for ever, and a
+pipeline that is cut short yields nothing of what had come. Here every call takes a `Deadline` for the whole of it,
+values come one by one, and each is received into the memory it stays in.
+"""
+
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from redis.connection import SSLConnection, UnixDomainSocketConnection, parse_url
+
+from core.errors import UserError
+
+_LINE_BUFFER_BYTES = 4096
+_LONGEST_LINE_BYTES = 1024
+
+
+class WireError(Exception):
+    """The connection ended, or what came is not the protocol: the connection is of no use any more."""
+
+
+class ReplyError(Exception):
+    """Redis answered with an error; the connection is still in step."""
+
+
+class Deadline:
+    """A point in real time until which everything together must be done."""
+
+    def __init__(self, timeout_ms: float) -> None:
+        self._at_s = time.monotonic() + timeout_ms / 1000.0
+
+    def remaining_s(self) -> float:
+        """Seconds left, above zero. Raises `TimeoutError` when there are none."""
+        left_s = self._at_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the deadline has passed")
+        return left_s
+
+
+@dataclass(frozen=True)
+class RedisAddress:
+    """Where Redis is and who asks; its text, and so every log line, leaves the password out."""
+
+    host: str
+    port: int
+    db: int
+    unix_path: str | None = None
+    username: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    tls: bool = False
+    tls_ca_file: str | None = None
+
+    @classmethod
+    def parse(cls, url: str) -> Self:
+        """From `redis://[[user]:password@]host[:port][/db]`, `rediss://...[?ssl_ca_certs=file]` or `unix://path`.
+
+        Raises `UserError` naming `redis_url`, without the URL, which may hold a password.
+        """
+        try:
+            options: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
+            options.get("host", "localhost").encode("idna")  # What name resolution would stumble over later.
+        except ValueError:
+            raise UserError("redis_url: not a Redis URL; write redis://host:port/db") from None
+        kind = options.pop("connection_class", None)
+        address = cls(
+            host=options.pop("host", "localhost"),
+            port=options.pop("port", 6379),
+            db=options.pop("db", 0),
+            unix_path=options.pop("path", None),
+            username=options.pop("username", None),
+            password=options.pop("password", None),
+            tls=kind is SSLConnection,
+            tls_ca_file=options.pop("ssl_ca_certs", None),
+        )
+        if options:
+            raise UserError(f"redis_url: option {sorted(options)[0]} is not supported; remove it")
+        if kind is UnixDomainSocketConnection and not address.unix_path:
+            raise UserError("redis_url: names no socket; write unix:///path/to/redis.sock")
+        return address
+
+    def __str__(self) -> str:
+        return f"{self.unix_path or f'{self.host}:{self.port}'}/{self.db}"
+
+
+class RedisConnection:
+    """One connection: commands out, replies in. Any exception but `ReplyError` means: close it and open another."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._buffer = bytearray(_LINE_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+
+    @classmethod
+    def open(cls, address: RedisAddress, deadline: Deadline) -> Self:
+        """Connect, authenticate and select the database.
+
+        Raises `OSError`, `WireError` or `ReplyError`. Name resolution obeys no deadline: call it where that may wait.
+        """
+        sock = _connect(address, deadline)
+        try:
+            connection = cls(sock)
+            for command in _greeting(address):
+                connection.send([encode_command(command)], deadline)
+                connection.read_reply(deadline)
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+    def send(self, pieces: Iterable[bytes | memoryview], deadline: Deadline) -> None:
+        for piece in pieces:
+            self._socket.settimeout(deadline.remaining_s())
+            self._socket.sendall(piece)
+
+    def read_line(self, deadline: Deadline) -> bytes:
+        """One line without its end."""
+        while (at := self._buffer.find(b"\r\n", self._start, self._end)) < 0:
+            if self._end - self._start > _LONGEST_LINE_BYTES:
+                raise WireError("a line without end")
+            if self._start:
+                self._buffer[: self._end - self._start] = self._buffer[self._start : self._end]
+                self._start, self._end = 0, self._end - self._start
+            self._end += self._receive(self._view[self._end :], deadline)
+        line = bytes(self._view[self._start : at])
+        self._start = at + 2
+        return line
+
+    def read_into(self, target: memoryview, deadline: Deadline) -> None:
+        """Fill `target` (bytes) with exactly the next of the stream."""
+        at = min(len(target), self._end - self._start)
+        target[:at] = self._view[self._start : self._start + at]
+        self._start += at
+        while at < len(target):
+            at += self._receive(target[at:], deadline)
+
+    def read_bulk_length(self, deadline: Deadline) -> int | None:
+        """The length of the value that follows (read it by `read_into`, then `end_bulk`), or `None` for no value."""
+        kind, text = self._read_typed_line(deadline)
+        if kind != b"$":
+            raise WireError("a value was expected")
+        length = _integer(text)
+        return None if length < 0 else length
+
+    def end_bulk(self, deadline: Deadline) -> None:
+        """Read the line end behind a value."""
+        if self.read_line(deadline) != b"":
+            raise WireError("a value longer than announced")
+
+    def read_reply(self, deadline: Deadline) -> int | bytes:
+        """A status line (as bytes) or an integer. Raises `ReplyError` for Redis' own errors."""
+        kind, text = self._read_typed_line(deadline)
+        if kind == b":":
+            return _integer(text)
+        if kind == b"+":
+            return text
+        raise WireError("a status or a number was expected")
+
+    def close(self) -> None:
+        """End the connection; a thread that waits on it gets an error at once. Idempotent."""
+        with contextlib.suppress(OSError):  # It may have ended already.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _read_typed_line(self, deadline: Deadline) -> tuple[bytes, bytes]:
+        line = self.read_line(deadline)
+        if line[:1] == b"-":
+            raise ReplyError(line[1:].decode("utf-8", "replace"))
+        return line[:1], line[1:]
+
+    def _receive(self, target: memoryview, deadline: Deadline) -> int:
+        self._socket.settimeout(deadline.remaining_s())
+        received = self._socket.recv_into(target)
+        if not received:
+            raise WireError("Redis closed the connection")
+        return received
+
+
+def encode_command(arguments: Iterable[bytes]) -> bytes:
+    """A command as Redis reads it."""
+    parts = [b"$%d\r\n%b\r\n" % (len(argument), argument) for argument in arguments]
+    return b"*%d\r\n%b" % (len(parts), b"".join(parts))
+
+
+def _connect(address: RedisAddress, deadline: Deadline) -> socket.socket:
+    if address.unix_path is not None:
+        local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            local.settimeout(deadline.remaining_s())
+            local.connect(address.unix_path)
+        except BaseException:
+            local.close()
+            raise
+        return local
+    sock = socket.create_connection((address.host, address.port), timeout=deadline.remaining_s())
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if address.tls:
+            sock.settimeout(deadline.remaining_s())
+            context = ssl.create_default_context(cafile=address.tls_ca_file)
+            return context.wrap_socket(sock, server_hostname=address.host)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _greeting(address: RedisAddress) -> Iterable[list[bytes]]:
+    if address.password is not None:
+        user = [] if address.username is None else [address.username.encode()]
+        yield [b"AUTH", *user, address.password.encode()]
+    if address.db:
+        yield [b"SELECT", b"%d" % address.db]
+
+
+def _integer(text: bytes) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise WireError("a number was expected") from None

@@ -1,0 +1,21 @@
+"""Sizing policies: how many chunks the local tier may hold now."""
+
+from cache.sizing.fluid import Fluid
+from cache.sizing.frequency import Frequency
+from cache.sizing.protocol import SizingPolicy
+from cache.sizing.static import Static
+from core.config import SizingConfig, Strategy
+
+_POLICIES: dict[Strategy, type[Static] | type[Fluid] | type[Frequency]] = {
+    Strategy.STATIC: Static,
+    Strategy.FLUID: Fluid,
+    Strategy.FREQUENCY: Frequency,
+}
+
+
+def make_sizing(config: SizingConfig) -> SizingPolicy:
+    """A fresh policy as `config` describes it."""
+    return _POLICIES[config.strategy](config)
+
+
+__all__ = ["Fluid", "Frequency", "SizingPolicy", "Static", "make_sizing"]

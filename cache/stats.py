@@ -1,0 +1,42 @@
+"""What a cache has done and holds, at one moment."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Counters since the cache was opened, then the state of the moment. Without Redis all of its figures are zero."""
+
+    lookups: int
+    chunks_looked_up: int
+    """Full chunks of the prompts that were looked up; hits of either tier are shares of these."""
+    local_chunks_hit: int
+    remote_chunks_hit: int
+    chunks_stored: int
+    """Chunks read from the engine and kept, in the local tier or only in the queue to Redis."""
+    chunks_refused: int
+    """Chunks that found no room in the local tier, because everything there was leased or of the same prompt."""
+    evictions: int
+
+    remote_errors: int
+    """Faults of connections and replies, of reads and writes."""
+    remote_timeouts: int
+    """Look-ups that Redis did not answer within the deadline."""
+    remote_corrupt: int
+    """Records that were damaged, foreign or of another version; each was a miss, and its key is deleted."""
+    write_dropped: int
+    """Chunks that were not written to Redis: the queue was full, or Redis away."""
+    bytes_read: int
+    """Whole records that came from Redis."""
+    bytes_written: int
+    """Whole records that Redis took."""
+
+    capacity_chunks: int
+    used_chunks: int
+    pinned_chunks: int
+    local_bytes: int
+    """Tensors in the local tier, those in flight included."""
+    leased_outside_bytes: int
+    """Tensors from Redis that found no room in the local tier and live as long as their lease."""
+    queued_bytes: int
+    """Tensors that wait to be written to Redis; most are in the local tier as well."""

@@ -1,0 +1,242 @@
+"""Writes chunks to Redis behind the engine's back: it queues a reference, a thread does the rest."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cache.breaker import CircuitBreaker
+from cache.codec import HEADER_BYTES, encode_header, payload_view
+from cache.known_keys import KnownKeys
+from cache.protocol import ChunkShape
+from cache.redis_wire import Deadline, RedisConnection, ReplyError, WireError, encode_command
+from core.config import RemoteConfig
+
+logger = logging.getLogger(__name__)
+
+BATCH_BYTES = 4 << 20
+"""Of one flush: it begins as soon as this much waits, and takes no more (but at least one chunk)."""
+BATCH_TIMEOUT_MS = 5000.0
+"""Of one flush, connecting included. No look-up waits for it."""
+_DELETE_BYTES = 256
+"""What a queued deletion counts as, so that the queue is bounded in them too."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    chunk_hash: bytes
+    fingerprint: bytes
+    chunk: torch.Tensor | None
+    """To be written; `None` to delete the key."""
+    size_bytes: int
+
+
+@dataclass
+class WriteCounters:
+    """What happened so far."""
+
+    chunks_written: int = 0
+    bytes_written: int = 0
+    chunks_dropped: int = 0
+    errors: int = 0
+
+
+class WriteBehind:
+    """A queue bounded in bytes and the thread that empties it. Full, it drops what comes; failing, what it holds."""
+
+    def __init__(
+        self,
+        config: RemoteConfig,
+        shape: ChunkShape,
+        open_connection: Callable[[Deadline], RedisConnection],
+        known: KnownKeys,
+        breaker: CircuitBreaker,
+    ) -> None:
+        self.counters = WriteCounters()
+        self._shape = shape
+        self._prefix = config.redis_namespace.encode("ascii") + b":"
+        self._set_options = b"\r\n" + _bulk(b"PX") + _bulk(b"%d" % (config.remote_ttl_s * 1000))
+        self._limit_bytes = config.write_queue_bytes
+        self._flush_s = config.write_flush_ms / 1000.0
+        self._open_connection = open_connection
+        self._known = known
+        self._breaker = breaker
+        self._connection: RedisConnection | None = None
+        self._changed = threading.Condition()
+        # Below: guarded by `_changed`.
+        self._queue: deque[_Entry] = deque()
+        self._pending: set[bytes] = set()
+        self._queued_bytes = 0
+        self._oldest_at_s = 0.0
+        self._flushers = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="cache-write-behind", daemon=True)
+        self._thread.start()
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that wait or are being written; at most `write_queue_bytes`."""
+        return self._queued_bytes
+
+    def wants(self, chunk_hash: bytes) -> bool:
+        """Whether to `offer` this chunk: neither in Redis, as far as is known, nor on its way."""
+        return chunk_hash not in self._pending and chunk_hash not in self._known
+
+    def offer(self, chunk_hash: bytes, fingerprint: bytes, chunk: torch.Tensor) -> bool:
+        """Queue a reference to `chunk`, which must not change any more. False, and counted, if it is dropped."""
+        entry = _Entry(chunk_hash, fingerprint, chunk, self._shape.size_bytes)
+        # While Redis is known to be away, chunks in the queue would only be memory.
+        accepted = not self._breaker.is_open and self._enqueue(entry)
+        if not accepted:
+            self.counters.chunks_dropped += 1
+        return accepted
+
+    def has_room(self) -> bool:
+        """Whether an `offer` would be taken now."""
+        return self._queued_bytes + self._shape.size_bytes <= self._limit_bytes and not self._breaker.is_open
+
+    def delete(self, chunk_hash: bytes) -> None:
+        """Queue the deletion of a key; what is offered later is written after it. Dropped if the queue is full."""
+        self._known.discard(chunk_hash)
+        self._enqueue(_Entry(chunk_hash, b"", None, _DELETE_BYTES))
+
+    def flush(self, timeout_s: float) -> bool:
+        """Write out what is queued without waiting for more; whether the queue ran empty in time."""
+        with self._changed:
+            self._flushers += 1
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(lambda: self._queued_bytes == 0, timeout_s)
+            finally:
+                self._flushers -= 1
+
+    def close(self, timeout_s: float) -> None:
+        """Flush as far as the time allows, drop the rest and end the thread. Idempotent."""
+        self.flush(timeout_s)
+        with self._changed:
+            self._closing = True
+            dropped = sum(1 for entry in self._queue if entry.chunk is not None)
+            self.counters.chunks_dropped += dropped
+            self._queued_bytes -= sum(entry.size_bytes for entry in self._queue)
+            self._queue.clear()
+            self._pending.clear()
+            self._changed.notify_all()
+            connection = self._connection
+        if connection is not None:
+            connection.close()  # A write that hangs ends with an error.
+        self._thread.join(1.0)
+
+    def _enqueue(self, entry: _Entry) -> bool:
+        with self._changed:
+            if self._closing or self._queued_bytes + entry.size_bytes > self._limit_bytes:
+                return False
+            if not self._queue:
+                self._oldest_at_s = time.monotonic()
+            self._queue.append(entry)
+            if entry.chunk is not None:
+                self._pending.add(entry.chunk_hash)
+            before, self._queued_bytes = self._queued_bytes, self._queued_bytes + entry.size_bytes
+            # The thread is woken at the first and when a batch is full, not for each chunk.
+            if len(self._queue) == 1 or before < BATCH_BYTES <= self._queued_bytes:
+                self._changed.notify_all()
+            return True
+
+    def _run(self) -> None:
+        while batch := self._next_batch():
+            try:
+                self._write(batch)
+            finally:
+                with self._changed:
+                    self._pending.difference_update(entry.chunk_hash for entry in batch)
+                    self._queued_bytes -= sum(entry.size_bytes for entry in batch)
+                    self._changed.notify_all()
+        self._hang_up()
+
+    def _next_batch(self) -> list[_Entry]:
+        """Wait for a full batch, or until the oldest has waited long enough; empty: the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            due_s = self._oldest_at_s + self._flush_s
+            self._changed.wait_for(
+                lambda: self._queued_bytes >= BATCH_BYTES or self._flushers or self._closing,
+                max(due_s - time.monotonic(), 0.0),
+            )
+            batch: list[_Entry] = []
+            size_bytes = 0
+            while self._queue and (not batch or size_bytes + self._queue[0].size_bytes <= BATCH_BYTES):
+                batch.append(self._queue.popleft())
+                size_bytes += batch[-1].size_bytes
+            self._oldest_at_s = time.monotonic()
+            return batch
+
+    def _write(self, batch: list[_Entry]) -> None:
+        chunks = [entry for entry in batch if entry.chunk is not None]
+        if not self._breaker.try_acquire():
+            self.counters.chunks_dropped += len(chunks)
+            return
+        try:
+            written = self._send(batch)
+        except (OSError, WireError, ReplyError) as error:
+            self._hang_up()
+            self.counters.errors += 1
+            self.counters.chunks_dropped += len(chunks)
+            if self._breaker.failure():
+                logger.warning("Redis takes no chunks, left alone for now: %s", error)
+            return
+        self._breaker.success()
+        self.counters.chunks_dropped += len(chunks) - written
+        self.counters.chunks_written += written
+        self.counters.bytes_written += written * (HEADER_BYTES + self._shape.size_bytes)
+
+    def _send(self, batch: list[_Entry]) -> int:
+        """Send all, then read all replies; how many chunks Redis took. One refusal (out of memory) is no failure."""
+        deadline = Deadline(BATCH_TIMEOUT_MS)
+        connection = self._connected(deadline)
+        for entry in batch:
+            key = self._prefix + entry.chunk_hash.hex().encode("ascii")
+            if entry.chunk is None:
+                connection.send([encode_command([b"UNLINK", key])], deadline)
+                continue
+            payload = payload_view(entry.chunk)
+            header = encode_header(self._shape, entry.fingerprint, entry.chunk_hash, payload)
+            value_length = b"$%d\r\n" % (len(header) + len(payload))
+            before = b"*5\r\n" + _bulk(b"SET") + _bulk(key) + value_length + header
+            connection.send([before, payload, self._set_options], deadline)
+        written = 0
+        refusal: ReplyError | None = None
+        for entry in batch:
+            try:
+                connection.read_reply(deadline)
+            except ReplyError as error:
+                refusal = error
+                continue
+            if entry.chunk is not None:
+                self._known.add(entry.chunk_hash)
+                written += 1
+        if refusal is not None:
+            self.counters.errors += 1
+            if not written:
+                raise refusal
+        return written
+
+    def _connected(self, deadline: Deadline) -> RedisConnection:
+        if self._connection is None:
+            connection = self._open_connection(deadline)
+            with self._changed:
+                if self._closing:
+                    connection.close()
+                self._connection = connection
+        return self._connection
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _bulk(value: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(value), value)

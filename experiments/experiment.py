@@ -1,0 +1,89 @@
+"""An experiment is data: variants of a job, a load, and what is made of the records. This runs it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from kafka.errors import KafkaError
+from rich.console import Console
+
+from core.config import JobConfig
+from core.errors import UserError
+from experiments.config import RunConfig, Variant, check_writable, with_addresses, with_model_found
+from experiments.records import RunRecords, read_runs, write_run
+from experiments.report import show, write_csv
+from experiments.run import Setting, run_variant
+from experiments.services import services
+from workloads.catalogue import make_workload
+from workloads.config import WorkloadConfig
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What one experiment is made of."""
+
+    name: str
+    """Of its files: `<name>_<run id>.csv` and `.png`."""
+    pipeline: Path
+    variants: Sequence[Variant]
+    workload: WorkloadConfig
+    out: Path
+    table: Callable[[Sequence[RunRecords]], pd.DataFrame]
+    figure: Callable[[Sequence[RunRecords], Path], None]
+
+
+def carry_out(experiment: Experiment, run: RunConfig, run_id: str) -> None:
+    """Run every variant on the same load, write raw records, CSV and figure, and show the table.
+
+    Whatever can be checked is checked before anything is started. Raises `UserError`.
+    """
+    variants = [Variant(variant.name, with_model_found(variant.job)) for variant in experiment.variants]
+    workload = make_workload(experiment.workload)
+    # A trace is opened by its first request; a path that is wrong must show now.
+    if next(iter(workload), None) is None:
+        raise UserError("--workload: it has no requests with these options; allow longer prompts or another trace")
+    check_writable(experiment.out)
+    raw = experiment.out / "raw" / run_id
+    runs = []
+    with services(run, largest(variants)) as found:
+        setting = Setting(experiment.name, run_id, experiment.pipeline, found.flink, run, experiment.workload, workload)
+        for position, variant in enumerate(variants):
+            job = with_addresses(variant.job, brokers=found.brokers, redis_url=found.redis_url)
+            try:
+                records = run_variant(setting, Variant(variant.name, job), position)
+            except KafkaError as error:
+                raise UserError(f"Kafka at {found.brokers} failed: {' '.join(str(error).split())}") from None
+            except UserError as error:
+                raise UserError(f"{variant.name}: {error}") from None
+            write_run(raw, records)
+            runs.append(records)
+    finish(experiment, runs, raw, run_id)
+
+
+def rebuild(experiment: Experiment, raw: Path) -> None:
+    """Make CSV and figure again from the records below `raw`, under the names that the run gave them."""
+    runs = read_runs(raw)
+    check_writable(experiment.out)
+    finish(experiment, runs, raw, runs[0].manifest.run_id)
+
+
+def finish(experiment: Experiment, runs: Sequence[RunRecords], raw: Path, run_id: str) -> None:
+    """From records to CSV, figure and table."""
+    stem = f"{experiment.name}_{run_id.replace('-', '_')}"
+    csv, png = experiment.out / f"{stem}.csv", experiment.out / f"{stem}.png"
+    results = experiment.table(runs)
+    write_csv(results, csv)
+    made = {"CSV": csv}
+    if any(run.responses for run in runs):
+        experiment.figure(runs, png)
+        made["figure"] = png
+    show(results, runs)
+    console = Console(highlight=False, soft_wrap=True)
+    for name, path in (made | {"raw": raw}).items():
+        console.print(f"{name + ':':8}{path}", markup=False)
+
+
+def largest(variants: Sequence[Variant]) -> JobConfig:
+    """The job that needs the most slots."""
+    return max((variant.job for variant in variants), key=lambda job: job.parallelism)

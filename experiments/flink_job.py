@@ -1,0 +1,191 @@
+"""A job on a Flink cluster: submitted by its command line, watched and stopped over its REST interface."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+
+ENDED = frozenset({"FINISHED", "FAILED", "CANCELED"})
+REQUEST_TIMEOUT_S = 20.0
+POLL_S = 0.3
+SUBMIT_TIMEOUT_S = 180.0
+CANCEL_TIMEOUT_S = 60.0
+JOB_ID = re.compile(r"JobID ([0-9a-f]{32})")
+
+
+class NotFound(Exception):  # noqa: N818 - an answer of Flink's, not a fault
+    """Flink knows no such thing."""
+
+
+class FlinkCluster:
+    """A running cluster. `argv` and `env` are those of its `flink` command."""
+
+    def __init__(self, rest_url: str, argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> None:
+        self._rest_url = rest_url.rstrip("/")
+        self._argv = list(argv)
+        self._env = dict(env)
+        self._cwd = cwd
+
+    def submit(self, script: Path, options: Sequence[str]) -> "FlinkJob":
+        """Start `script` detached. Raises `UserError` with the reason, in one line, if it is not accepted."""
+        argv = [*self._argv, "run", "-d", "-py", str(script), *options]
+        # A session of its own: a Ctrl-C must reach only us, who then know whether a job has to be cancelled.
+        process = subprocess.Popen(
+            argv,
+            cwd=self._cwd,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=SUBMIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise UserError(f"flink run did not submit {script.name} within {SUBMIT_TIMEOUT_S:.0f} s") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        found = JOB_ID.search(output)
+        if process.returncode != 0 or found is None:
+            raise UserError(f"flink run did not submit {script.name}: {root_cause(output)}")
+        return FlinkJob(self, found[1])
+
+    def jobs_named(self, name: str) -> "list[FlinkJob]":
+        """The jobs of that name that have not ended."""
+        overview = self.get("/jobs/overview")["jobs"]
+        return [FlinkJob(self, job["jid"]) for job in overview if job["name"] == name and job["state"] not in ENDED]
+
+    def slots(self) -> int:
+        """Slots of the cluster, free and taken."""
+        return int(self.get("/overview")["slots-total"])
+
+    def get(self, path: str) -> Any:
+        return self._ask(urllib.request.Request(self._rest_url + path))
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        data = json.dumps(body).encode()
+        return self._ask(urllib.request.Request(self._rest_url + path, data=data, headers=headers, method="POST"))
+
+    def patch(self, path: str) -> None:
+        self._ask(urllib.request.Request(self._rest_url + path, method="PATCH"))
+
+    def _ask(self, request: urllib.request.Request) -> Any:
+        try:
+            with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as answer:
+                return json.loads(answer.read() or b"{}")
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            if error.code == 404:
+                raise NotFound(text) from None
+            raise UserError(f"Flink refused {request.selector}: {_refusal(text)}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise UserError(f"Flink at {self._rest_url} does not answer ({error}); is it running?") from None
+
+
+@dataclass(frozen=True)
+class FlinkJob:
+    cluster: FlinkCluster
+    job_id: str
+
+    def state(self) -> str:
+        """Flink's own word: CREATED, RUNNING, RESTARTING, FINISHED, FAILED, ..."""
+        return str(self.cluster.get(f"/jobs/{self.job_id}")["state"])
+
+    def failures(self) -> list[str]:
+        """The cause of each failure so far in one line, the latest first; empty if there was none."""
+        history = self.cluster.get(f"/jobs/{self.job_id}/exceptions").get("exceptionHistory", {})
+        return [root_cause(entry.get("stacktrace", "")) for entry in history.get("entries", [])]
+
+    def require_alive(self, *, untouched: bool = False) -> None:
+        """Raises `UserError` with the cause if the job has ended, or (`untouched`) has failed and may be retried."""
+        state = self.state()
+        failures = self.failures() if untouched or state in ENDED else []
+        if state in ENDED or failures:
+            cause = failures[0] if failures else "Flink states no cause"
+            how = "is" if state in ENDED else "failed and is"
+            raise UserError(f"job {self.job_id} {how} {state}: {cause}")
+
+    def stop(self, savepoint_dir: str | None, timeout_s: float) -> None:
+        """Let it answer what it has read, and end. Raises `UserError` if it has not ended within `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
+        body: dict[str, Any] = {"drain": True}
+        if savepoint_dir is not None:
+            body["targetDirectory"] = savepoint_dir
+        trigger = self.cluster.post(f"/jobs/{self.job_id}/stop", body)["request-id"]
+        outcome = self._savepoint(trigger, deadline_s)
+        if "failure-cause" in outcome:
+            raise UserError(f"job {self.job_id} did not drain: {root_cause(outcome['failure-cause']['stack-trace'])}")
+        # Only the draining was wanted.
+        self.cluster.post("/savepoint-disposal", {"savepoint-path": outcome["location"]})
+        state = self.wait_ended(deadline_s - time.monotonic())
+        if state != "FINISHED":
+            self.require_alive()
+
+    def cancel(self) -> None:
+        """End it at once and wait for that; one that has ended already is left as it is."""
+        try:
+            if self.state() in ENDED:
+                return
+            self.cluster.patch(f"/jobs/{self.job_id}?mode=cancel")
+            self.wait_ended(CANCEL_TIMEOUT_S)
+        except NotFound:
+            return
+
+    def wait_ended(self, timeout_s: float) -> str:
+        """The state it ended in. Raises `UserError` if that takes longer than `timeout_s`."""
+        deadline_s = time.monotonic() + timeout_s
+        while (state := self.state()) not in ENDED:
+            if time.monotonic() > deadline_s:
+                raise UserError(f"job {self.job_id} is still {state}; look at Flink's log, or cancel it there")
+            time.sleep(POLL_S)
+        return state
+
+    def _savepoint(self, trigger: str, deadline_s: float) -> dict[str, Any]:
+        while True:
+            answer = self.cluster.get(f"/jobs/{self.job_id}/savepoints/{trigger}")
+            if answer["status"]["id"] == "COMPLETED":
+                return dict(answer["operation"])
+            if time.monotonic() > deadline_s:
+                raise UserError(f"job {self.job_id} does not drain in time; allow more with --stop-timeout-s")
+            time.sleep(POLL_S)
+
+
+def root_cause(text: str) -> str:
+    """The line that a person needs of a stack trace or a log: the Python exception, else the innermost Java cause."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if line.startswith("error: ")]
+    if own:
+        return own[-1].removeprefix("error: ")
+    tracebacks = [index for index, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")]
+    if tracebacks:
+        for line in lines[tracebacks[-1] + 1 :]:
+            if not line.startswith((" ", "\t")):
+                return line
+    causes = [line.strip() for line in lines if line.lstrip().startswith("Caused by: ")]
+    if causes:
+        return causes[-1].removeprefix("Caused by: ")
+    unindented = [line for line in lines if not line.startswith((" ", "\t"))]
+    return (unindented or lines or ["no reason was given"])[0]
+
+
+def _refusal(text: str) -> str:
+    try:
+        return root_cause("\n".join(json.loads(text)["errors"]))
+    except (ValueError, KeyError, TypeError):
+        return root_cause(text)

@@ -1,0 +1,124 @@
+"""The topics of one run: made before its job, read from their beginning, deleted after it."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka.admin import NewTopic
+from kafka.errors import KafkaError, UnknownTopicOrPartitionError
+
+from core.config import KafkaConfig
+from core.errors import UserError
+
+CONNECT_TIMEOUT_MS = 5_000
+METADATA_TIMEOUT_S = 15.0
+RETENTION = {"retention.ms": "-1", "retention.bytes": "-1"}
+"""A run's records must outlast the run, whatever the broker keeps by default."""
+
+# It logs each failed connection; what matters of it is in our errors.
+logging.getLogger("kafka").setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def fresh_topics(config: KafkaConfig, partitions: int) -> Iterator[None]:
+    """The four topics of `config`, with `partitions` of the requests; gone afterwards.
+
+    Raises `UserError` if the broker does not answer or refuses.
+    """
+    topics = [
+        NewTopic(
+            name=name,
+            num_partitions=partitions if name == config.requests_topic else 1,
+            replication_factor=-1,
+            topic_configs=RETENTION,
+        )
+        for name in config.topics
+    ]
+    try:
+        with _admin(config.brokers) as admin:
+            admin.create_topics(topics)
+    except KafkaError as error:
+        raise UserError(f"--brokers: Kafka at {config.brokers}: {_one_line(error)}") from None
+    try:
+        yield
+    finally:
+        delete_topics(config)
+
+
+def delete_topics(config: KafkaConfig) -> None:
+    """Delete the topics of `config`; those that do not exist are let pass."""
+    try:
+        with _admin(config.brokers) as admin:
+            for name in config.topics:
+                try:
+                    admin.delete_topics([name])
+                except UnknownTopicOrPartitionError:
+                    continue
+    except KafkaError as error:
+        raise UserError(f"topics {config.topic_prefix}.* are left in Kafka ({_one_line(error)}); delete them") from None
+
+
+@contextmanager
+def reading(config: KafkaConfig, topics: Sequence[str]) -> Iterator[KafkaConsumer]:
+    """A consumer of `topics` from their beginning, outside any group; sees only what is committed."""
+    consumer = KafkaConsumer(
+        bootstrap_servers=config.brokers.split(","),
+        bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
+        group_id=None,
+        enable_auto_commit=False,
+        isolation_level="read_committed",
+    )
+    try:
+        partitions = [partition for topic in topics for partition in _partitions(consumer, topic)]
+        consumer.assign(partitions)
+        consumer.seek_to_beginning(*partitions)
+        yield consumer
+    finally:
+        consumer.close()
+
+
+def at_end(consumer: KafkaConsumer) -> bool:
+    """Whether all that was written until now has been read."""
+    ends = consumer.end_offsets(list(consumer.assignment()))
+    return all(consumer.position(partition) >= end for partition, end in ends.items())
+
+
+def require_broker(brokers: str) -> None:
+    """Raises `UserError` if no broker answers there."""
+    try:
+        with _admin(brokers) as admin:
+            admin.list_topics()
+    except KafkaError as error:
+        raise UserError(f"--brokers: Kafka at {brokers} does not answer ({_one_line(error)}); is it running?") from None
+
+
+def _partitions(consumer: KafkaConsumer, topic: str) -> list[TopicPartition]:
+    deadline_s = time.monotonic() + METADATA_TIMEOUT_S
+    # A topic that was made a moment ago may not be known yet.
+    while not (numbers := consumer.partitions_for_topic(topic)):
+        if time.monotonic() > deadline_s:
+            raise UserError(f"Kafka does not show the topic {topic} after {METADATA_TIMEOUT_S:.0f} s; look at its log")
+        time.sleep(0.1)
+    return [TopicPartition(topic, number) for number in sorted(numbers)]
+
+
+@contextmanager
+def _admin(brokers: str) -> Iterator[KafkaAdminClient]:
+    try:
+        admin = KafkaAdminClient(
+            bootstrap_servers=brokers.split(","),
+            bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
+            request_timeout_ms=CONNECT_TIMEOUT_MS,
+        )
+    except ValueError:
+        raise UserError(f"--brokers: {brokers} is not host:port,...; give the addresses of Kafka") from None
+    try:
+        yield admin
+    finally:
+        admin.close()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

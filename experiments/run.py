@@ -1,0 +1,162 @@
+"""One variant, from an empty cache to its raw records: submit, ready, load, last answer, drain."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from core.clock import SystemClock
+from core.config import JobConfig
+from core.errors import UserError
+from core.options import to_options
+from experiments.collector import Collector, Ledger, wait_ready
+from experiments.config import RunConfig, Variant
+from experiments.flink_job import FlinkCluster, FlinkJob
+from experiments.kafka_topics import fresh_topics, reading
+from experiments.provenance import provenance, without_secrets
+from experiments.records import Load, Manifest, RunRecords
+from workloads.config import WorkloadConfig
+from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connect
+from workloads.timed_request import Workload
+
+LATE_SUBMISSION_S = 2.0
+"""After a submission that was cut off, how long Flink may take to show a job that it had accepted nonetheless."""
+REDIS_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all variants of one experiment share."""
+
+    experiment: str
+    run_id: str
+    pipeline: Path
+    flink: FlinkCluster
+    run: RunConfig
+    workload_config: WorkloadConfig
+    workload: Workload
+
+
+def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords:
+    """Measure `variant`; afterwards its job, topics and keys are gone, whatever happened.
+
+    Raises `UserError` in one line if the job fails, falls silent, or does not become ready in time.
+    """
+    job, run = variant.job, setting.run
+    conditions = provenance()
+    with ExitStack() as cleanup:
+        remote = job.cache.remote
+        if remote.redis_url is not None:
+            cleanup.callback(delete_keys, remote.redis_url, remote.redis_namespace)
+        cleanup.enter_context(fresh_topics(job.kafka, partitions=job.parallelism))
+        submitted = cleanup.enter_context(_submitted(setting, job))
+        ready = cleanup.enter_context(reading(job.kafka, [job.kafka.ready_topic]))
+        answers = cleanup.enter_context(reading(job.kafka, [job.kafka.responses_topic, job.kafka.dead_letters_topic]))
+        ledger = Ledger()
+        collector = Collector(answers, job.kafka, ledger)
+        with _progress() as bar:
+            task = bar.add_task(f"{variant.name}: slots ready", total=job.parallelism)
+            slots = wait_ready(
+                ready,
+                job.parallelism,
+                run.ready_timeout_s,
+                watch=lambda: submitted.require_alive(untouched=True),
+                on_progress=lambda count: bar.update(task, completed=count),
+            )
+            bar.update(task, description=f"{variant.name}: answered", total=setting.workload.requests, completed=0)
+            with _offered(setting.workload, job, ledger) as load:
+                report = collector.until_settled(
+                    load,
+                    run.idle_timeout_s,
+                    watch=submitted.require_alive,
+                    on_progress=lambda count: bar.update(task, completed=count),
+                )
+        failures = submitted.failures()
+        submitted.stop(run.savepoint_dir, run.stop_timeout_s)
+        late = collector.rest()
+    return RunRecords(
+        Manifest(
+            experiment=setting.experiment,
+            run_id=setting.run_id,
+            variant=variant.name,
+            position=position,
+            job=without_secrets(job),
+            workload=setting.workload_config,
+            job_id=submitted.job_id,
+            slots=slots,
+            load=Load.of(report),
+            duplicates=ledger.duplicates,
+            late_duplicates=late,
+            failures=tuple(failures),
+            provenance=conditions,
+        ),
+        ledger.all_sent,
+        ledger.responses,
+        ledger.dead_letters,
+    )
+
+
+@contextmanager
+def _offered(workload: Workload, job: JobConfig, ledger: Ledger) -> "Iterator[Future[LoadReport]]":
+    """The load, sent from a thread of its own; stopped at the end of the block where it has not ended."""
+    stop = threading.Event()
+    producer = connect(job.kafka)
+    try:
+        generator = KafkaLoadGenerator(producer, job.kafka.requests_topic, workload, SystemClock())
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as pool:
+            # Leaving the pool's block waits for its thread, which must have been told to stop by then.
+            try:
+                yield pool.submit(generator.run, stop, ledger.sent)
+            finally:
+                stop.set()
+    finally:
+        producer.close(timeout=1)
+
+
+@contextmanager
+def _submitted(setting: Setting, job: JobConfig) -> Iterator[FlinkJob]:
+    """The running job; one that has not ended by itself is cancelled."""
+    submitted = None
+    try:
+        submitted = setting.flink.submit(setting.pipeline, to_options(job))
+        yield submitted
+    finally:
+        if submitted is not None:
+            submitted.cancel()
+        else:
+            time.sleep(LATE_SUBMISSION_S)
+            for accepted in setting.flink.jobs_named(job.job_name):
+                accepted.cancel()
+
+
+def delete_keys(redis_url: str, namespace: str) -> int:
+    """Delete the keys of `namespace`, found by SCAN; returns how many. Raises `UserError` if Redis fails."""
+    deleted = 0
+    try:
+        with Redis.from_url(redis_url, socket_timeout=10, socket_connect_timeout=5) as client:
+            batch: list[bytes] = []
+            for key in client.scan_iter(match=f"{namespace}:*", count=REDIS_BATCH):
+                batch.append(key)
+                if len(batch) == REDIS_BATCH:
+                    deleted += int(client.unlink(*batch))
+                    batch.clear()
+            if batch:
+                deleted += int(client.unlink(*batch))
+    except (RedisError, OSError) as error:
+        raise UserError(f"keys {namespace}:* are left in Redis ({' '.join(str(error).split())})") from None
+    return deleted
+
+
+def _progress() -> Progress:
+    """On stderr, and only where a person sees it."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)

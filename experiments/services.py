@@ -1,0 +1,83 @@
+"""The Kafka, Redis and Flink that an experiment runs on: the user's own, or the local stack for its duration."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rich.console import Console
+
+from core.config import JobConfig
+from core.errors import UserError
+from experiments.config import ROOT, RunConfig
+from experiments.flink_job import FlinkCluster
+from experiments.kafka_topics import require_broker
+from local_stack import LocalStack, StackConfig, flink_cli
+
+TASK_MANAGERS = 2
+
+
+@dataclass(frozen=True)
+class Services:
+    brokers: str
+    redis_url: str | None
+    flink: FlinkCluster
+
+
+@contextmanager
+def services(run: RunConfig, job: JobConfig) -> Iterator[Services]:
+    """Services that answer. What was started for it is stopped afterwards, and nothing else.
+
+    Raises `UserError` if one of the user's own does not answer, or the cluster has fewer slots than `job` needs.
+    """
+    stack = _stack(run, job)
+    ran_before = _runs(stack)
+    try:
+        with Console(stderr=True).status("starting Kafka, Redis and Flink ..."):
+            stack.start()
+        addresses = stack.addresses()
+        argv, env = flink_cli(stack)
+        flink = FlinkCluster(addresses.flink_rest_url, argv, env, ROOT)
+        require_broker(addresses.brokers)
+        if run.remote:
+            _require_redis(addresses.redis_url)
+        if (slots := flink.slots()) < job.parallelism:
+            raise UserError(f"--parallelism: {job.parallelism} slots are needed and Flink has {slots}; give fewer")
+        yield Services(addresses.brokers, addresses.redis_url if run.remote else None, flink)
+    finally:
+        # Asked beforehand and not taken from `start`'s answer, which an interruption could swallow.
+        if not ran_before:
+            stack.stop()
+
+
+def _stack(run: RunConfig, job: JobConfig) -> LocalStack:
+    own: dict[str, Any] = {
+        # Given or not, for the job's own default names a broker too.
+        "brokers": job.kafka.brokers if "brokers" in job.kafka.model_fields_set else None,
+        "redis_url": job.cache.remote.redis_url,
+        "flink_url": run.flink_url,
+    }
+    directory = run.stack_dir
+    if any(own.values()):
+        # Other options than the local stack's: a folder of its own, so that the two do not meet.
+        directory = directory.with_name(directory.name + "-own")
+    elif running := LocalStack.running_in(directory):
+        return running
+    slots = max(StackConfig.model_fields["task_slots"].default, -(-job.parallelism // TASK_MANAGERS))
+    return LocalStack(StackConfig(dir=directory, task_managers=TASK_MANAGERS, task_slots=slots, **own))
+
+
+def _runs(stack: LocalStack) -> bool:
+    return LocalStack.running_in(stack.config.dir) is not None and not any(part.problem for part in stack.health())
+
+
+def _require_redis(url: str) -> None:
+    try:
+        with Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
+            client.ping()
+    except (RedisError, OSError, ValueError) as error:
+        raise UserError(
+            f"--redis-url: Redis does not answer ({' '.join(str(error).split())}); is it running?"
+        ) from None

@@ -1,0 +1,256 @@
+"""The whole cache against a plain dictionary: properties 1 to 4, 6, 9 and 10."""
+
+from contextlib import suppress
+
+import pytest
+from cache_support import IDENTITY, LIMITS, SHAPE, C, check_lease, hits, make_cache, prompt, reader, store
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from cache import open_cache
+from cache.eviction import LRU
+from cache.keys import KeySchema
+from cache.local import LocalTier
+from cache.manager import TwoLevelCache
+from core.clock import ManualClock
+from core.config import CacheConfig, RemoteConfig
+from core.errors import UserError
+
+# Few different chunks, so that prompts share prefixes; lengths around the multiples of a chunk.
+prompts = st.builds(
+    lambda heads, rest: [head for head in heads for _ in range(C)] + [9] * rest,
+    st.lists(st.integers(0, 2), max_size=4),
+    st.integers(0, C - 1),
+)
+salts = st.sampled_from(["", "tenant"])
+
+
+class Scripted:
+    """A sizing policy that a test moves."""
+
+    capacity_chunks = 3
+
+    def observe(self, now_ms, keys):
+        return self.capacity_chunks
+
+
+class CacheAgainstDictionary(RuleBasedStateMachine):
+    """The dictionary: every chunk that was ever stored. A cache may have lost any of them, and must invent none."""
+
+    url = None
+
+    @initialize()
+    def open(self):
+        self.sizing = Scripted()
+        if self.url is None:
+            local = LocalTier(3, SHAPE.size_bytes, LRU())
+            keys = KeySchema(IDENTITY, SHAPE)
+            self.cache = TwoLevelCache(
+                shape=SHAPE, keys=keys, local=local, sizing=self.sizing, remote=None, clock=ManualClock()
+            )
+        else:
+            # Another weights digest for each run, so that runs do not find each other's chunks.
+            CacheAgainstDictionary.runs += 1
+            identity = type(IDENTITY)(f"run {CacheAgainstDictionary.runs}", "", "")
+            self.cache = make_cache(self.url, capacity=3, identity=identity)
+            self.cache._sizing = self.sizing
+        self.stored: set[tuple] = set()
+        self.leases: list = []
+        self.looked_up = self.local = self.remote = 0
+
+    runs = 0
+
+    def chunks_of(self, tokens, salt):
+        return [(salt, tuple(tokens[: end + C])) for end in range(0, len(tokens) - C + 1, C)]
+
+    @rule(tokens=prompts, salt=salts)
+    def look_up(self, tokens, salt):
+        lease = self.cache.lookup(tokens, salt)
+        chunks = self.chunks_of(tokens, salt)
+        check_lease(lease, tokens, salt)
+        assert self.stored.issuperset(chunks[: len(lease.chunks)])
+        assert lease.capacity_chunks == self.sizing.capacity_chunks
+        self.looked_up += len(chunks)
+        self.local += lease.local_chunks
+        self.remote += lease.remote_chunks
+        computed = len(tokens) - len(lease.chunks) * C
+        assert computed >= 0
+        self.leases.append((lease, tokens, salt))
+
+    @rule(tokens=prompts, salt=salts)
+    def store(self, tokens, salt):
+        store(self.cache, tokens, salt)
+        self.stored.update(self.chunks_of(tokens, salt))
+
+    @rule(tokens=prompts, salt=salts)
+    def store_then_find_all_if_there_is_room(self, tokens, salt):
+        self.store(tokens, salt)
+        chunks = self.chunks_of(tokens, salt)
+        pinned = self.cache.stats().pinned_chunks
+        if len(chunks) + pinned <= min(self.sizing.capacity_chunks, self.cache.stats().capacity_chunks):
+            self.look_up(tokens, salt)
+            assert len(self.leases[-1][0].chunks) == len(chunks)
+
+    @rule(tokens=prompts, salt=salts, at=st.integers(0, 3))
+    def store_that_fails(self, tokens, salt, at):
+        missing = None
+        try:
+            self.cache.store(tokens, reader(tokens, salt, fail_at=at), salt)
+        except RuntimeError:
+            missing = at
+        # What came before the failure is whole; the failed chunk and what follows were not read.
+        self.stored.update(self.chunks_of(tokens, salt)[:missing])
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data):
+        lease, _, _ = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
+        lease.release()
+        lease.release()
+
+    @rule(capacity=st.integers(0, 6))
+    def resize(self, capacity):
+        self.sizing.capacity_chunks = capacity
+
+    @precondition(lambda self: self.url is not None)
+    @rule()
+    def flush(self):
+        assert self.cache.flush(10)
+
+    @invariant()
+    def leases_hold(self):
+        for lease, tokens, salt in getattr(self, "leases", []):
+            check_lease(lease, tokens, salt)
+
+    @invariant()
+    def counts_and_bytes_are_true(self):
+        if not hasattr(self, "cache"):
+            return
+        stats, local = self.cache.stats(), self.cache._local
+        actual = sum(entry.chunk.untyped_storage().nbytes() for entry in local._entries.values())
+        assert stats.local_bytes == actual
+        assert stats.used_chunks <= max(stats.capacity_chunks, stats.pinned_chunks)
+        held = {id(chunk) for lease, _, _ in self.leases for chunk in lease.chunks}
+        inside = {id(entry.chunk) for entry in local._entries.values()}
+        assert stats.pinned_chunks == len(held & inside)
+        outside = sum(1 for lease, _, _ in self.leases for chunk in lease.chunks if id(chunk) not in inside)
+        assert stats.leased_outside_bytes == outside * SHAPE.size_bytes
+        assert (stats.chunks_looked_up, stats.local_chunks_hit, stats.remote_chunks_hit) == (
+            self.looked_up,
+            self.local,
+            self.remote,
+        )
+
+    def teardown(self):
+        if hasattr(self, "cache"):
+            for lease, _, _ in self.leases:
+                lease.release()
+            assert self.cache.stats().pinned_chunks == 0
+            assert self.cache.stats().leased_outside_bytes == 0
+            self.cache.close(5)
+
+
+CacheAgainstDictionary.TestCase.settings = settings(LIMITS, max_examples=60, stateful_step_count=30)
+TestCacheAgainstDictionary = CacheAgainstDictionary.TestCase
+
+
+def test_cache_with_redis_against_dictionary(redis_server, client):
+    class WithRedis(CacheAgainstDictionary):
+        url = redis_server.url
+
+    run_state_machine_as_test(WithRedis, settings=settings(LIMITS, max_examples=20, stateful_step_count=25))
+
+
+@pytest.mark.parametrize("length", [0, 1, C - 1, C, C + 1, 3 * C - 1, 3 * C, 3 * C + 1])
+def test_every_length_around_a_multiple_of_a_chunk(caches, length):
+    cache, tokens = caches(), list(range(length))
+    assert hits(cache, tokens) == (0, 0)
+    assert store(cache, tokens) == length // C
+    assert hits(cache, tokens) == (length // C, 0)
+    assert store(cache, tokens) == 0
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 2])
+def test_a_store_that_fails_is_a_miss_from_there_on(caches, fail_at):
+    cache, tokens = caches(), prompt(3)
+    with pytest.raises(RuntimeError, match="the engine failed"):
+        cache.store(tokens, reader(tokens, fail_at=fail_at))
+    assert hits(cache, tokens) == (fail_at, 0)
+    assert cache.stats().used_chunks == fail_at
+    assert cache.stats().pinned_chunks == 0
+    assert store(cache, tokens) == 3 - fail_at
+    assert hits(cache, tokens) == (3, 0)
+
+
+def test_a_store_never_evicts_its_own_prompt(caches):
+    cache = caches(capacity=2)
+    store(cache, prompt(2, first=1))
+    assert store(cache, prompt(5)) == 2
+    assert hits(cache, prompt(5)) == (2, 0)
+    assert cache.stats().chunks_refused == 3
+
+
+def test_what_is_leased_is_neither_evicted_nor_in_the_way_of_a_shrink(caches):
+    cache, sizing = caches(), Scripted()
+    cache._sizing = sizing
+    sizing.capacity_chunks = 4
+    store(cache, prompt(3))
+    lease = cache.lookup(prompt(3))
+    sizing.capacity_chunks = 1
+    assert hits(cache, prompt(1, first=5)) == (0, 0)
+    assert store(cache, prompt(2, first=5)) == 0
+    check_lease(lease, prompt(3), "")
+    assert cache.stats().used_chunks == 3
+    lease.release()
+    assert cache.stats().used_chunks == 1
+    assert hits(cache, prompt(3)) == (1, 0)
+
+
+def test_a_lease_ends_with_its_block_even_on_an_error(caches):
+    cache = caches()
+    store(cache, prompt(2))
+    with suppress(KeyError), cache.lookup(prompt(2)):
+        assert cache.stats().pinned_chunks == 2
+        raise KeyError
+    assert cache.stats().pinned_chunks == 0
+
+
+def test_chunks_behind_a_gap_are_no_hits_and_are_let_go(caches):
+    cache = caches()
+    store(cache, prompt(3))
+    gap = KeySchema(IDENTITY, SHAPE).of(prompt(3)).hashes[1]
+    cache._local._eviction.on_remove(gap)
+    del cache._local._entries[gap]
+    lease = cache.lookup(prompt(3))
+    assert list(lease.sources) == ["local"]
+    assert cache.stats().pinned_chunks == 1
+    lease.release()
+    assert cache.stats().pinned_chunks == 0
+
+
+def test_the_lease_reports_the_capacity_and_use_of_its_moment(caches):
+    cache = caches(capacity=5)
+    store(cache, prompt(3))
+    with cache.lookup(prompt(1)) as lease:
+        assert (lease.capacity_chunks, lease.used_chunks) == (5, 3)
+
+
+def test_a_url_that_is_none_is_a_user_error_without_the_password():
+    for url in ("http://u:hunter2@h/0", "redis://u:hunter2@h:port/0", "redis://:hunter2@h/0?db=x", "unix://"):
+        config = CacheConfig(chunk_tokens=C, remote=RemoteConfig(redis_url=url))
+        with pytest.raises(UserError, match="redis_url") as caught:
+            open_cache(config, SHAPE, IDENTITY, ManualClock())
+        assert "hunter2" not in str(caught.value)
+
+
+def test_a_shape_of_another_chunk_size_is_refused():
+    with pytest.raises(ValueError, match="tokens"):
+        open_cache(CacheConfig(chunk_tokens=C + 1), SHAPE, IDENTITY, ManualClock())

@@ -1,0 +1,274 @@
+"""The records on the wire: what is taken, what is refused and by which line, what comes back."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import UserError
+from core.records import MAX_RECORD_BYTES, DeadLetter, FinishReason, Request, Response
+
+REQUEST = {
+    "request_id": "r1",
+    "session_id": "s1",
+    "user_id": "u1",
+    "max_new_tokens": 4,
+    "created_at_ms": 1000.5,
+    "prompt": "hello",
+}
+RESPONSE = {
+    "request_id": "r1",
+    "session_id": "s1",
+    "user_id": "u1",
+    "text": "hi",
+    "token_ids": (1, 2),
+    "finish_reason": FinishReason.LENGTH,
+    "slot": 0,
+    "device": "cpu",
+    "engine": "pool",
+    "model": "m",
+    "batch_id": "b",
+    "batch_size": 1,
+    "prompt_tokens": 10,
+    "local_tokens": 4,
+    "remote_tokens": 3,
+    "computed_tokens": 3,
+    "output_tokens": 2,
+    "created_at_ms": 0.0,
+    "completed_at_ms": 5.0,
+    "wait_ms": 1.0,
+    "ttft_ms": 2.0,
+    "tpot_ms": 3.0,
+    "inference_ms": 4.0,
+    "e2e_ms": 5.0,
+    "cache_capacity_chunks": 8,
+    "cache_used_chunks": 2,
+    "chunk_bytes": 1024,
+}
+
+
+def request_json(*without: str, **fields: Any) -> str:
+    return json.dumps({name: value for name, value in {**REQUEST, **fields}.items() if name not in without})
+
+
+def refusal(raw: bytes | str) -> str:
+    with pytest.raises(UserError) as caught:
+        Request.from_json(raw)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_a_request_is_read_as_it_was_written() -> None:
+    request = Request.from_json(request_json(temperature=0.5, seed=7, deadline_ms=100, priority=-2, cache_salt="t"))
+    assert request.prompt == "hello"
+    assert (request.temperature, request.seed, request.deadline_ms) == (0.5, 7, 100.0)
+    assert (request.priority, request.cache_salt, request.model) == (-2, "t", None)
+    assert Request.from_json(request.to_json()) == request
+    assert Request.from_json(request.to_json().encode()) == request
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    request = Request.from_json(request_json())
+    assert (request.temperature, request.seed, request.deadline_ms, request.priority) == (0.0, 0, None, 0)
+    assert json.loads(request.to_json()) == REQUEST
+
+
+prompts = st.one_of(
+    st.fixed_dictionaries({"prompt": st.text(min_size=1)}),
+    st.fixed_dictionaries({"prompt_token_ids": st.lists(st.integers(0, 2**32 - 1), min_size=1).map(tuple)}),
+    st.fixed_dictionaries(
+        {
+            "messages": st.lists(
+                st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text()}),
+                min_size=1,
+            ).map(tuple)
+        }
+    ),
+)
+
+
+@given(
+    prompt=prompts,
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.floats(0, 100),
+            "seed": st.integers(0, 2**63 - 1),
+            "deadline_ms": st.floats(1e-3, 1e12),
+            "priority": st.integers(-1000, 1000),
+            "cache_salt": st.text(max_size=256),
+        },
+    ),
+)
+def test_any_request_survives_the_wire(prompt: dict[str, Any], options: dict[str, Any]) -> None:
+    base = {name: value for name, value in REQUEST.items() if name != "prompt"}
+    request = Request.model_validate({**base, **prompt, **options})
+    assert Request.from_json(request.to_json()) == request
+
+
+def test_unknown_fields_are_named() -> None:
+    line = refusal(request_json(max_tokens=3, temprature=1.0))
+    assert "max_tokens: unknown field" in line
+    assert "temprature: unknown field" in line
+
+
+@pytest.mark.parametrize("field", ["request_id", "session_id", "user_id", "max_new_tokens", "created_at_ms"])
+def test_a_missing_field_is_named(field: str) -> None:
+    assert refusal(request_json(field)) == f"{field}: missing; add it"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("request_id", ""),
+        ("request_id", 7),
+        ("session_id", "x" * 257),
+        ("user_id", None),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", "3"),
+        ("max_new_tokens", True),
+        ("created_at_ms", -1),
+        ("created_at_ms", "now"),
+        ("created_at_ms", math.nan),
+        ("created_at_ms", math.inf),
+        ("prompt", 3),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("deadline_ms", 0),
+        ("deadline_ms", -math.inf),
+        ("priority", 1001),
+        ("priority", 0.5),
+        ("cache_salt", "x" * 257),
+        ("model", ""),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_field(field: str, value: Any) -> None:
+    assert refusal(request_json(**{field: value})).startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("form", "place"),
+    [
+        ({"prompt_token_ids": [1, -1]}, "prompt_token_ids.1"),
+        ({"prompt_token_ids": [2**32]}, "prompt_token_ids.0"),
+        ({"prompt_token_ids": [1.5]}, "prompt_token_ids.0"),
+        ({"prompt_token_ids": []}, "prompt_token_ids"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content: missing"),
+        ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages.0.name: unknown field"),
+        ({"prompt": ""}, "prompt"),
+    ],
+)
+def test_a_bad_prompt_is_refused_by_its_place(form: dict[str, Any], place: str) -> None:
+    assert refusal(request_json("prompt" if "prompt" not in form else "", **form)).startswith(place)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"prompt": None}, "found none"),
+        ({"prompt_token_ids": [1]}, "found prompt and prompt_token_ids"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "found prompt and messages"),
+    ],
+)
+def test_exactly_one_prompt(fields: dict[str, Any], found: str) -> None:
+    line = refusal(request_json(**fields))
+    assert "exactly one of prompt, messages, prompt_token_ids" in line
+    assert found in line
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"17",
+        b"\xff\xfe\x00",
+        b'{"request_id":"\xff"}',
+        b'{"prompt":"\\ud800"}',
+        request_json().encode() + b"x",
+        b"[" * 5000 + b"]" * 5000,
+        b'{"x":' * 5000 + b"1" + b"}" * 5000,
+        "{\ud800}",
+    ],
+    ids=lambda raw: repr(raw[:12]),
+)
+def test_what_is_no_json_object_is_refused(raw: bytes | str) -> None:
+    assert refusal(raw).startswith("record: ")
+
+
+def test_a_record_above_the_limit_is_refused_before_it_is_parsed() -> None:
+    base = len(request_json(prompt=""))
+    largest = request_json(prompt="x" * (MAX_RECORD_BYTES - base)).encode()
+    assert len(largest) == MAX_RECORD_BYTES
+    assert Request.from_json(largest).prompt is not None
+    assert "shorten it" in refusal(largest + b" ")
+    assert "shorten it" in refusal(json.dumps({**REQUEST, "prompt": "ä" * (MAX_RECORD_BYTES // 2)}, ensure_ascii=False))
+
+
+@given(raw=st.binary(max_size=200))
+def test_no_bytes_raise_anything_but_a_user_error(raw: bytes) -> None:
+    try:
+        Request.from_json(raw)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_response_survives_the_wire() -> None:
+    response = Response(**RESPONSE)
+    assert Response.model_validate_json(response.to_json()) == response
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "local_tokens", "remote_tokens", "computed_tokens"])
+def test_prompt_tokens_must_add_up(field: str) -> None:
+    with pytest.raises(ValueError, match="prompt_tokens must equal"):
+        Response(**{**RESPONSE, field: RESPONSE[field] + 1})
+
+
+@pytest.mark.parametrize("output_tokens", [1, 3])
+def test_output_tokens_are_those_listed(output_tokens: int) -> None:
+    with pytest.raises(ValueError, match="output_tokens must equal"):
+        Response(**{**RESPONSE, "output_tokens": output_tokens})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("local_tokens", -1), ("wait_ms", math.nan), ("e2e_ms", math.inf), ("finish_reason", "tired")]
+)
+def test_a_response_without_meaning_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        Response(**{**RESPONSE, field: value})
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ok \udfff end", "ü 😀", "\x00\n"])
+def test_a_response_is_written_in_ascii(text: str) -> None:
+    written = Response(**{**RESPONSE, "text": text}).to_json()
+    assert written.isascii()
+    assert "\n" not in written
+    assert json.loads(written)["text"] == text
+
+
+@given(raw=st.none() | st.binary())
+def test_a_dead_letter_gives_back_its_bytes(raw: bytes | None) -> None:
+    letter = DeadLetter.of(raw, reason="no JSON", stage="decode", topic="t", partition=3, offset=9)
+    again = DeadLetter.model_validate_json(letter.to_json())
+    assert again == letter
+    assert again.raw == raw
+    assert (again.topic, again.partition, again.offset, again.request_id) == ("t", 3, 9, None)
+
+
+def test_a_dead_letter_takes_any_reason() -> None:
+    letter = DeadLetter.of(b"x", reason="\ud800 ü", stage="inference", topic="t", partition=0, offset=0)
+    assert letter.to_json().isascii()
+    assert json.loads(letter.to_json())["reason"] == "\ud800 ü"

@@ -1,0 +1,44 @@
+"""Tiny models with random weights, made once and loaded by the ordinary code."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import GPT2, LAYERS_OF_TWO, load_tiny, save_tiny
+from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+from inference_service.model import LoadedModel
+
+CONFIGS = {
+    "qwen2": lambda: Qwen2Config(**LAYERS_OF_TWO),
+    "llama": lambda: LlamaConfig(**LAYERS_OF_TWO, tie_word_embeddings=True),
+    "gpt2": lambda: GPT2Config(**GPT2),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Models this small only lose by more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return {name: save_tiny(folder / name, make()) for name, make in CONFIGS.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_paths: dict[str, Path]) -> dict[str, LoadedModel]:
+    return {name: load_tiny(path) for name, path in tiny_paths.items()}
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def model(request: pytest.FixtureRequest, tiny_models: dict[str, LoadedModel]) -> LoadedModel:
+    """Each architecture in turn."""
+    return tiny_models[request.param]
+
+
+@pytest.fixture
+def qwen2(tiny_models: dict[str, LoadedModel]) -> LoadedModel:
+    return tiny_models["qwen2"]

@@ -1,0 +1,68 @@
+"""Every record becomes an envelope at its slot or a dead letter with its bytes and the reason."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.clock import ManualClock
+from core.records import DeadLetter
+from operators.decoding import Decoder
+from operators.envelope import Envelope, Source
+from operators.placement import SessionAffinity
+
+SOURCE = Source("llm.requests", 3, 17)
+GOOD = {
+    "request_id": "r1",
+    "session_id": "s1",
+    "user_id": "u1",
+    "max_new_tokens": 4,
+    "created_at_ms": 5.0,
+    "prompt": "hello",
+}
+
+
+def decoder() -> Decoder:
+    return Decoder(SessionAffinity(4), ManualClock(1234.0))
+
+
+def test_a_request_goes_to_the_slot_of_its_session() -> None:
+    raw = json.dumps(GOOD).encode()
+    decoded = decoder().decode(raw, SOURCE)
+    assert decoded == Envelope(SessionAffinity(4).slot_of("s1"), raw, SOURCE, 1234.0)
+    assert isinstance(decoded, Envelope)
+    assert decoded.request.prompt == "hello"
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (None, "no value"),
+        (b"", "Invalid JSON"),
+        (b"{", "Invalid JSON"),
+        (b"\xff\xfe\x00", "Invalid JSON"),
+        (b"[]", "object"),
+        (b"null", "object"),
+        (json.dumps(GOOD | {"colour": 1}).encode(), "colour: unknown field"),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "session_id"}).encode(), "session_id: missing"),
+        (json.dumps(GOOD | {"max_new_tokens": -1}).encode(), "max_new_tokens"),
+        (json.dumps(GOOD | {"max_new_tokens": "4"}).encode(), "max_new_tokens"),
+        (json.dumps(GOOD | {"prompt": ""}).encode(), "prompt"),
+        (json.dumps(GOOD | {"prompt": "x" * (1 << 20)}).encode(), "bytes are more than"),
+        (json.dumps(GOOD | {"temperature": float("nan")}).encode(), "temperature"),
+    ],
+)
+def test_a_bad_record_is_a_dead_letter_with_its_bytes(raw: bytes | None, reason: str) -> None:
+    letter = decoder().decode(raw, SOURCE)
+    assert isinstance(letter, DeadLetter)
+    assert reason in letter.reason
+    assert "\n" not in letter.reason
+    assert letter.raw == raw
+    assert (letter.topic, letter.partition, letter.offset, letter.stage) == ("llm.requests", 3, 17, "decode")
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_raise(raw: bytes) -> None:
+    decoded = decoder().decode(raw, SOURCE)
+    assert isinstance(decoded, Envelope) or decoded.raw == raw

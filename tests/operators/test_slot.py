@@ -1,0 +1,103 @@
+"""A slot answers every envelope of a batch: with a response, or with a dead letter that says why."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from core.clock import SystemClock
+from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig
+from core.errors import UserError
+from core.records import DeadLetter, Response
+from operators.envelope import Envelope, Source
+from operators.slot import InferenceSlot, check_before_start
+from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
+
+
+@pytest.fixture(scope="module")
+def slot(tmp_path_factory: pytest.TempPathFactory) -> InferenceSlot:
+    path = save_tiny(tmp_path_factory.mktemp("slot") / "tiny-qwen2", Qwen2Config(**LAYERS_OF_TWO))
+    config = JobConfig(
+        parallelism=1,
+        engine=EngineConfig(model=str(path), device="cpu", threads=1, max_running=4, max_model_len=64),
+        cache=CacheConfig(chunk_tokens=8),
+        batching=BatchingConfig(batch_size=4),
+    )
+    return InferenceSlot(config, 0, SystemClock())
+
+
+def envelope(number: int, **changes: object) -> Envelope:
+    fields = {
+        "request_id": f"r{number}",
+        "session_id": "s",
+        "user_id": "u",
+        "max_new_tokens": 3,
+        "created_at_ms": SystemClock().wall_ms(),
+        "prompt": "a prompt of some tokens",
+    }
+    raw = json.dumps({key: value for key, value in (fields | changes).items() if value is not None}).encode()
+    return Envelope(0, raw, Source("t", 0, number), SystemClock().wall_ms())
+
+
+def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
+    batch = [
+        envelope(0),
+        envelope(1, prompt="x" * 64),
+        envelope(2, model="another"),
+        envelope(3, prompt=None, prompt_token_ids=[10**6]),
+        envelope(4, max_new_tokens=1),
+    ]
+    answers = slot.answer(batch)
+    letters = {answer.request_id: answer for answer in answers if isinstance(answer, DeadLetter)}
+    responses = {answer.request_id: answer for answer in answers if isinstance(answer, Response)}
+    assert sorted(responses) == ["r0", "r4"]
+    assert sorted(letters) == ["r1", "r2", "r3"]
+    assert "64" in letters["r1"].reason
+    assert "'another'" in letters["r2"].reason
+    assert "vocabulary" in letters["r3"].reason
+    assert letters["r1"].raw == batch[1].raw
+    assert letters["r3"].offset == 3
+    one = responses["r0"]
+    assert (one.slot, one.device, one.batch_size, one.model) == (0, "cpu", 5, "tiny-qwen2")
+    assert one.batch_id == responses["r4"].batch_id
+    assert one.prompt_tokens == len("a prompt of some tokens")
+    assert one.e2e_ms >= one.inference_ms > 0
+    assert one.ttft_ms is not None
+    assert one.e2e_ms >= one.ttft_ms
+    assert responses["r4"].tpot_ms is None
+
+
+def test_records_with_one_id_are_each_answered(slot: InferenceSlot) -> None:
+    answers = slot.answer([envelope(7), envelope(7), envelope(7)])
+    assert [answer.request_id for answer in answers] == ["r7"] * 3
+
+
+def test_a_conversation_is_reused_from_batch_to_batch(slot: InferenceSlot) -> None:
+    first = slot.answer([envelope(1, prompt="q" * 24)])[0]
+    second = slot.answer([envelope(2, prompt="q" * 24 + "r" * 8)])[0]
+    assert isinstance(first, Response)
+    assert isinstance(second, Response)
+    assert (first.local_tokens, second.local_tokens) == (0, 24)
+    assert first.batch_id != second.batch_id
+
+
+def test_a_request_past_its_deadline_is_answered_so(slot: InferenceSlot) -> None:
+    answer = slot.answer([envelope(1, created_at_ms=1.0, deadline_ms=10.0)])[0]
+    assert isinstance(answer, Response)
+    assert answer.finish_reason == "deadline"
+    assert answer.output_tokens == 0
+    assert answer.ttft_ms is None
+
+
+def test_ready_says_what_serves(slot: InferenceSlot) -> None:
+    ready = slot.ready
+    assert (ready.slot, ready.device, ready.model, ready.threads) == (0, "cpu", "tiny-qwen2", torch.get_num_threads())
+    assert ready.engine.startswith("transformers-")
+
+
+def test_a_missing_model_is_told_before_the_start(tmp_path: Path) -> None:
+    config = JobConfig(engine=EngineConfig(model=str(tmp_path / "none")))
+    with pytest.raises(UserError, match=r"config\.json"):
+        check_before_start(config)

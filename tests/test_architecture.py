@@ -1,0 +1,130 @@
+"""Which room may import which: the direction of the whole project, read from the sources."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+MAY_IMPORT = {
+    "core": (),
+    "cache": ("core",),
+    "inference_service": ("core", "cache.protocol"),
+    "operators": ("core", "cache", "inference_service"),
+    "pipelines": ("core", "operators"),
+    "workloads": ("core",),
+    "local_stack": ("core",),
+    "experiments": ("core", "workloads", "local_stack"),
+    "benchmarks": (
+        "core",
+        "cache",
+        "inference_service",
+        "operators",
+        "pipelines",
+        "workloads",
+        "local_stack",
+        "experiments",
+    ),
+}
+"""What each room may import besides itself; `cache.protocol` is that module alone."""
+
+CORE_LIBRARIES = ("pydantic",)
+
+
+def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of all that `source` imports, lazily or by name too; relative ones made absolute."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
+            yield from ((node.lineno, str(name)) for name in names)
+
+
+def violations(path: str, source: str) -> list[str]:
+    """Each import of the file at `path` (below the root, with slashes) that its room may not make."""
+    room = path.split("/", maxsplit=1)[0]
+    found = []
+    for line, name in imports(path, source):
+        top = name.split(".", maxsplit=1)[0]
+        if top in MAY_IMPORT:
+            allowed = any(f"{name}.".startswith(f"{prefix}.") for prefix in (room, *MAY_IMPORT[room]))
+        elif top == "pyflink":
+            allowed = path == "operators/functions.py" or room == "pipelines"
+        else:
+            allowed = room != "core" or top in sys.stdlib_module_names or top in CORE_LIBRARIES
+        if not allowed:
+            found.append(f"{path}:{line} imports {name}")
+    return found
+
+
+def sources() -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+
+
+def test_every_room_keeps_the_direction() -> None:
+    found = [line for path in sources() for line in violations(path, (ROOT / path).read_text())]
+    assert found == []
+
+
+def test_the_sources_are_found() -> None:
+    paths = sources()
+    assert {"core/records.py", "cache/protocol.py", "inference_service/engine.py"} <= set(paths)
+
+
+def test_every_folder_of_code_has_a_rule() -> None:
+    with_code = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert with_code - {"tests"} <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "named"),
+    [
+        ("core/clock.py", "import torch", "core/clock.py:1 imports torch"),
+        (
+            "core/clock.py",
+            "import os\nfrom cache.protocol import Lease",
+            "core/clock.py:2 imports cache.protocol.Lease",
+        ),
+        ("cache/local.py", "from inference_service.engine import Engine", "inference_service.engine.Engine"),
+        ("workloads/trace.py", "from ..operators import batcher", "operators.batcher"),
+        ("inference_service/engine.py", "from cache.manager import open_cache", "cache.manager.open_cache"),
+        ("inference_service/engine.py", "from cache import manager", "cache.manager"),
+        ("inference_service/engine.py", "import cache", "imports cache"),
+        ("inference_service/engine.py", "import cache.protocol_two", "cache.protocol_two"),
+        ("workloads/trace.py", "def late():\n    import experiments.run", "workloads/trace.py:2"),
+        ("pipelines/job.py", "from inference_service import engine", "inference_service.engine"),
+        ("operators/batcher.py", "from pyflink.datastream import KeyedProcessFunction", "pyflink.datastream"),
+        (
+            "experiments/run.py",
+            "import importlib\nimportlib.import_module('operators.functions')",
+            "operators.functions",
+        ),
+        ("experiments/run.py", "from cache.sizing import fluid", "cache.sizing.fluid"),
+    ],
+)
+def test_a_violation_is_named(path: str, source: str, named: str) -> None:
+    (found,) = violations(path, source)
+    assert named in found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("core/records.py", "import json\nfrom pydantic import BaseModel\nfrom core.errors import UserError"),
+        ("inference_service/engine.py", "from cache.protocol import KVCache\nfrom cache import protocol\nimport torch"),
+        ("operators/functions.py", "from pyflink.common import Row\nfrom cache.manager import open_cache"),
+        ("pipelines/job.py", "from pyflink.datastream import StreamExecutionEnvironment\nimport operators.functions"),
+        ("cache/eviction/lru.py", "from . import policy\nfrom ..protocol import ChunkShape"),
+    ],
+)
+def test_what_is_allowed_passes(path: str, source: str) -> None:
+    assert violations(path, source) == []
