@@ -11,6 +11,7 @@ tokens is checked: a measurement that is not what its name says ends the run.
 """
 
 import os
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,11 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks.raw_redis import delete_namespace, running_redis
-from benchmarks.report import Report, conditions, median_noise, ratios, spread
+from benchmarks.report import Neighbours, Report, conditions, median_noise, ratios, spread
 from benchmarks.reuse_probe import TTFTS, ReuseProbe, held_tokens
 from core.config import CacheConfig, Config, EngineConfig
 from core.errors import UserError, exit_on_user_error
 from core.options import Parser, add_options, from_options
+from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 from inference_service.engine import load_checked_model
 
 
@@ -51,9 +53,9 @@ class KvReuseConfig(Config):
     out: Path = Field(default=Path("results/benchmarks/kv_reuse.json"), description="where the result is written")
     rounds: int = Field(default=7, ge=1, description="measured rounds of each prompt length, after one to warm up")
     prompts: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_numbers)] = Field(
-        default=(256, 1024, 2048), min_length=1, description="prompt lengths in tokens, each full chunks"
+        default=(256, 1024, 2048), min_length=1, description="prompt lengths in tokens, as 256,1024: full chunks"
     )
-    pairs: int = Field(default=60, ge=1, description="pairs of whole requests of a unique prompt, cache off and on")
+    pairs: int = Field(default=40, ge=1, description="pairs of whole requests of a unique prompt, cache off and on")
     unique_prompt_tokens: int = Field(default=1024, ge=1, description="prompt of such a request")
     unique_output_tokens: int = Field(default=64, ge=1, description="answer of such a request")
     redis_url: str | None = Field(default=None, description="redis://host:port of a Redis of your own; none: started")
@@ -103,6 +105,7 @@ def measure(config: KvReuseConfig, console: Console) -> Report:
         probe = ReuseProbe(model, config.engine, url, max(*config.prompts, unique_tokens), config.seed)
         cleanup.callback(delete_namespace, url, probe.settings.remote.redis_namespace)
         cleanup.callback(probe.close)
+        neighbours = Neighbours(url)
         with _progress(console) as bar:
             # The first round of everything is run like the others and not counted.
             task = bar.add_task("time to first token", total=(config.rounds + 1) * len(config.prompts))
@@ -131,7 +134,8 @@ def measure(config: KvReuseConfig, console: Console) -> Report:
                 "redis": "started for this run" if config.redis_url is None else "the user's",
                 "cache": probe.settings.model_dump(mode="json", exclude={"remote": {"redis_url"}}),
             },
-            figures=figures_of(probe, config, samples),
+            figures=figures_of(probe, config, samples)
+            | {"neighbours_busy_percent": round(neighbours.busy_percent(), 2)},
             samples={name: [round(value, 4) for value in values] for name, values in samples.items()},
         )
 
@@ -139,7 +143,9 @@ def measure(config: KvReuseConfig, console: Console) -> Report:
 def show(report: Report, console: Console) -> None:
     """The figures that matter, as tables."""
     figures = report.figures
-    table = Table("prompt", "recomputed ms", "local ms", "x", "Redis ms", "x", "floor ms", "Redis / floor", "MiB")
+    table = Table(
+        "prompt", "recompute\nms", "local\nms", "\nx", "Redis\nms", "\nx", "floor\nms", "Redis\n/ floor", "\nMiB"
+    )
     for length in report.settings["prompts"]:
         row = [
             f"{figures[f'{name}_{length}']:.2f}"
@@ -159,7 +165,8 @@ def show(report: Report, console: Console) -> None:
         f"without reuse: {figures['no_reuse_off_ms']:.1f} ms off, {figures['no_reuse_on_ms']:.1f} ms on; overhead "
         f"{figures['no_reuse_overhead_percent']:.2f} % ± {figures['no_reuse_overhead_noise_percent']:.2f} "
         f"(quartiles {figures['no_reuse_overhead_percent_p25']:.2f} and "
-        f"{figures['no_reuse_overhead_percent_p75']:.2f})"
+        f"{figures['no_reuse_overhead_percent_p75']:.2f}); others kept {figures['neighbours_busy_percent']:.0f} % of "
+        "the cores busy"
     )
 
 
@@ -181,7 +188,11 @@ def main() -> None:
     add_options(parser, KvReuseConfig)
     config = from_options(KvReuseConfig, parser.parse_args())
     console = Console()
-    report = measure(config, console)
+    try:
+        with interruptible():
+            report = measure(config, console)
+    except Interrupted:
+        sys.exit(EXIT_STATUS)
     report.write(config.out)
     show(report, console)
     console.print(f"written to {config.out}")

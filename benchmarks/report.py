@@ -5,10 +5,12 @@ import random
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from pydantic import Field, field_validator
 from redis import Redis
@@ -70,6 +72,27 @@ def conditions(model: LoadedModel, redis_url: str | None) -> dict[str, Any]:
             "dtype": str(model.dtype).removeprefix("torch."),
         },
     }
+
+
+class Neighbours:
+    """How busy everything else kept the machine's cores meanwhile: what is above a few percent blurs every time."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._redis_url = redis_url
+        self._began_s = time.monotonic()
+        self._at_begin_s = self._others_s()
+
+    def busy_percent(self) -> float:
+        """Share of all cores, since the start, that neither this process nor Redis used."""
+        elapsed_s = (time.monotonic() - self._began_s) * (psutil.cpu_count() or 1)
+        return max(0.0, 100 * (self._others_s() - self._at_begin_s) / elapsed_s)
+
+    def _others_s(self) -> float:
+        machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        with Redis.from_url(self._redis_url) as client:
+            redis = client.info("cpu")
+        redis_s = float(redis["used_cpu_user"]) + float(redis["used_cpu_sys"])
+        return machine.user + machine.nice + machine.system + machine.steal - own.user - own.system - redis_s
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

@@ -35,7 +35,7 @@ class SizingConfig(Config):
     """The local tier's capacity in chunks, and the parameters of the policies that change it."""
 
     strategy: Strategy = Field(default=Strategy.STATIC, description="sizing policy of the local tier")
-    capacity_chunks: int = Field(default=96, ge=0, description="local capacity of a slot: fixed, or to begin with")
+    capacity_chunks: int = Field(default=64, ge=0, description="local capacity of a slot: fixed, or to begin with")
     min_capacity_chunks: int = Field(default=32, ge=0, description="least local capacity a policy may set")
     max_capacity_chunks: int = Field(default=384, ge=0, description="greatest local capacity a policy may set")
     adjust_every_requests: int = Field(default=15, ge=1, description="requests between two decisions of a policy")

@@ -76,7 +76,7 @@ class Variant:
 
 OWN_DEFAULTS: Mapping[str, Any] = {
     # About 3 requests/s: two CPU cores keep up with that on the default model, so that latency is not all queueing.
-    "base_interval_ms": 800.0,
+    "base_interval_ms": 600.0,
     "max_new_tokens": 16,
     "max_prompt_tokens": 1024,
 }

@@ -68,7 +68,7 @@ def build_default_model(path: Path, seed: int = SEED) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the 256 bytes, end and padding; any text comes back as it was."""
+    """A tokenizer whose tokens are the 256 bytes, end and padding; any text that spells neither of those comes back."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

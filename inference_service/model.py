@@ -115,11 +115,15 @@ def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
 
 
 def _load_tokenizer(source: str) -> Any:
-    if get_tokenizer_config(source).get("tokenizer_class") == "TokenizersBackend":
-        # A tokenizer of its own in tokenizer.json. For some architectures (Qwen2) AutoTokenizer would put their usual
-        # normalisation and special tokens in the place of what was saved.
-        return PreTrainedTokenizerFast.from_pretrained(source)
-    return AutoTokenizer.from_pretrained(source)
+    declared = get_tokenizer_config(source).get("tokenizer_class")
+    # A generic tokenizer is whole in tokenizer.json. For some architectures (Qwen2) AutoTokenizer would put their usual
+    # normalisation and special tokens in the place of what was saved.
+    loader: Any = PreTrainedTokenizerFast if declared == "TokenizersBackend" else AutoTokenizer
+    tokenizer = loader.from_pretrained(source)
+    # Where the files are missing, the library makes one without a vocabulary and says nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"model: there is no tokenizer in {source!r}; save one beside the weights")
+    return tokenizer
 
 
 def _weights_digest(model: torch.nn.Module) -> str:

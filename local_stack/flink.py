@@ -132,7 +132,7 @@ class FlinkService:
             "taskmanager.bind-host": HOST,
             "taskmanager.host": HOST,
             "taskmanager.memory.process.size": f"{config.task_manager_mb}m",
-            # Nothing of ours is kept in managed memory, but it is what the Python operators of a slot share a worker by.
+            # Ours keep nothing in managed memory, but by it the Python operators of a slot share one worker.
             "taskmanager.memory.managed.fraction": 0.1,
             "taskmanager.numberOfTaskSlots": config.task_slots,
             "taskmanager.load-balance.mode": "SLOTS",

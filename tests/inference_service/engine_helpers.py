@@ -101,7 +101,7 @@ _plain: dict[tuple[int, tuple[int, ...], int], tuple[int, ...]] = {}
 
 
 def plain_answer(model: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> tuple[int, ...]:
-    """What `generate` of `transformers` itself answers to this one prompt, without our pool; cut before the end token."""
+    """What `generate` of `transformers` itself answers to this one prompt; cut before the end token."""
     wanted = min(max_new_tokens, model.max_len - len(prompt))
     key = (id(model), tuple(prompt), wanted)
     if key not in _plain:

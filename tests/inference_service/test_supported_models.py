@@ -1,0 +1,342 @@
+"""Which models are refused at load and by which line; what is accepted answers as the model alone."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from engine_helpers import (
+    CHUNK,
+    GPT2,
+    LAYERS_OF_TWO,
+    MAX_LEN,
+    MemoryCache,
+    answers,
+    ask,
+    load_tiny,
+    make_engine,
+    plain_answer,
+    save_tiny,
+    tokens_of,
+)
+
+from core.errors import UserError
+from inference_service import support
+from inference_service.kv_pool import KVPool
+from inference_service.model import LoadedModel
+from inference_service.runner import Runner
+from inference_service.support import check_supported
+
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LINEAR = {
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+NEO = {
+    "vocab_size": 258,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "eos_token_id": 256,
+    "bos_token_id": None,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+}
+NO_DEFAULT_WINDOW = {"use_sliding_window": True, "max_window_layers": 0}
+
+
+def tiny(config: type[Any], **fields: Any) -> Any:
+    return config(**{**LAYERS_OF_TWO, **fields})
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "mistral with a short window": (
+        lambda: tiny(hf.MistralConfig, sliding_window=MAX_LEN - 1),
+        "a window of 63 tokens, less than the 64 that a row holds; set --max-model-len to at most 63",
+    ),
+    "qwen2 with a short window": (
+        lambda: tiny(hf.Qwen2Config, sliding_window=16, **NO_DEFAULT_WINDOW),
+        "a window of 16 tokens, less than the 64 that a row holds; set --max-model-len to at most 16",
+    ),
+    "gemma2 with a short window": (
+        lambda: tiny(hf.Gemma2Config, head_dim=16, sliding_window=16),
+        "a window of 16 tokens",
+    ),
+    "gpt-neo with a short window": (lambda: hf.GPTNeoConfig(**NEO, window_size=16), "a window of 16 tokens"),
+    "llama4 in attention chunks": (
+        lambda: tiny(
+            hf.Llama4TextConfig, head_dim=16, attention_chunk_size=16, num_local_experts=2, intermediate_size_mlp=64
+        ),
+        "layer 0 is 'chunked_attention'",
+    ),
+    "mamba": (
+        lambda: hf.MambaConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=4),
+        "layer 0 is 'linear_attention'",
+    ),
+    "rwkv": (
+        lambda: hf.RwkvConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+        "it does not run over the pool",
+    ),
+    "qwen3-next": (lambda: tiny(hf.Qwen3NextConfig, **LINEAR), "layer 0 is 'linear_attention'"),
+    "deepseek-v2": (lambda: tiny(hf.DeepseekV2Config, q_lora_rank=None, **LATENT), "latent attention (kv_lora_rank)"),
+    "deepseek-v3": (lambda: tiny(hf.DeepseekV3Config, q_lora_rank=16, **LATENT), "latent attention (kv_lora_rank)"),
+    "t5": (
+        lambda: hf.T5Config(vocab_size=258, d_model=32, num_layers=1, num_heads=4, d_ff=32, d_kv=8),
+        "is an encoder-decoder",
+    ),
+    "bart": (
+        lambda: hf.BartConfig(
+            vocab_size=258,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            pad_token_id=257,
+            bos_token_id=0,
+            eos_token_id=256,
+            decoder_start_token_id=256,
+            forced_eos_token_id=256,
+        ),
+        "is an encoder-decoder",
+    ),
+    "gpt2 with cross attention": (
+        lambda: hf.GPT2Config(**GPT2, add_cross_attention=True),
+        "cross attention (add_cross_attention)",
+    ),
+    # As wide as a fresh model usually is: what attention sees shows in the fourth digit only.
+    "bert, which sees what follows": (
+        lambda: hf.BertConfig(
+            vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+        ),
+        "its logits at position 19 differ by",
+    ),
+    "phi3 with angles that depend on the length": (
+        lambda: tiny(
+            hf.Phi3Config,
+            original_max_position_embeddings=48,
+            rope_parameters={**LONGROPE, "original_max_position_embeddings": 48},
+        ),
+        "rope_type longrope) change for sequences above 48 tokens, less than the 64 that a row holds; "
+        "set --max-model-len to at most 48",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_model_that_would_run_wrong_is_refused(make: Callable[[], Any], reason: str, tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "odd", make())
+    with pytest.raises(UserError) as caught:
+        load_tiny(path)
+    line = str(caught.value)
+    assert line.startswith("model: 'odd'")
+    assert reason in line
+    assert "\n" not in line
+
+
+RIGHT_OR_REFUSED: dict[str, tuple[Callable[[], Any], bool]] = {
+    "mistral": (lambda: tiny(hf.MistralConfig, sliding_window=MAX_LEN), True),
+    "qwen2 with its window off": (lambda: tiny(hf.Qwen2Config, sliding_window=16, use_sliding_window=False), True),
+    "qwen2 with a wide window": (lambda: tiny(hf.Qwen2Config, sliding_window=MAX_LEN, **NO_DEFAULT_WINDOW), True),
+    "gemma2, eager with softcap": (lambda: tiny(hf.Gemma2Config, head_dim=16, sliding_window=MAX_LEN), True),
+    "qwen3 with heads of another size": (lambda: tiny(hf.Qwen3Config, head_dim=32), True),
+    "phi3": (
+        lambda: tiny(
+            hf.Phi3Config,
+            original_max_position_embeddings=MAX_LEN,
+            rope_parameters={**LONGROPE, "original_max_position_embeddings": MAX_LEN},
+        ),
+        True,
+    ),
+    "gpt-neo": (lambda: hf.GPTNeoConfig(**NEO, window_size=MAX_LEN), False),
+    "bloom": (
+        lambda: hf.BloomConfig(
+            vocab_size=258, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.2, eos_token_id=256
+        ),
+        False,
+    ),
+    "mpt": (lambda: hf.MptConfig(vocab_size=258, d_model=64, n_heads=4, n_layers=2, max_seq_len=256), False),
+    "opt": (
+        lambda: hf.OPTConfig(
+            vocab_size=258,
+            hidden_size=64,
+            word_embed_proj_dim=64,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            init_std=0.2,
+            eos_token_id=256,
+            bos_token_id=None,
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "must_run"), RIGHT_OR_REFUSED.values(), ids=RIGHT_OR_REFUSED.keys())
+def test_a_model_is_right_or_refused(make: Callable[[], Any], must_run: bool, tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "odd", make())
+    try:
+        model = load_tiny(path)
+    except UserError:
+        assert not must_run
+        return
+    engine = make_engine(model, cache=MemoryCache(model.chunk_shape(CHUNK)), max_running=3)
+    prompts = {f"p{length}": tokens_of(length, length) for length in (1, 9, 24, 41, 55)}
+    for _ in range(2):
+        done = answers(engine.run([ask(name, prompt) for name, prompt in prompts.items()]))
+        assert {name: one.token_ids for name, one in done.items()} == {
+            name: plain_answer(model, prompt, 6) for name, prompt in prompts.items()
+        }
+    assert done["p55"].local_tokens == 48
+
+
+@pytest.mark.parametrize("max_model_len", [2, 3, 4, 5, 41, 256])
+def test_any_length_of_rows_passes_the_self_test(tiny_paths: dict[str, Path], max_model_len: int) -> None:
+    assert load_tiny(tiny_paths["qwen2"], max_model_len=max_model_len).max_len == max_model_len
+
+
+# The self-test against pools, runners and models that are wrong in one thing.
+
+
+class ShiftedLoad(KVPool):
+    def load_chunk(self, row: int, index: int, chunk: torch.Tensor) -> None:
+        super().load_chunk(row, index, chunk.roll(1, dims=3))
+        self._memory[:, :, row, :, 0] = 0
+
+
+class SwappedLoad(KVPool):
+    def load_chunk(self, row: int, index: int, chunk: torch.Tensor) -> None:
+        super().load_chunk(row, index, chunk.flip(1))
+
+
+class ForgottenLoad(KVPool):
+    def load_chunk(self, row: int, index: int, chunk: torch.Tensor) -> None:
+        pass
+
+
+class OneRowForAll(KVPool):
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        if self._prefill is None:
+            key, value = key[:1].expand_as(key), value[:1].expand_as(value)
+        return super().update(key, value, layer_idx)
+
+
+class DecodeOnePlaceOff(KVPool):
+    def begin_decode(self, positions: torch.Tensor, length: int) -> None:
+        super().begin_decode(positions - 1, length)
+
+
+class NaNPool(KVPool):
+    def load_chunk(self, row: int, index: int, chunk: torch.Tensor) -> None:
+        super().load_chunk(row, index, chunk * float("nan"))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [ShiftedLoad, SwappedLoad, ForgottenLoad, OneRowForAll, DecodeOnePlaceOff, NaNPool],
+    ids=lambda c: c.__name__,
+)
+def test_the_self_test_finds_a_wrong_pool(
+    model: LoadedModel, pool: type[KVPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "KVPool", pool)
+    with pytest.raises(UserError, match="between the pool and the model alone"):
+        check_supported(model)
+
+
+class MaskChanged(Runner):
+    """`change` turns the boolean mask into a wrong one."""
+
+    change: Callable[[torch.Tensor], torch.Tensor]
+
+    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super()._forward(input_ids, position_ids, type(self).change(mask))
+
+
+class SeesWhatFollows(MaskChanged):
+    change = staticmethod(torch.ones_like)
+
+
+class BlindToTheFirst(MaskChanged):
+    @staticmethod
+    def change(mask: torch.Tensor) -> torch.Tensor:
+        mask = mask.clone()
+        mask[..., 0] &= mask.shape[-1] == 1
+        return mask
+
+
+class PositionsOff(Runner):
+    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return super()._forward(input_ids, position_ids * 2, mask)
+
+
+@pytest.mark.parametrize("runner", [SeesWhatFollows, BlindToTheFirst, PositionsOff], ids=lambda c: c.__name__)
+def test_the_self_test_finds_a_wrong_runner(
+    model: LoadedModel, runner: type[Runner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "Runner", runner)
+    with pytest.raises(UserError, match="between the pool and the model alone"):
+        check_supported(model)
+
+
+class IgnoresPositions:
+    """A model that counts positions by itself, as far as the longest row goes."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, position_ids: torch.Tensor | None = None, **arguments: Any) -> Any:
+        return self._model(**arguments)
+
+
+class RaisesOverThePool(IgnoresPositions):
+    def __call__(self, past_key_values: Any = None, **arguments: Any) -> Any:
+        if past_key_values is not None:
+            raise IndexError("no such\nlayer")
+        return self._model(**arguments)
+
+
+def test_the_self_test_finds_a_model_that_ignores_positions(model: LoadedModel) -> None:
+    with pytest.raises(UserError, match="between the pool and the model alone"):
+        check_supported(dataclasses.replace(model, model=IgnoresPositions(model.model)))
+
+
+def test_a_model_that_raises_over_the_pool_is_refused_in_one_line(qwen2: LoadedModel) -> None:
+    with pytest.raises(UserError, match="it does not run over the pool: IndexError: no such layer"):
+        check_supported(dataclasses.replace(qwen2, model=RaisesOverThePool(qwen2.model)))
