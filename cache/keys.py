@@ -72,7 +72,7 @@ def _fields(identity: ModelIdentity, shape: ChunkShape) -> Iterable[bytes]:
     texts = {
         "weights": identity.weights_digest,
         "tokenizer": identity.tokenizer_digest,
-        "rope": identity.rope,
+        "settings": identity.settings,
         "adapter": identity.adapter,
         "dtype": str(shape.dtype),
         # The payload is raw memory; a machine of the other byte order must not find it.

@@ -41,8 +41,8 @@ class ModelIdentity:
 
     weights_digest: str
     tokenizer_digest: str
-    rope: str
-    """The position settings (rope type, base, scaling), as one canonical string; empty where there are none."""
+    settings: str
+    """What else decides what the weights compute (rope type and base, activation, norms), as one canonical string."""
     adapter: str = ""
 
 

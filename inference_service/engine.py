@@ -7,12 +7,13 @@ of every running sequence together. Sequences enter and leave between steps.
 
 import heapq
 import itertools
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-from cache.protocol import KVCache, ModelIdentity
+from cache.protocol import KVCache
 from core.clock import Clock
 from core.config import EngineConfig
 from core.errors import UserError
@@ -23,6 +24,8 @@ from inference_service.prompts import prompt_tokens
 from inference_service.runner import Runner
 from inference_service.sampling import Sampler
 from inference_service.support import check_supported
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Engine:
             done += self._leave()
         return done
 
-    def run(self, requests: Iterator[Request] | list[Request]) -> list[Completion | Failure]:
+    def run(self, requests: Iterable[Request]) -> list[Completion | Failure]:
         """Answer a closed group; in the order in which they finish."""
         done: list[Completion | Failure] = []
         for request in requests:
@@ -190,12 +193,17 @@ class Engine:
         return sequence.local_tokens + sequence.remote_tokens
 
     def _store(self, sequence: _Sequence, row: int) -> None:
-        if self._cache is not None:
+        """Keep the row's full chunks. A store that fails is a miss later, and no fault of the request."""
+        if self._cache is None:
+            return
+        try:
             self._cache.store(
                 sequence.tokens[: sequence.held],
                 lambda index, out: self._pool.read_chunk(row, index, out),
                 sequence.request.cache_salt,
             )
+        except Exception:
+            logger.exception("chunks of request %r could not be stored", sequence.request.request_id)
 
     def _decode(self) -> None:
         running = self._running
@@ -268,6 +276,3 @@ def load_checked_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
     model = load_model(config, slot)
     check_supported(model)
     return model
-
-
-__all__ = ["Completion", "Engine", "Failure", "ModelIdentity", "load_checked_model"]

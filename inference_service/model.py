@@ -108,7 +108,7 @@ def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
-        identity=ModelIdentity(_weights_digest(model), _tokenizer_digest(tokenizer), _position_settings(text_config)),
+        identity=ModelIdentity(_weights_digest(model), _tokenizer_digest(tokenizer), _settings(text_config)),
         max_len=min(config.max_model_len, own_limit),
         eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos),
     )
@@ -142,7 +142,11 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _position_settings(config: Any) -> str:
-    names = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor", "max_position_embeddings")
-    settings = {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}
-    return json.dumps(settings, sort_keys=True, default=str)
+_NOT_COMPUTED_WITH = {"dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+def _settings(config: Any) -> str:
+    """All that the configuration says of how the weights are used: positions (rope), activation, norms, ..."""
+    settings = config.to_dict()
+    used = {name: settings[name] for name in settings if name not in _NOT_COMPUTED_WITH and not name.startswith("_")}
+    return json.dumps(used, sort_keys=True, default=str)

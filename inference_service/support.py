@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from cache.protocol import ChunkShape
 from core.errors import UserError
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel
@@ -107,9 +106,3 @@ def _self_test(model: LoadedModel) -> None:
 def _refusal(model: LoadedModel, reason: str) -> UserError:
     line = " ".join(reason.split())[:400]
     return UserError(f"model: {model.name!r} ({type(model.model).__name__}) is refused: {line}")
-
-
-def checked_shape(model: LoadedModel, chunk_tokens: int) -> ChunkShape:
-    """The chunk shape of a model that `check_supported` accepts."""
-    check_supported(model)
-    return model.chunk_shape(chunk_tokens)

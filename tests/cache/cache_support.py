@@ -19,7 +19,7 @@ from core.config import CacheConfig, RemoteConfig, SizingConfig
 
 SHAPE = ChunkShape(layers=2, kv_heads=1, chunk_tokens=4, head_dim=4, dtype=torch.float32)
 C = SHAPE.chunk_tokens
-IDENTITY = ModelIdentity(weights_digest="weights", tokenizer_digest="tokenizer", rope="default/10000")
+IDENTITY = ModelIdentity(weights_digest="weights", tokenizer_digest="tokenizer", settings="default/10000")
 
 LIMITS = hypothesis.settings(
     max_examples=40, deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]

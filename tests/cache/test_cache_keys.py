@@ -15,7 +15,7 @@ SCHEMA = KeySchema(IDENTITY, SHAPE)
 OTHERS = [
     *(
         KeySchema(replace(IDENTITY, **{name: "other"}), SHAPE)
-        for name in ("weights_digest", "tokenizer_digest", "rope", "adapter")
+        for name in ("weights_digest", "tokenizer_digest", "settings", "adapter")
     ),
     *(KeySchema(IDENTITY, replace(SHAPE, **{name: 8})) for name in ("layers", "kv_heads", "head_dim")),
     KeySchema(IDENTITY, replace(SHAPE, dtype=torch.bfloat16)),
@@ -43,8 +43,8 @@ def test_a_salt_separates(tokens, a, b):
 
 
 def test_fields_do_not_run_into_each_other():
-    one = KeySchema(replace(IDENTITY, rope="ab", adapter="c"), SHAPE)
-    other = KeySchema(replace(IDENTITY, rope="a", adapter="bc"), SHAPE)
+    one = KeySchema(replace(IDENTITY, settings="ab", adapter="c"), SHAPE)
+    other = KeySchema(replace(IDENTITY, settings="a", adapter="bc"), SHAPE)
     assert one.fingerprint() != other.fingerprint()
 
 

@@ -235,3 +235,16 @@ def test_the_text_is_that_of_the_tokens(qwen2: LoadedModel) -> None:
     one = only(make_engine(qwen2).run([ask("a", PROMPT, 9)]))
     assert one.text == qwen2.tokenizer.decode(list(one.token_ids))
     assert one.text
+
+
+def test_a_store_that_fails_is_a_miss_and_not_a_failed_request(qwen2: LoadedModel) -> None:
+    class FullDisk(MemoryCache):
+        def store(self, *_: object) -> int:
+            raise OSError("no room")
+
+    prompts = {str(count): tokens_of(count, count) for count in (CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 3)}
+    engine = make_engine(qwen2, cache=FullDisk(qwen2.chunk_shape(CHUNK)), max_running=2)
+    found = answers(engine.run([ask(name, prompt, CHUNK + 1) for name, prompt in prompts.items()]))
+    assert {name: found[name].token_ids for name in prompts} == {
+        name: plain_answer(qwen2, prompt, CHUNK + 1) for name, prompt in prompts.items()
+    }
