@@ -105,6 +105,7 @@ def measure(config: KvReuseConfig, console: Console) -> Report:
         probe = ReuseProbe(model, config.engine, url, max(*config.prompts, unique_tokens), config.seed)
         cleanup.callback(delete_namespace, url, probe.settings.remote.redis_namespace)
         cleanup.callback(probe.close)
+        where = conditions(model, url)
         neighbours = Neighbours(url)
         with _progress(console) as bar:
             # The first round of everything is run like the others and not counted.
@@ -122,7 +123,7 @@ def measure(config: KvReuseConfig, console: Console) -> Report:
                 bar.advance(task)
         return Report(
             benchmark="kv_reuse",
-            **conditions(model, url),
+            **where,
             rounds=config.rounds,
             settings={
                 "prompts": config.prompts,

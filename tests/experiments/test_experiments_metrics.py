@@ -117,7 +117,7 @@ def test_strategy_config_holds_what_the_strategy_reads() -> None:
         json.loads(metrics.strategy_config(with_strategy(JobConfig(), strategy)))
         for strategy in (Strategy.STATIC, Strategy.FLUID)
     )
-    assert static == {"capacity_chunks": 96}
+    assert static == {"capacity_chunks": JobConfig().cache.sizing.capacity_chunks}
     assert fluid["fluid_grow_factor"] == 1.25
     assert fluid["max_capacity_chunks"] == 384
     assert not any(name.startswith("frequency") for name in fluid)

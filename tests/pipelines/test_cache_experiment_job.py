@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from transformers import Qwen2Config
 
 from core.config import JobConfig, KafkaConfig
+from core.errors import UserError
 from core.records import DeadLetter, Request, Response
 from experiments.flink_job import FlinkCluster, FlinkJob
 from local_stack import LocalStack, flink_cli
+from pipelines import cache_experiment
 from pipelines.connectors import ensure_topics
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 
@@ -189,14 +192,6 @@ def test_a_drain_answers_what_waits_for_its_batch(run: Run) -> None:
     assert run.answered() == ids(30)
 
 
-def test_a_batch_closes_by_time(run: Run) -> None:
-    run.submit("--parallelism", "1", "--batch-size", "8", "--max-wait-ms", "50")
-    run.read_until(lambda r: len(r.ready) == 1)
-    run.send(3)
-    run.read_until(lambda r: len(r.responses) == 3)
-    assert run.answered() == ids(3)
-
-
 def test_requests_that_wait_outlive_a_killed_worker(run: Run) -> None:
     """The worker is killed while requests wait in state for their batch: after the restart they are answered."""
     run.submit("--parallelism", "1", "--batch-size", "8", "--max-wait-ms", "4000", "--checkpoint-interval-ms", "500")
@@ -212,8 +207,9 @@ def test_requests_that_wait_outlive_a_killed_worker(run: Run) -> None:
     assert run.job.state() == "RUNNING"
 
 
-def test_the_job_works_without_redis(run: Run) -> None:
-    run.submit("--parallelism", "1", "--redis-url", "redis://127.0.0.1:1/0", "--max-wait-ms", "20")
+def test_the_job_works_without_redis_and_closes_batches_by_time(run: Run) -> None:
+    options = ["--redis-url", "redis://127.0.0.1:1/0", "--batch-size", "8", "--max-wait-ms", "50"]
+    run.submit("--parallelism", "1", *options)
     run.read_until(lambda r: len(r.ready) == 1)
     run.send(10)
     run.read_until(lambda r: len(r.responses) == 10)
@@ -225,22 +221,33 @@ def test_the_job_works_without_redis(run: Run) -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--brokers", "127.0.0.1:1"], "brokers: no Kafka broker answers at '127.0.0.1:1'"),
         (["--strategy", "GUESS"], "--strategy: Input should be 'STATIC', 'FLUID' or 'FREQUENCY'"),
         (["--model", "/nowhere/model"], "model: no config.json in '/nowhere/model'"),
         (["--redis-url", "http://example"], "redis_url: not a Redis URL"),
-        (["--batch-size", "9", "--max-running", "8"], "batch_size is above max_running"),
+        (["--batch-size", "9", "--max-running", "8"], "--batch-size is above --max-running"),
+        (["--max-wait-ms", "-1"], "--max-wait-ms: Input should be greater than or equal to 0"),
+    ],
+)
+def test_bad_options_are_told_before_anything_starts(
+    options: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(JOB), *options])
+    with pytest.raises(UserError) as raised:
+        cache_experiment.main()
+    assert complaint in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--brokers", "127.0.0.1:1"], "brokers: no Kafka broker answers at '127.0.0.1:1'"),
         (["--colour", "red"], "unrecognized arguments: --colour red"),
     ],
 )
-def test_bad_options_are_one_line_and_status_2(options: list[str], complaint: str) -> None:
-    """Before a cluster is asked for anything; `flink run` shows the same line."""
+def test_a_command_that_can_not_start_prints_one_line_and_exits_2(options: list[str], complaint: str) -> None:
     done = subprocess.run(
-        [str(ROOT / ".venv/bin/python"), str(JOB), *options],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [sys.executable, str(JOB), *options], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 2, done.stderr
     assert complaint in done.stderr
