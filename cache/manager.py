@@ -78,9 +78,10 @@ class TwoLevelCache:
                 self._local.unpin(key)
 
         hits = keys.hashes[: len(prefix)]
-        promoted = [key for key in hits if key in fetched and self._local.put(key, fetched[key])]
-        for key in promoted:
-            self._local.pin(key)
+        for key in hits:
+            # Pinned at once, so that a later chunk of the prompt does not take its room.
+            if key in fetched and self._local.put(key, fetched[key]):
+                self._local.pin(key)
         pinned = [key for key in hits if key in self._local]
         self._local.touch(pinned)
 

@@ -149,6 +149,11 @@ class WriteBehind:
         while batch := self._next_batch():
             try:
                 self._write(batch)
+            except Exception:  # whatever it is, later chunks are to be written
+                logger.exception("chunks could not be written to Redis")
+                self._hang_up()
+                self.counters.errors += 1
+                self.counters.chunks_dropped += sum(1 for entry in batch if entry.chunk is not None)
             finally:
                 with self._changed:
                     self._pending.difference_update(entry.chunk_hash for entry in batch)

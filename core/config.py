@@ -11,6 +11,8 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MIB = 1 << 20
+MAX_DEAD_LETTER_BYTES = 4 * MIB
+"""Limit of a dead-letter record: a request of twice the allowed size in base64, and the reason."""
 
 
 class Config(BaseModel):
@@ -132,6 +134,10 @@ class KafkaConfig(Config):
     def ready_topic(self) -> str:
         """One record a slot, once its model is loaded and warm."""
         return f"{self.topic_prefix}.ready"
+
+    def topic_settings(self, topic: str) -> dict[str, str]:
+        """Settings of the broker's that `topic` must have to take all that is written to it."""
+        return {"max.message.bytes": str(MAX_DEAD_LETTER_BYTES)} if topic == self.dead_letters_topic else {}
 
     @property
     def topics(self) -> tuple[str, ...]:

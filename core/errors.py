@@ -5,6 +5,10 @@ from collections.abc import Callable
 
 from pydantic import ValidationError
 
+MOST_FAULTS = 8
+LONGEST_FAULT = 300
+"""Bounds of a line, in faults and in characters of one: a record may have a hundred thousand, and name them itself."""
+
 
 class UserError(Exception):
     """Something the user gave is wrong; `str(error)` is one line that says what and how to mend it."""
@@ -24,8 +28,12 @@ def faults(error: ValidationError) -> list[tuple[str, str]]:
 
 
 def one_line(error: ValidationError) -> str:
-    """All faults of a pydantic validation in one line: `field: what is wrong; field: ...`."""
-    return " ".join("; ".join(f"{place or 'record'}: {message}" for place, message in faults(error)).split())
+    """The faults of a pydantic validation in one line: `field: what is wrong; field: ...`, the first few in full."""
+    found = faults(error)
+    named = [f"{place or 'record'}: {message}"[:LONGEST_FAULT] for place, message in found[:MOST_FAULTS]]
+    if len(found) > MOST_FAULTS:
+        named.append(f"and {len(found) - MOST_FAULTS} more")
+    return " ".join("; ".join(named).split())
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:

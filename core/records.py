@@ -13,15 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from core.errors import UserError, one_line
 
+TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 Identifier = Annotated[str, Field(min_length=1, max_length=256)]
 MAX_RECORD_BYTES = 1 << 20
 """A request record above this many bytes is a dead letter; Kafka's own default limit is about the same."""
 
 
-MAX_DEAD_LETTER_BYTES = 4 << 20
-"""Limit of a dead-letter record: a request of twice the allowed size in base64, and the reason."""
 MAX_DEAD_LETTER_RAW_BYTES = 2 * MAX_RECORD_BYTES
 """Of a record that is longer still, a dead letter keeps this many bytes."""
+MAX_REASON_CHARACTERS = 4096
+"""A reason may quote what the record holds, or an error of a library; it is cut here."""
 
 
 class FinishReason(StrEnum):
@@ -55,8 +56,8 @@ class Request(BaseModel):
     max_new_tokens: int = Field(ge=1, le=1 << 20)
     created_at_ms: float = Field(ge=0, le=1e15, description="Unix time at which the client made the request")
     prompt: str | None = Field(default=None, min_length=1)
-    messages: tuple[Message, ...] | None = Field(default=None, min_length=1)
-    prompt_token_ids: tuple[Annotated[int, Field(ge=0, lt=1 << 32)], ...] | None = Field(default=None, min_length=1)
+    messages: tuple[Message, ...] | None = Field(default=None, min_length=1, fail_fast=True)
+    prompt_token_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1, fail_fast=True)
     temperature: float = Field(default=0.0, ge=0, le=100, description="0 is greedy")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="of this request's own sampling")
     deadline_ms: float | None = Field(default=None, gt=0, le=1e12, description="time allowed, from created_at_ms on")
@@ -116,12 +117,12 @@ class Response(BaseModel):
     output_tokens: int = Field(ge=0)
 
     created_at_ms: float = Field(description="the request's")
-    completed_at_ms: float = Field(description="Unix time of the last token")
+    completed_at_ms: float = Field(description="Unix time at which the answer leaves: with its whole micro-batch")
     wait_ms: float = Field(ge=0, description="arrival at the operator until its prefill begins")
     ttft_ms: float | None = Field(description="created_at_ms until the first token; none where there is no token")
     tpot_ms: float | None = Field(description="mean time per output token after the first; none below two tokens")
     inference_ms: float = Field(ge=0, description="begin of the prefill until the last token")
-    e2e_ms: float = Field(description="created_at_ms until the last token")
+    e2e_ms: float = Field(description="created_at_ms until completed_at_ms")
 
     cache_capacity_chunks: int = Field(ge=0, description="what the local tier may hold, when this request looked up")
     cache_used_chunks: int = Field(ge=0, description="what the local tier held at that moment")
@@ -154,11 +155,13 @@ class DeadLetter(BaseModel):
     raw_base64: str | None = Field(description="the value's bytes, cut after MAX_DEAD_LETTER_RAW_BYTES")
 
     @classmethod
-    def of(cls, raw: bytes | None, **fields: Any) -> Self:
+    def of(cls, raw: bytes | None, reason: str, **fields: Any) -> Self:
+        """A letter within `MAX_DEAD_LETTER_BYTES`, whatever the record holds."""
+        reason = reason[:MAX_REASON_CHARACTERS]
         if raw is None:
-            return cls(raw_bytes=None, raw_base64=None, **fields)
+            return cls(raw_bytes=None, raw_base64=None, reason=reason, **fields)
         kept = base64.b64encode(raw[:MAX_DEAD_LETTER_RAW_BYTES]).decode()
-        return cls(raw_bytes=len(raw), raw_base64=kept, **fields)
+        return cls(raw_bytes=len(raw), raw_base64=kept, reason=reason, **fields)
 
     @property
     def raw(self) -> bytes | None:

@@ -144,23 +144,6 @@ def cache_variants(config: CacheExperimentConfig, run_id: str) -> tuple[Variant,
     )
 
 
-def with_model_found(job: JobConfig) -> JobConfig:
-    """`job` with an absolute path of its model, as its workers have another working directory.
-
-    Raises `UserError` for a path without a model; a hub's name can only be checked by loading it.
-    """
-    model = job.engine.model
-    if model == "default":
-        return job
-    path = Path(model).expanduser()
-    looks_like_path = model.startswith((".", "/", "~")) or path.exists() or model.count("/") > 1
-    if not looks_like_path:
-        return job
-    if not (path / "config.json").is_file():
-        raise UserError(f"--model: no config.json in {model}; give the folder of a saved model or a hub name")
-    return job.model_copy(update={"engine": job.engine.model_copy(update={"model": str(path.resolve())})})
-
-
 def check_writable(out: Path) -> None:
     """Make the folder of the results. Raises `UserError` if nothing can be written there."""
     probe = out / ".writable"

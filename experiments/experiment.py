@@ -10,7 +10,8 @@ from rich.console import Console
 
 from core.config import JobConfig
 from core.errors import UserError
-from experiments.config import RunConfig, Variant, check_writable, with_addresses, with_model_found
+from core.model_path import with_model_found
+from experiments.config import RunConfig, Variant, check_writable, with_addresses
 from experiments.records import RunRecords, read_runs, write_run
 from experiments.report import show, write_csv
 from experiments.run import Setting, run_variant

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,9 @@ class FlinkJob:
         outcome = self._savepoint(trigger, deadline_s)
         if "failure-cause" in outcome:
             raise UserError(f"job {self.job_id} did not drain: {root_cause(outcome['failure-cause']['stack-trace'])}")
-        # Only the draining was wanted.
-        self.cluster.post("/savepoint-disposal", {"savepoint-path": outcome["location"]})
+        # Only the draining was wanted; that its savepoint stays is no fault of the run.
+        with suppress(UserError, NotFound):
+            self.cluster.post("/savepoint-disposal", {"savepoint-path": outcome["location"]})
         state = self.wait_ended(deadline_s - time.monotonic())
         if state != "FINISHED":
             self.require_alive()

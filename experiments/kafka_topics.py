@@ -32,7 +32,7 @@ def fresh_topics(config: KafkaConfig, partitions: int) -> Iterator[None]:
             name=name,
             num_partitions=partitions if name == config.requests_topic else 1,
             replication_factor=-1,
-            topic_configs=RETENTION,
+            topic_configs=RETENTION | config.topic_settings(name),
         )
         for name in config.topics
     ]

@@ -213,15 +213,18 @@ class Engine:
             sequence.held += 1
             sequence.output.append(greedy[row] if sequence.sampler.greedy else sequence.sampler.sample(logits[row]))
 
-    def _leave(self) -> list[Completion]:
+    def _leave(self) -> list[Completion | Failure]:
         """Take out what has finished; the last row moves into each gap."""
-        done: list[Completion] = []
+        done: list[Completion | Failure] = []
         for row in reversed(range(len(self._running))):
             sequence = self._running[row]
             reason = self._finish_reason(sequence)
             if reason is None:
                 continue
-            done.append(self._complete(sequence, reason))
+            try:
+                done.append(self._complete(sequence, reason))
+            except Exception as error:  # one answer that cannot be written as text fails alone
+                done.append(Failure(sequence.request, f"answer: {type(error).__name__}: {error}"))
             if sequence.held // self.chunk_shape.chunk_tokens > len(sequence.prompt) // self.chunk_shape.chunk_tokens:
                 self._store(sequence, row)
             last = self._running.pop()

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from cache.protocol import ChunkShape, ModelIdentity
 from core.config import EngineConfig
 from core.errors import UserError
+from core.model_path import model_folder
 from inference_service.default_model import default_model_path
 
 
@@ -67,12 +67,9 @@ def resolve_model(model: str) -> tuple[str, str]:
     if model == "default":
         path = default_model_path()
         return str(path), path.name
-    looks_like_path = model.startswith((".", "/", "~")) or Path(model).exists() or model.count("/") > 1
-    if looks_like_path:
-        path = Path(model).expanduser().resolve()
-        if not (path / "config.json").is_file():
-            raise UserError(f"model: no config.json in {str(path)!r}; give the folder of a saved model or a hub name")
-        return str(path), path.name
+    folder = model_folder(model)
+    if folder is not None:
+        return str(folder), folder.name
     return model, model
 
 

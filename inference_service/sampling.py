@@ -20,8 +20,8 @@ class Sampler:
         """A token id from `logits` `[vocabulary]`."""
         if self._generator is None:
             return int(logits.argmax())
-        # On the CPU in float32 wherever the model runs: one generator, one sequence of draws on every device.
-        scores = logits.float().cpu()
-        # Shifted before the division: a tiny temperature would else overflow to inf - inf.
-        probabilities = torch.softmax((scores - scores.max()) / self._temperature, dim=-1)
+        # On the CPU in float64 wherever the model runs: one generator, one sequence of draws on every device.
+        scores = logits.double().cpu()
+        # Shifted before the division, by a temperature that is no less than the least normal number: else 0 / 0.
+        probabilities = torch.softmax((scores - scores.max()) / max(self._temperature, 1e-300), dim=-1)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))

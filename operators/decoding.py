@@ -1,10 +1,16 @@
 """From a record's bytes to an envelope at its slot, or to a dead letter."""
 
+import json
+
+from pydantic import TypeAdapter
+
 from core.clock import Clock
 from core.errors import UserError
-from core.records import DeadLetter, Request
+from core.records import MAX_RECORD_BYTES, DeadLetter, Identifier, Request
 from operators.envelope import Envelope, Source
 from operators.placement import SessionAffinity
+
+_IDENTIFIER: TypeAdapter[str] = TypeAdapter(Identifier)
 
 
 class Decoder:
@@ -27,5 +33,22 @@ class Decoder:
 
 def _dead_letter(reason: str, raw: bytes | None, source: Source) -> DeadLetter:
     return DeadLetter.of(
-        raw, reason=reason, stage="decode", topic=source.topic, partition=source.partition, offset=source.offset
+        raw,
+        reason=reason,
+        stage="decode",
+        request_id=_readable_id(raw),
+        topic=source.topic,
+        partition=source.partition,
+        offset=source.offset,
     )
+
+
+def _readable_id(raw: bytes | None) -> str | None:
+    """The request id of a record that is no valid request otherwise, so that its sender can tell which it was."""
+    if raw is None or len(raw) > MAX_RECORD_BYTES:
+        return None
+    try:
+        record = json.loads(raw)
+        return _IDENTIFIER.validate_python(record["request_id"], strict=True)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None

@@ -69,7 +69,7 @@ class MicroBatchFunction(KeyedProcessFunction):
         self._pending: ListState = runtime_context.get_list_state(
             ListStateDescriptor("pending", Types.PICKLED_BYTE_ARRAY())
         )
-        self._restored = False
+        self._restored: set[int] = set()
 
     def close(self) -> None:
         # Flink closes what it could not open, too.
@@ -88,14 +88,15 @@ class MicroBatchFunction(KeyedProcessFunction):
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         yield from self._restore(ctx)
         at_end = timestamp == END_OF_INPUT
-        batch = self._batcher.flush() if at_end else self._batcher.expire(self._clock.wall_ms())
+        # Flink's timers count a delay: should the wall clock be set back meanwhile, the timer is right.
+        batch = self._batcher.flush() if at_end else self._batcher.expire(max(self._clock.wall_ms(), timestamp))
         yield from self._answer(batch)
 
     def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         """After a restart, what waited in state joins the batch again, before anything newer."""
-        if self._restored:
+        if ctx.get_current_key() in self._restored:
             return
-        self._restored = True
+        self._restored.add(ctx.get_current_key())
         waiting = list(self._pending.get() or ())
         self._pending.clear()
         for envelope in waiting:

@@ -1,6 +1,7 @@
 """One inference slot: one model on one device, one engine, one cache."""
 
 import itertools
+import logging
 import time
 from collections.abc import Sequence
 
@@ -17,6 +18,8 @@ from core.records import DeadLetter, Response
 from inference_service.engine import Completion, Engine, Failure, load_checked_model
 from inference_service.model import resolve_model
 from operators.envelope import Envelope
+
+logger = logging.getLogger(__name__)
 
 ENGINE = f"transformers-{transformers.__version__}"
 
@@ -87,19 +90,24 @@ class InferenceSlot:
                 self._engine.submit(request, envelope.decoded_at_ms)
             except UserError as error:
                 answers.append(_dead_letter(str(error), request.request_id, envelope))
+            except Exception as error:  # a tokenizer or chat template that stumbles over this one prompt
+                logger.exception("request %r could not be tokenized", request.request_id)
+                answers.append(_dead_letter(f"prompt: {type(error).__name__}: {error}", request.request_id, envelope))
+        results: list[Completion | Failure] = []
         while self._engine.unfinished:
-            for result in self._engine.step():
-                envelope = envelopes[id(result.request)]
-                if isinstance(result, Failure):
-                    answers.append(_dead_letter(result.reason, result.request.request_id, envelope))
-                else:
-                    answers.append(self._response(result, batch_id, len(batch)))
+            results += self._engine.step()
+        left_ms = self._clock.wall_ms()
+        for result in results:
+            if isinstance(result, Failure):
+                answers.append(_dead_letter(result.reason, result.request.request_id, envelopes[id(result.request)]))
+            else:
+                answers.append(self._response(result, batch_id, len(batch), left_ms))
         return answers
 
     def close(self) -> None:
         self._engine.close()
 
-    def _response(self, done: Completion, batch_id: str, batch_size: int) -> Response:
+    def _response(self, done: Completion, batch_id: str, batch_size: int, left_ms: float) -> Response:
         request, model = done.request, self._engine.model
         tpot_ms = None
         if done.first_token_ms is not None and done.decode_steps > 0:
@@ -123,13 +131,13 @@ class InferenceSlot:
             computed_tokens=done.computed_tokens,
             output_tokens=len(done.token_ids),
             created_at_ms=request.created_at_ms,
-            completed_at_ms=done.finished_ms,
+            completed_at_ms=left_ms,
             # Clocks may be set back between two readings; a wait is never less than nothing.
             wait_ms=max(0.0, done.began_ms - done.arrived_ms),
             ttft_ms=None if done.first_token_ms is None else done.first_token_ms - request.created_at_ms,
             tpot_ms=tpot_ms,
             inference_ms=max(0.0, done.finished_ms - done.began_ms),
-            e2e_ms=done.finished_ms - request.created_at_ms,
+            e2e_ms=left_ms - request.created_at_ms,
             cache_capacity_chunks=done.cache_capacity_chunks,
             cache_used_chunks=done.cache_used_chunks,
             chunk_bytes=self._engine.chunk_shape.size_bytes,

@@ -14,6 +14,7 @@ from pyflink.table import StreamTableEnvironment
 
 from core.config import JobConfig
 from core.errors import exit_on_user_error
+from core.model_path import with_model_found
 from core.options import Parser, add_options, from_options
 from operators.functions import DEAD_LETTERS, KEY_VALUE, READY, DecodeFunction, MicroBatchFunction
 from operators.placement import key_of_each_slot
@@ -50,7 +51,7 @@ def build(env: StreamExecutionEnvironment, config: JobConfig) -> DataStream:
 def main() -> None:
     parser = Parser(prog="cache_experiment.py", description=__doc__.splitlines()[0] if __doc__ else None)
     add_options(parser, JobConfig)
-    config = from_options(JobConfig, parser.parse_args())
+    config = with_model_found(from_options(JobConfig, parser.parse_args()))
     check_before_start(config)
     ensure_topics(config)
     env = make_environment(config)

@@ -12,9 +12,8 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 from pyflink.datastream import DataStream
 from pyflink.table import DataTypes, Schema, StatementSet, StreamTableEnvironment
 
-from core.config import JobConfig, KafkaConfig
+from core.config import MAX_DEAD_LETTER_BYTES, JobConfig, KafkaConfig
 from core.errors import UserError
-from core.records import MAX_DEAD_LETTER_BYTES
 from operators.functions import WARM_UP
 
 CONNECTOR_JARS = Path(__file__).resolve().parents[1] / ".local" / "jars" / "connector"
@@ -37,11 +36,10 @@ def ensure_topics(config: JobConfig) -> None:
         raise UserError(f"brokers: no Kafka broker answers at {kafka.brokers!r} ({type(error).__name__})") from error
     try:
         present = set(admin.list_topics())
-        large = {"max.message.bytes": str(MAX_DEAD_LETTER_BYTES)}
         for topic in kafka.topics:
             if topic in present:
                 continue
-            settings = large if topic == kafka.dead_letters_topic else {}
+            settings = kafka.topic_settings(topic)
             try:
                 admin.create_topics(
                     [NewTopic(topic, num_partitions=config.parallelism, replication_factor=-1, topic_configs=settings)]
@@ -55,7 +53,7 @@ def ensure_topics(config: JobConfig) -> None:
 
 
 def kafka_source(tables: StreamTableEnvironment, config: JobConfig) -> DataStream:
-    """Rows of `(value: bytes | None, partition: int, offset: int)` of the requests topic, from its beginning on.
+    """Rows of `(value: bytes | None, partition: int, offset: int)` of the requests topic, from where the group stands.
 
     Before them, once for each slot, a row that calls it to warm up: partition `WARM_UP`, the slot in place of the
     offset. It comes with the requests because a Python operator opens with its first element, and because a stream
@@ -66,7 +64,9 @@ def kafka_source(tables: StreamTableEnvironment, config: JobConfig) -> DataStrea
         "topic": kafka.requests_topic,
         "format": "raw",
         "properties.group.id": kafka.consumer_group,
-        "scan.startup.mode": "earliest-offset",
+        # Where the group stands, as the last checkpoint wrote it; a new group begins with the topic.
+        "scan.startup.mode": "group-offsets",
+        "properties.auto.offset.reset": "earliest",
     }
     if config.bounded:
         options["scan.bounded.mode"] = "latest-offset"

@@ -33,12 +33,17 @@ fi
 # ---- system packages ------------------------------------------------------------------------------------------
 
 has() { command -v "$1" >/dev/null 2>&1; }
+# Flink 2 and Kafka 4 run on Java 17 and later; an older one would fail only when they start.
+java_at_hand() {
+    local java=${JAVA_HOME:+$JAVA_HOME/bin/}java
+    has "$java" && [[ $("$java" -version 2>&1) =~ version\ \"([0-9]+) ]] && ((BASH_REMATCH[1] >= 17))
+}
 redis_at_hand() { has redis-server || [[ -x .local/bin/redis-server ]]; }
 
 missing_packages() {
     has python3.11 || echo python3.11
     has python3.11 && python3.11 -c 'import ensurepip, venv' 2>/dev/null || echo python3.11-venv
-    has java || [[ -x ${JAVA_HOME:-}/bin/java ]] || echo openjdk-17-jre-headless
+    java_at_hand || echo openjdk-17-jre-headless
     has mvn || echo maven
     # redis-server would also install and start a service on Redis's port; its program is in redis-tools.
     redis_at_hand || has redis-check-rdb || echo redis-tools

@@ -52,6 +52,7 @@ class TestKeeping:
             assert lease.remote_chunks == N
             stats = cache.stats()
             assert (stats.used_chunks, stats.leased_outside_bytes) == (2, (N - 2) * SHAPE.size_bytes)
+            assert set(cache._local) == {bytes.fromhex(key.split(":")[1]) for key in KEYS[:2]}
         assert cache.stats().leased_outside_bytes == 0
         assert hits(cache, TOKENS) == (2, N - 2)
 

@@ -8,6 +8,7 @@ import pytest
 
 from core.config import JobConfig, Strategy
 from core.errors import UserError
+from core.model_path import with_model_found
 from core.options import Parser, add_options, flatten, from_options, to_options
 from experiments.config import (
     DECIDED,
@@ -17,7 +18,6 @@ from experiments.config import (
     check_writable,
     parse,
     with_addresses,
-    with_model_found,
 )
 
 
@@ -93,7 +93,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         (["--topic-prefix", "mine"], "--topic-prefix: every run makes topics"),
         (["--workload", "mooncake", "--trace", "/nonexistent.jsonl"], "/nonexistent.jsonl"),
         (["--workload", "mooncake"], "--trace"),
-        (["--model", "/nonexistent/model"], "--model: no config.json in /nonexistent/model"),
+        (["--model", "/nonexistent/model"], "--model: no config.json in '/nonexistent/model'"),
         (["--out", "/dev/null/out"], "--out: cannot write to /dev/null/out"),
         (["--from-raw", "/nonexistent"], "--from-raw: /nonexistent is no folder"),
         (["--brokers", "127.0.0.1:1"], "--brokers: no Kafka answers at 127.0.0.1:1"),

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.clock import ManualClock
+from core.config import MAX_DEAD_LETTER_BYTES
 from core.records import DeadLetter
 from operators.decoding import Decoder
 from operators.envelope import Envelope, Source
@@ -60,6 +61,41 @@ def test_a_bad_record_is_a_dead_letter_with_its_bytes(raw: bytes | None, reason:
     assert "\n" not in letter.reason
     assert letter.raw == raw
     assert (letter.topic, letter.partition, letter.offset, letter.stage) == ("llm.requests", 3, 17, "decode")
+
+
+@pytest.mark.parametrize(
+    ("record", "request_id"),
+    [
+        (GOOD | {"max_new_tokens": -1}, "r1"),
+        (GOOD | {"request_id": ""}, None),
+        (GOOD | {"request_id": 7}, None),
+        (["r1"], None),
+    ],
+)
+def test_a_dead_letter_names_its_request_where_that_can_be_read(record: object, request_id: str | None) -> None:
+    letter = decoder().decode(json.dumps(record).encode(), SOURCE)
+    assert isinstance(letter, DeadLetter)
+    assert letter.request_id == request_id
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"prompt_token_ids": [' + b'"",' * 300_000 + b"0]}",
+        b'{"messages": [' + b"0," * 400_000 + b"0]}",
+        b"{" + b",".join(b'"%d": 0' % number for number in range(90_000)) + b"}",
+        b'{"' + b"n" * 1_000_000 + b'": 0}',
+        b"\xff" * (5 << 20),
+    ],
+    ids=["token ids", "messages", "fields", "name", "length"],
+)
+def test_a_dead_letter_is_bounded_whatever_the_record_holds(raw: bytes) -> None:
+    letter = decoder().decode(raw, SOURCE)
+    assert isinstance(letter, DeadLetter)
+    assert len(letter.to_json()) < MAX_DEAD_LETTER_BYTES
+    assert letter.raw_bytes == len(raw)
+    assert letter.raw is not None
+    assert raw.startswith(letter.raw)
 
 
 @given(st.binary(max_size=200))

@@ -61,6 +61,7 @@ def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
     assert letters["r3"].offset == 3
     one = responses["r0"]
     assert (one.slot, one.device, one.batch_size, one.model) == (0, "cpu", 5, "tiny-qwen2")
+    assert one.completed_at_ms == responses["r4"].completed_at_ms
     assert one.batch_id == responses["r4"].batch_id
     assert one.prompt_tokens == len("a prompt of some tokens")
     assert one.e2e_ms >= one.inference_ms > 0

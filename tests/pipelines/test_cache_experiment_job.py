@@ -33,6 +33,8 @@ HOSTILE: list[bytes | None] = [
     b'{"request_id": "x", "colour": 1}',
     b"[" * 5000,
     b'"' + b"a" * 900_000,
+    b'{"prompt_token_ids": [' + b'"",' * 300_000 + b"0]}",
+    b"{" + b",".join(b'"%d": 0' % number for number in range(90_000)) + b"}",
 ]
 
 
@@ -192,7 +194,7 @@ def test_a_drain_answers_what_waits_for_its_batch(run: Run) -> None:
     assert run.answered() == ids(30)
 
 
-def test_requests_that_wait_outlive_a_killed_worker(run: Run) -> None:
+def test_requests_that_wait_outlive_a_killed_worker(run: Run, stack: LocalStack) -> None:
     """The worker is killed while requests wait in state for their batch: after the restart they are answered."""
     run.submit("--parallelism", "1", "--batch-size", "8", "--max-wait-ms", "4000", "--checkpoint-interval-ms", "500")
     run.read_until(lambda r: len(r.ready) == 1)
@@ -201,7 +203,8 @@ def test_requests_that_wait_outlive_a_killed_worker(run: Run) -> None:
     deadline_s = time.monotonic() + 30
     while _checkpoints(run) < time_of_checkpoint + 2:
         assert time.monotonic() < deadline_s
-    os.kill(_worker(), signal.SIGKILL)
+    assert run.responses == []
+    os.kill(_worker(stack), signal.SIGKILL)
     run.read_until(lambda r: len({answer.request_id for answer in r.responses}) == 5, timeout_s=120)
     assert set(run.answered()) == set(ids(5))
     assert run.job.state() == "RUNNING"
@@ -222,7 +225,7 @@ def test_the_job_works_without_redis_and_closes_batches_by_time(run: Run) -> Non
     ("options", "complaint"),
     [
         (["--strategy", "GUESS"], "--strategy: Input should be 'STATIC', 'FLUID' or 'FREQUENCY'"),
-        (["--model", "/nowhere/model"], "model: no config.json in '/nowhere/model'"),
+        (["--model", "/nowhere/model"], "--model: no config.json in '/nowhere/model'"),
         (["--redis-url", "http://example"], "redis_url: not a Redis URL"),
         (["--batch-size", "9", "--max-running", "8"], "--batch-size is above --max-running"),
         (["--max-wait-ms", "-1"], "--max-wait-ms: Input should be greater than or equal to 0"),
@@ -260,11 +263,13 @@ def _checkpoints(run: Run) -> int:
     return int(answer["counts"]["completed"])
 
 
-def _worker() -> int:
-    """The Python worker of the one slot in use: the youngest process of Flink's harness."""
+def _worker(stack: LocalStack) -> int:
+    """The Python worker of the one slot in use: the youngest below the stack's own TaskManager."""
+    folder = str(stack.config.dir)
     workers = [
         process
         for process in psutil.process_iter(["cmdline", "create_time"])
         if any("beam_boot" in part for part in process.info["cmdline"] or ())
+        and any(folder in part for parent in process.parents() for part in parent.cmdline())
     ]
     return int(max(workers, key=lambda process: process.info["create_time"]).pid)
