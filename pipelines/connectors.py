@@ -31,7 +31,9 @@ def ensure_topics(config: JobConfig) -> None:
     """Create the job's topics where they are missing. Raises `UserError` where the broker does not answer."""
     kafka = config.kafka
     try:
-        admin = KafkaAdminClient(bootstrap_servers=kafka.brokers.split(","), request_timeout_ms=10_000)
+        admin = KafkaAdminClient(
+            bootstrap_servers=kafka.brokers.split(","), bootstrap_timeout_ms=5_000, request_timeout_ms=10_000
+        )
     except (KafkaError, OSError, ValueError) as error:
         raise UserError(f"brokers: no Kafka broker answers at {kafka.brokers!r} ({type(error).__name__})") from error
     try:

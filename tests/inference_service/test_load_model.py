@@ -30,7 +30,7 @@ def saved(tiny_paths: dict[str, Path], tmp_path: Path) -> Path:
 
 def test_a_missing_path_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere").startswith("--model: no config.json in ")
-    assert refusal(tmp_path).startswith("model: no config.json in ")
+    assert refusal(tmp_path).startswith("--model: no config.json in ")
 
 
 def test_a_path_without_weights_is_refused(saved: Path) -> None:
