@@ -124,7 +124,7 @@ def _draw_latency(
         axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=10 if len(runs) <= 4 else 8)
     axes.set_xticks(range(len(PERCENTILES)), [f"p{percent}" for percent in PERCENTILES])
     axes.margins(y=0.12)
-    axes.set_ylabel("created to last token (ms)")
+    axes.set_ylabel("created to answered (ms)")
     axes.set_title("b   Latency", pad=26)
 
 
