@@ -24,7 +24,7 @@ from experiments.kafka_topics import fresh_topics, reading
 from experiments.provenance import provenance, without_secrets
 from experiments.records import Load, Manifest, RunRecords
 from workloads.config import WorkloadConfig
-from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connect
+from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connected
 from workloads.timed_request import Workload
 
 LATE_SUBMISSION_S = 2.0
@@ -108,8 +108,7 @@ def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords
 def _offered(workload: Workload, job: JobConfig, ledger: Ledger) -> "Iterator[Future[LoadReport]]":
     """The load, sent from a thread of its own; stopped at the end of the block where it has not ended."""
     stop = threading.Event()
-    producer = connect(job.kafka)
-    try:
+    with connected(job.kafka) as producer:
         generator = KafkaLoadGenerator(producer, job.kafka.requests_topic, workload, SystemClock())
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as pool:
             # Leaving the pool's block waits for its thread, which must have been told to stop by then.
@@ -117,8 +116,6 @@ def _offered(workload: Workload, job: JobConfig, ledger: Ledger) -> "Iterator[Fu
                 yield pool.submit(generator.run, stop, ledger.sent)
             finally:
                 stop.set()
-    finally:
-        producer.close(timeout=1)
 
 
 @contextmanager
