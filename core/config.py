@@ -6,6 +6,7 @@ options of the same names (`max_wait_ms` is `--max-wait-ms`), so that a name nev
 
 import os
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -25,6 +26,32 @@ class Strategy(StrEnum):
     STATIC = "STATIC"
     FLUID = "FLUID"
     FREQUENCY = "FREQUENCY"
+
+
+class Batching(StrEnum):
+    """How requests come together in a slot's engine."""
+
+    CONTINUOUS = "continuous"
+    """They enter and leave the running batch between two steps."""
+    MICRO = "micro"
+    """They enter as a closed group, at a count or a deadline, and leave together."""
+
+
+class EngineKind(StrEnum):
+    """What computes."""
+
+    TRANSFORMERS = "transformers"
+    SIMULATED = "simulated"
+    """A model of a device's times, and nothing else: it waits instead of computing."""
+
+
+class Placement(StrEnum):
+    """Which slot a session's requests go to."""
+
+    SESSION = "session"
+    """The one that a hash of the session names."""
+    BALANCED = "balanced"
+    """That one, unless it is overloaded when the session begins: then the least loaded."""
 
 
 class Eviction(StrEnum):
@@ -92,6 +119,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class EngineConfig(Config):
     """The model and the pool of slots it runs on."""
 
+    engine: EngineKind = Field(default=EngineKind.TRANSFORMERS, description="transformers, or simulated: only its time")
+    profile: Path | None = Field(default=None, description="simulated: JSON file of the device's times")
     model: str = Field(default="default", min_length=1, description="path or name of a causal LM; default: built here")
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: one GPU a slot if there are, else cpu"
@@ -99,14 +128,48 @@ class EngineConfig(Config):
     dtype: str = Field(default="float32", pattern=f"^({'|'.join(DTYPES)})$", description="of weights and key/value")
     max_running: int = Field(default=8, ge=1, le=1024, description="sequences that decode together")
     max_model_len: int = Field(default=2048, ge=2, description="longest sequence, prompt and answer, in tokens")
+    max_running_tokens: int = Field(
+        default=0, ge=0, description="prompt and answer tokens of all that runs; 0: max_running * max_model_len"
+    )
+    step_prefill_tokens: int = Field(
+        default=256, ge=0, description="continuous: prompt tokens prefilled between two decode steps; 0: no limit"
+    )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of one slot; 0: cores / parallelism")
+
+    @model_validator(mode="after")
+    def _profile_where_simulated(self) -> Self:
+        if self.engine is EngineKind.SIMULATED and self.profile is None:
+            raise ValueError("profile is missing; name the file that benchmarks/engine.py wrote")
+        if self.engine is not EngineKind.SIMULATED and self.profile is not None:
+            raise ValueError("profile is read by the simulated engine alone; leave it out, or choose that engine")
+        return self
 
 
 class BatchingConfig(Config):
-    """When a micro-batch is complete: at `batch_size` requests, or when its first has waited `max_wait_ms`."""
+    """How requests come together in the engine: one by one as they come, or in closed groups."""
 
-    batch_size: int = Field(default=4, ge=1, le=1024, description="requests that close a micro-batch")
-    max_wait_ms: float = Field(default=100.0, ge=0, le=3_600_000, description="longest that a request waits for others")
+    batching: Batching = Field(default=Batching.CONTINUOUS, description="continuous, or micro: closed groups")
+    max_in_flight: int = Field(
+        default=64, ge=1, le=65_536, description="continuous: requests in a slot above which Kafka waits"
+    )
+    batch_size: int = Field(default=4, ge=1, le=1024, description="micro: requests that close a micro-batch")
+    max_wait_ms: float = Field(
+        default=100.0, ge=0, le=3_600_000, description="micro: longest that a request waits for others"
+    )
+
+
+class PlacementConfig(Config):
+    """Which slot a session goes to."""
+
+    placement: Placement = Field(
+        default=Placement.BALANCED, description="session: by its hash; balanced: new ones go around an overloaded slot"
+    )
+    overload_ms: float = Field(
+        default=500.0, ge=0, description="balanced: a slot is overloaded whose queue is longer than this"
+    )
+    overload_ratio: float = Field(
+        default=2.0, ge=1, description="balanced: and longer than this times the mean of the others' queues"
+    )
 
 
 class KafkaConfig(Config):
@@ -157,6 +220,7 @@ class JobConfig(Config):
     engine: EngineConfig = EngineConfig()
     cache: CacheConfig = CacheConfig()
     batching: BatchingConfig = BatchingConfig()
+    placing: PlacementConfig = PlacementConfig()
     kafka: KafkaConfig = KafkaConfig()
 
     @property
@@ -166,6 +230,12 @@ class JobConfig(Config):
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:
-        if self.batching.batch_size > self.engine.max_running:
+        if self.batching.batching is Batching.MICRO and self.batching.batch_size > self.engine.max_running:
             raise ValueError("batch_size is above max_running; raise --max-running or lower --batch-size")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_to_reuse_where_simulated(self) -> Self:
+        if self.engine.engine is EngineKind.SIMULATED and self.cache.cache:
+            raise ValueError("cache: a simulated engine has no key/value tensors to reuse; add --no-cache")
         return self

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -41,6 +41,16 @@ def add_options(parser: argparse.ArgumentParser, config: type[BaseModel]) -> Non
             group.add_argument(flag, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=help_text)
 
 
+def set_own_defaults(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
+    """Let a command differ from the configuration's own defaults in some fields, in its help too."""
+    parser.set_defaults(**defaults)
+    # argparse offers no other way to its options.
+    for action in parser._actions:
+        if action.dest in defaults:
+            head, _, _ = (action.help or "").rpartition(" (default: ")
+            action.help = f"{head} (default: {defaults[action.dest]})"
+
+
 def from_options(config: type[C], options: argparse.Namespace) -> C:
     """The configuration that the parsed `options` state. Raises `UserError` in one line naming each bad option."""
     try:
@@ -50,13 +60,16 @@ def from_options(config: type[C], options: argparse.Namespace) -> C:
 
 
 def to_options(config: BaseModel) -> list[str]:
-    """The command line that states `config`: what `from_options` turns back into it. Defaults are left out."""
+    """The command line that states all of `config`: what `from_options` turns back into it.
+
+    Defaults are stated too, as a command may have some of its own; only what is none is left out.
+    """
     arguments: list[str] = []
-    for name, field in type(config).model_fields.items():
+    for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
             arguments += to_options(value)
-        elif value != field.get_default(call_default_factory=True):
+        elif value is not None:
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 arguments.append(f"--{flag}" if value else f"--no-{flag}")

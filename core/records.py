@@ -108,7 +108,13 @@ class Response(BaseModel):
     engine: str
     model: str
     batch_id: str = Field(description="one id for all requests that entered the engine as one micro-batch")
-    batch_size: int = Field(ge=1, description="requests in that micro-batch")
+    batch_size: int = Field(
+        ge=1,
+        description="requests in that micro-batch; continuous: that ran in the engine when this one began, with it",
+    )
+    decode_rows: float | None = Field(
+        default=None, ge=1, description="mean number of sequences that decoded together in its steps; none without one"
+    )
 
     prompt_tokens: int = Field(ge=1)
     local_tokens: int = Field(ge=0, description="prompt tokens whose key/value came from the local tier")

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from core.config import Config, JobConfig, Strategy
 from core.errors import UserError
-from core.options import Parser, add_options, from_options
+from core.options import Parser, add_options, from_options, set_own_defaults
 from workloads.config import WorkloadConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +79,9 @@ OWN_DEFAULTS: Mapping[str, Any] = {
     "base_interval_ms": 600.0,
     "max_new_tokens": 16,
     "max_prompt_tokens": 1024,
+    # What is compared is the cache: nothing else may depend on when a request comes.
+    "batching": "micro",
+    "placement": "session",
 }
 """Options whose default is another than the job's or the workload's own, by field name."""
 
@@ -97,13 +100,10 @@ def parse(config: type[C], prog: str, description: str, arguments: list[str] | N
     """The experiment that the command line states. Raises `UserError`; exits 2 on an option that does not exist."""
     parser = Parser(prog=prog, description=description)
     add_options(parser, config)
-    parser.set_defaults(**OWN_DEFAULTS)
+    set_own_defaults(parser, OWN_DEFAULTS)
     # argparse offers no other way to its options.
     for action in parser._actions:
-        if action.dest in OWN_DEFAULTS:
-            head, _, _ = (action.help or "").rpartition(" (default: ")
-            action.help = f"{head} (default: {OWN_DEFAULTS[action.dest]})"
-        elif action.dest in DECIDED:
+        if action.dest in DECIDED:
             action.help = argparse.SUPPRESS
     options = parser.parse_args(arguments)
     for name, instead in DECIDED.items():

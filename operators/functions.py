@@ -52,6 +52,11 @@ class DecodeFunction(ProcessFunction):
             yield decoded
 
 
+def inference_function(config: JobConfig) -> "KeyedProcessFunction":
+    """The inference operator for the kind of batching that `config` names."""
+    return MicroBatchFunction(config)
+
+
 class MicroBatchFunction(KeyedProcessFunction):
     """Envelopes of one slot in; responses out, dead letters and the ready record to the side.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-import xxhash
+from core.session_home import home_slot
 
 
 class SessionAffinity:
@@ -13,7 +13,7 @@ class SessionAffinity:
 
     def slot_of(self, session_id: str) -> int:
         """Index in `[0, slots)`, the same in every process."""
-        return xxhash.xxh3_64_intdigest(session_id.encode("utf-8", "surrogatepass")) % self._slots
+        return home_slot(session_id, self._slots)
 
 
 def key_of_each_slot(assign: Callable[[int], int], slots: int, max_tries: int = 1 << 16) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ MAY_IMPORT = {
 }
 """What each room may import besides itself; `cache.protocol` is that module alone."""
 
-CORE_LIBRARIES = ("pydantic",)
+CORE_LIBRARIES = ("pydantic", "xxhash")
 
 
 def imports(path: str, source: str) -> Iterator[tuple[int, str]]:

@@ -1,0 +1,55 @@
+"""The graph that all jobs share: Kafka -> decode -> slots of the sessions -> inference -> Kafka."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyflink.common import Types
+from pyflink.datastream import DataStream, StreamExecutionEnvironment
+from pyflink.table import StreamTableEnvironment
+
+from core.config import JobConfig
+from core.model_path import with_model_found
+from core.options import Parser, add_options, from_options, set_own_defaults
+from operators.functions import DEAD_LETTERS, KEY_VALUE, READY, DecodeFunction, inference_function
+from operators.placement import key_of_each_slot
+from operators.slot import check_before_start
+from pipelines.connectors import add_kafka_sink, ensure_topics, kafka_source
+from pipelines.environment import make_environment, subtask_of_key
+
+
+def build(env: StreamExecutionEnvironment, config: JobConfig) -> DataStream:
+    """The job's graph, sinks attached; the stream of responses."""
+    tables = StreamTableEnvironment.create(env)
+    keys = key_of_each_slot(lambda key: subtask_of_key(key, config.parallelism), config.parallelism)
+
+    decoded = kafka_source(tables, config).process(DecodeFunction(config)).name("decode").uid("decode")
+    responses = (
+        decoded.key_by(lambda element: keys[element.slot], key_type=Types.INT())
+        .process(inference_function(config), output_type=KEY_VALUE)
+        .name("inference")
+        .uid("inference")
+    )
+
+    statements = tables.create_statement_set()
+    dead_letters = decoded.get_side_output(DEAD_LETTERS).union(responses.get_side_output(DEAD_LETTERS))
+    for stream, topic in (
+        (responses, config.kafka.responses_topic),
+        (dead_letters, config.kafka.dead_letters_topic),
+        (responses.get_side_output(READY), config.kafka.ready_topic),
+    ):
+        add_kafka_sink(tables, statements, stream, config.kafka, topic)
+    statements.attach_as_datastream()
+    return responses
+
+
+def run(prog: str, description: str, own_defaults: Mapping[str, Any]) -> None:
+    """Submit the job that the command line states. Raises `UserError` for what it could not start with."""
+    parser = Parser(prog=prog, description=description)
+    add_options(parser, JobConfig)
+    set_own_defaults(parser, own_defaults)
+    config = with_model_found(from_options(JobConfig, parser.parse_args()))
+    check_before_start(config)
+    ensure_topics(config)
+    env = make_environment(config)
+    build(env, config)
+    env.execute(config.job_name)
