@@ -1,14 +1,16 @@
-"""The step loop: requests enter, are prefilled one by one over what the cache has, decode together, and leave.
+"""The step loop: requests enter, are prefilled over what the cache has, decode together, and leave.
 
-Prefill is bound by computation and decode by memory bandwidth (Orca, OSDI 2022; Sarathi-Serve, OSDI 2024): a step
-prefills what waits while there is room, each prompt alone and only its part that is not reused, then decodes one token
-of every running sequence together. Sequences enter and leave between steps.
+Prefill is bound by computation and decode by memory bandwidth. A step computes pieces of prompts, each alone and only
+what is not reused, up to a budget of tokens; then it decodes one token of every running sequence together (iteration
+level scheduling: Orca, OSDI 2022; chunked prefill under a token budget: Sarathi-Serve, OSDI 2024). Sequences enter and
+leave between steps, so that no long prompt or answer holds the others.
 """
 
 import heapq
 import itertools
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,14 +20,16 @@ from core.clock import Clock
 from core.config import EngineConfig
 from core.errors import UserError
 from core.records import FinishReason, Request
-from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel, load_model
 from inference_service.prompts import prompt_tokens
-from inference_service.runner import Runner
+from inference_service.protocol import ServedModel
 from inference_service.sampling import Sampler
 from inference_service.support import check_supported
 
 logger = logging.getLogger(__name__)
+
+MOST_PARTIAL = 4
+"""Prompts that may be computed in pieces at a time; more would only finish later."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Completion:
     computed_tokens: int
     decode_steps: int
     """Tokens after the first one, an end-of-sequence token included."""
+    decode_rows: float | None
+    """Mean number of sequences that decoded together in those steps; none without a step."""
+    began_with: int
+    """Sequences in the engine's rows when this one began, itself included."""
     cache_capacity_chunks: int
     cache_used_chunks: int
     arrived_ms: float
@@ -58,14 +66,18 @@ class Failure:
     reason: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sequence:
     request: Request
     prompt: list[int]
     sampler: Sampler
     arrived_ms: float
-    expires_ms: float | None
+    expires_ms: float
+    weight: int
+    """Tokens that it may come to hold."""
+    row: int = -1
     began_ms: float = 0.0
+    began_with: int = 0
     first_token_ms: float | None = None
     local_tokens: int = 0
     remote_tokens: int = 0
@@ -74,6 +86,13 @@ class _Sequence:
     output: list[int] = field(default_factory=list)
     held: int = 0
     """Tokens whose key/value stand in the sequence's row: all but the last sampled one."""
+    rows_decoded: int = 0
+    """Sum, over its decode steps, of the sequences that decoded in them."""
+
+    @property
+    def missing(self) -> int:
+        """Prompt tokens that are still to be computed."""
+        return len(self.prompt) - self.held
 
     @property
     def tokens(self) -> list[int]:
@@ -81,26 +100,30 @@ class _Sequence:
 
 
 class Engine:
-    """One model, one pool of rows, one cache. Single-threaded: call everything from one thread."""
+    """One model, rows to run sequences in, one cache. Single-threaded: call everything from one thread."""
 
     def __init__(
-        self, model: LoadedModel, config: EngineConfig, cache: KVCache | None, chunk_tokens: int, clock: Clock
+        self, model: ServedModel, config: EngineConfig, cache: KVCache | None, chunk_tokens: int, clock: Clock
     ) -> None:
         self.model = model
         self.chunk_shape = model.chunk_shape(chunk_tokens)
         self._cache = cache
         self._clock = clock
-        self._pool = KVPool(self.chunk_shape, config.max_running, model.max_len, model.device)
-        self._runner = Runner(model, self._pool)
+        self._runner = model.make_runner(config.max_running, chunk_tokens)
+        self._most_tokens = config.max_running_tokens or config.max_running * model.max_len
+        self._step_tokens = config.step_prefill_tokens or math.inf
         self._waiting: list[tuple[int, int, _Sequence]] = []
         self._arrivals = itertools.count()
+        self._prefilling: list[_Sequence] = []
+        """Those whose prompt is computed in part, in the order in which they began."""
         self._running: list[_Sequence] = []
-        """The sequence at index i owns row i of the pool."""
+        """The sequence at index i owns row i."""
+        self._next_expiry_ms = math.inf
         self._prefill_ms_per_token: float | None = None
 
     @property
     def unfinished(self) -> int:
-        return len(self._waiting) + len(self._running)
+        return len(self._waiting) + len(self._prefilling) + len(self._running)
 
     def submit(self, request: Request, arrived_ms: float) -> None:
         """Queue a request; a higher `priority` goes first, then who came first.
@@ -108,21 +131,17 @@ class Engine:
         `arrived_ms`: wall time of its arrival. Raises `UserError` for a request that this model cannot answer.
         """
         prompt = prompt_tokens(request, self.model)
-        expires_ms = None if request.deadline_ms is None else request.created_at_ms + request.deadline_ms
-        sequence = _Sequence(request, prompt, Sampler(request), arrived_ms, expires_ms)
+        expires_ms = math.inf if request.deadline_ms is None else request.created_at_ms + request.deadline_ms
+        weight = min(len(prompt) + request.max_new_tokens, self.model.max_len)
+        sequence = _Sequence(request, prompt, Sampler(request), arrived_ms, expires_ms, weight)
+        self._next_expiry_ms = min(self._next_expiry_ms, expires_ms)
         heapq.heappush(self._waiting, (-request.priority, next(self._arrivals), sequence))
 
     def step(self) -> list[Completion | Failure]:
-        """Prefill what waits, as far as rows are free; decode one token of all that runs; what has finished."""
-        done: list[Completion | Failure] = []
-        while self._waiting and len(self._running) < self._pool.rows:
-            sequence = heapq.heappop(self._waiting)[2]
-            try:
-                done += self._admit(sequence)
-            except Exception as error:  # one failing request fails alone; the others' rows are untouched
-                done.append(Failure(sequence.request, f"prefill failed: {type(error).__name__}: {error}"))
+        """Compute pieces of prompts within the step's budget, decode one token of all that runs; what has finished."""
+        done: list[Completion | Failure] = [*self._expire(), *self._prefill()]
         if self._running:
-            self._decode()
+            done += self._decode()
             done += self._leave()
         return done
 
@@ -141,36 +160,130 @@ class Engine:
     def warm_up(self) -> None:
         """Run each kind of forward pass once, in an idle engine: first calls allocate and choose kernels."""
         prompt = [0] * min(self.chunk_shape.chunk_tokens, self.model.max_len - 1)
-        for row in range(self._pool.rows):
+        rows = self._runner.rows
+        for row in range(rows):
             self._runner.prefill(row, prompt, 0)
-        self._runner.decode([0] * self._pool.rows, [len(prompt)] * self._pool.rows)
+        self._runner.decode([0] * rows, [len(prompt)] * rows)
 
     def close(self) -> None:
         if self._cache is not None:
             self._cache.close()
 
-    def _admit(self, sequence: _Sequence) -> list[Completion | Failure]:
-        """Prefill one sequence into the next free row; it stays there unless its first token is its last."""
-        sequence.began_ms = self._clock.wall_ms()
-        if self._expired(sequence):
-            return [self._complete(sequence, FinishReason.DEADLINE)]
-        row = len(self._running)
-        reused = self._reuse(sequence, row)
-        began_ms = self._clock.monotonic_ms()
-        logits = self._runner.prefill(row, sequence.prompt[reused:], reused)
-        token = sequence.sampler.sample(logits)
-        self._learn_prefill_cost(len(sequence.prompt) - reused, self._clock.monotonic_ms() - began_ms)
-        sequence.held = len(sequence.prompt)
-        sequence.first_token_ms = self._clock.wall_ms()
-        sequence.output.append(token)
-        self._store(sequence, row)
-        reason = self._finish_reason(sequence)
-        if reason is not None:
-            return [self._complete(sequence, reason)]
-        self._running.append(sequence)
-        return []
+    def _expire(self) -> Iterator[Completion]:
+        """Answer those whose deadline has passed before their first token: waiting for a row must not hide it."""
+        if self._clock.wall_ms() < self._next_expiry_ms:
+            return
+        late = [sequence for _, _, sequence in sorted(self._waiting) if self._expired(sequence)]
+        for sequence in late:
+            sequence.began_ms = self._clock.wall_ms()
+        if late:
+            self._waiting = [entry for entry in self._waiting if entry[2] not in late]
+            heapq.heapify(self._waiting)
+        partial = [sequence for sequence in self._prefilling if self._expired(sequence)]
+        self._prefilling = [sequence for sequence in self._prefilling if sequence not in partial]
+        remaining = [*(sequence for _, _, sequence in self._waiting), *self._prefilling]
+        self._next_expiry_ms = min((sequence.expires_ms for sequence in remaining), default=math.inf)
+        for sequence in (*late, *partial):
+            yield self._complete(sequence, FinishReason.DEADLINE)
 
-    def _reuse(self, sequence: _Sequence, row: int) -> int:
+    def _prefill(self) -> list[Completion | Failure]:
+        """Spend the step's budget on prompts.
+
+        Half of it belongs to the prompt that has been in pieces for longest, so that it ends; the rest first goes to
+        those that began later, the shortest first, and to new ones, so that a long prompt does not hold short ones.
+        """
+        done: list[Completion | Failure] = []
+        left = self._step_tokens
+        oldest = self._prefilling[0] if self._prefilling else None
+        kept = min(left // 2, oldest.missing) if oldest is not None else 0.0
+        for sequence in sorted(self._prefilling[1:], key=lambda s: (-s.request.priority, s.missing)):
+            left -= self._advance(sequence, left - kept, done)
+        while left > kept and self._waiting and self._has_room(self._waiting[0][2]):
+            sequence = heapq.heappop(self._waiting)[2]
+            try:
+                self._begin(sequence)
+            except Exception as error:  # one failing request fails alone; the others' rows are untouched
+                done.append(_failure(sequence, "cache", error))
+                continue
+            self._prefilling.append(sequence)
+            left -= self._advance(sequence, left - kept, done)
+        if oldest is not None:
+            self._advance(oldest, left, done)
+        return done
+
+    def _has_room(self, sequence: _Sequence) -> bool:
+        """Whether a row is free and the tokens that all may come to hold stay within their bound.
+
+        A sequence that is alone always has room, however heavy it is.
+        """
+        active = len(self._running) + len(self._prefilling)
+        held = sum(other.weight for other in (*self._running, *self._prefilling))
+        return active == 0 or (
+            active < self._runner.rows
+            and len(self._prefilling) < MOST_PARTIAL
+            and held + sequence.weight <= self._most_tokens
+        )
+
+    def _begin(self, sequence: _Sequence) -> None:
+        """Give the sequence the row after the running ones, filled with what the cache has."""
+        sequence.began_ms = self._clock.wall_ms()
+        sequence.began_with = len(self._running) + len(self._prefilling) + 1
+        sequence.row = len(self._running)
+        self._clear(sequence.row)
+        sequence.held = self._reuse(sequence)
+
+    def _clear(self, row: int) -> None:
+        """Move the prompt in pieces that stands in `row`, if any, to the last free row: there is one."""
+        for sequence in self._prefilling:
+            if sequence.row == row:
+                taken = {row, *(other.row for other in self._prefilling)}
+                free = max(place for place in range(len(self._running), self._runner.rows) if place not in taken)
+                self._runner.pool.move_row(row, free, sequence.held)
+                sequence.row = free
+
+    def _advance(self, sequence: _Sequence, most: float, done: list[Completion | Failure]) -> int:
+        """Compute at most `most` tokens of its prompt; after the last it runs, or is done. How many that were."""
+        count = int(min(most, sequence.missing))
+        if count <= 0:
+            return 0
+        try:
+            began_ms = self._clock.monotonic_ms()
+            piece = sequence.prompt[sequence.held : sequence.held + count]
+            logits = self._runner.prefill(sequence.row, piece, sequence.held)
+            sequence.held += count
+            if sequence.missing:
+                return count
+            self._prefilling.remove(sequence)
+            token = sequence.sampler.sample(logits)
+            self._learn_prefill_cost(count, self._clock.monotonic_ms() - began_ms)
+            sequence.first_token_ms = self._clock.wall_ms()
+            sequence.output.append(token)
+            self._store(sequence)
+            reason = self._finish_reason(sequence)
+            if reason is None:
+                self._join(sequence)
+            else:
+                done.append(self._complete(sequence, reason))
+        except Exception as error:  # one failing request fails alone; the others' rows are untouched
+            if sequence in self._prefilling:
+                self._prefilling.remove(sequence)
+            done.append(_failure(sequence, "prefill", error))
+        return count
+
+    def _join(self, sequence: _Sequence) -> None:
+        """Move it to the row after the running ones, which it then belongs to."""
+        target = len(self._running)
+        if sequence.row != target:
+            other = next((other for other in self._prefilling if other.row == target), None)
+            if other is None:
+                self._runner.pool.move_row(sequence.row, target, sequence.held)
+            else:
+                self._runner.pool.swap_rows(sequence.row, target, max(sequence.held, other.held))
+                other.row = sequence.row
+            sequence.row = target
+        self._running.append(sequence)
+
+    def _reuse(self, sequence: _Sequence) -> int:
         """Fill the row from the cache; the number of prompt tokens that need no computing."""
         if self._cache is None:
             return 0
@@ -181,57 +294,86 @@ class Engine:
             # reach the very end, the last one counts one token less.
             limit = len(sequence.prompt) - 1
             for index, (chunk, source) in enumerate(zip(lease.chunks, lease.sources, strict=True)):
-                self._pool.load_chunk(row, index, chunk)
+                self._runner.pool.load_chunk(sequence.row, index, chunk)
                 counted = min(tokens, limit - index * tokens)
                 if source == "local":
                     sequence.local_tokens += counted
                 else:
                     sequence.remote_tokens += counted
-            if self.model.device.type == "cuda":
-                # The copies may still be under way, and the lease's memory may be reused once it is released.
-                torch.cuda.synchronize(self.model.device)
+            # The lease's memory may change once it is released.
+            self.model.wait_for_copies()
         return sequence.local_tokens + sequence.remote_tokens
 
-    def _store(self, sequence: _Sequence, row: int) -> None:
+    def _store(self, sequence: _Sequence) -> None:
         """Keep the row's full chunks. A store that fails is a miss later, and no fault of the request."""
         if self._cache is None:
             return
         try:
             self._cache.store(
                 sequence.tokens[: sequence.held],
-                lambda index, out: self._pool.read_chunk(row, index, out),
+                lambda index, out: self._runner.pool.read_chunk(sequence.row, index, out),
                 sequence.request.cache_salt,
             )
         except Exception:
             logger.exception("chunks of request %r could not be stored", sequence.request.request_id)
 
-    def _decode(self) -> None:
-        running = self._running
-        logits = self._runner.decode([sequence.output[-1] for sequence in running], [s.held for s in running])
-        greedy = logits.argmax(dim=-1).tolist()
-        for row, sequence in enumerate(running):
+    def _decode(self) -> list[Failure]:
+        """One token of every running sequence. Those that fail leave."""
+        running = tuple(self._running)
+        failed: list[Failure] = []
+        logits, best = self._decode_together(running)
+        for index, sequence in enumerate(running):
+            try:
+                if best is not None and sequence.sampler.greedy:
+                    token = best[index]
+                else:
+                    token = sequence.sampler.sample(self._decode_alone(sequence, logits, index))
+            except Exception as error:  # one failing request fails alone
+                failed.append(_failure(sequence, "decode", error))
+                self._take_out(sequence)
+                continue
+            sequence.output.append(token)
             sequence.held += 1
-            sequence.output.append(greedy[row] if sequence.sampler.greedy else sequence.sampler.sample(logits[row]))
+            sequence.rows_decoded += len(running)
+        return failed
+
+    def _decode_together(self, running: Sequence[_Sequence]) -> tuple[torch.Tensor, list[int]] | tuple[None, None]:
+        """Logits of all and the best token of each; nothing where the step fails, whoever's fault that is."""
+        try:
+            logits = self._runner.decode([one.output[-1] for one in running], [one.held for one in running])
+            return logits, logits.argmax(dim=-1).tolist()
+        except Exception:
+            logger.exception("a step of %d sequences failed; each is tried alone", len(running))
+            return None, None
+
+    def _decode_alone(self, sequence: _Sequence, logits: torch.Tensor | None, index: int) -> torch.Tensor:
+        if logits is not None:
+            return logits[index]
+        return self._runner.prefill(sequence.row, sequence.output[-1:], sequence.held)
 
     def _leave(self) -> list[Completion | Failure]:
-        """Take out what has finished; the last row moves into each gap."""
+        """Take out what has finished."""
         done: list[Completion | Failure] = []
-        for row in reversed(range(len(self._running))):
-            sequence = self._running[row]
+        for sequence in reversed(tuple(self._running)):
             reason = self._finish_reason(sequence)
             if reason is None:
                 continue
             try:
                 done.append(self._complete(sequence, reason))
             except Exception as error:  # one answer that cannot be written as text fails alone
-                done.append(Failure(sequence.request, f"answer: {type(error).__name__}: {error}"))
+                done.append(_failure(sequence, "answer", error))
             if sequence.held // self.chunk_shape.chunk_tokens > len(sequence.prompt) // self.chunk_shape.chunk_tokens:
-                self._store(sequence, row)
-            last = self._running.pop()
-            if last is not sequence:
-                self._pool.move_row(len(self._running), row, last.held)
-                self._running[row] = last
+                self._store(sequence)
+            self._take_out(sequence)
         return done
+
+    def _take_out(self, sequence: _Sequence) -> None:
+        """The last running row moves into the gap."""
+        last = self._running.pop()
+        if last is not sequence:
+            self._runner.pool.move_row(last.row, sequence.row, last.held)
+            last.row = sequence.row
+            self._running[last.row] = last
 
     def _finish_reason(self, sequence: _Sequence) -> FinishReason | None:
         if sequence.output[-1] in self.model.eos_token_ids:
@@ -243,11 +385,12 @@ class Engine:
         return FinishReason.DEADLINE if self._expired(sequence) else None
 
     def _expired(self, sequence: _Sequence) -> bool:
-        return sequence.expires_ms is not None and self._clock.wall_ms() >= sequence.expires_ms
+        return self._clock.wall_ms() >= sequence.expires_ms
 
     def _complete(self, sequence: _Sequence, reason: FinishReason) -> Completion:
         answer = sequence.output[:-1] if reason is FinishReason.STOP else sequence.output
         prompt = len(sequence.prompt)
+        steps = max(0, len(sequence.output) - 1)
         return Completion(
             request=sequence.request,
             text=self.model.tokenizer.decode(answer, skip_special_tokens=True),
@@ -257,7 +400,9 @@ class Engine:
             local_tokens=sequence.local_tokens,
             remote_tokens=sequence.remote_tokens,
             computed_tokens=prompt - sequence.local_tokens - sequence.remote_tokens,
-            decode_steps=max(0, len(sequence.output) - 1),
+            decode_steps=steps,
+            decode_rows=sequence.rows_decoded / steps if steps else None,
+            began_with=max(1, sequence.began_with),
             cache_capacity_chunks=sequence.capacity_chunks,
             cache_used_chunks=sequence.used_chunks,
             arrived_ms=sequence.arrived_ms,
@@ -272,6 +417,10 @@ class Engine:
             cost = took_ms / tokens
             average = self._prefill_ms_per_token
             self._prefill_ms_per_token = cost if average is None else 0.8 * average + 0.2 * cost
+
+
+def _failure(sequence: _Sequence, stage: str, error: Exception) -> Failure:
+    return Failure(sequence.request, f"{stage} failed: {type(error).__name__}: {error}")
 
 
 def load_checked_model(config: EngineConfig, slot: int = 0) -> LoadedModel:

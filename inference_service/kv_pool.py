@@ -94,3 +94,9 @@ class KVPool:
     def move_row(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` positions of row `source` over row `target`."""
         self._memory[:, :, target, :, :tokens] = self._memory[:, :, source, :, :tokens]
+
+    def swap_rows(self, one: int, other: int, tokens: int) -> None:
+        """Exchange the first `tokens` positions of two rows."""
+        kept = self._memory[:, :, one, :, :tokens].clone()
+        self._memory[:, :, one, :, :tokens] = self._memory[:, :, other, :, :tokens]
+        self._memory[:, :, other, :, :tokens] = kept

@@ -16,6 +16,8 @@ from core.config import EngineConfig
 from core.errors import UserError
 from core.model_path import model_folder
 from inference_service.default_model import default_model_path
+from inference_service.kv_pool import KVPool
+from inference_service.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,15 @@ class LoadedModel:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return ChunkShape(config.num_hidden_layers, heads, chunk_tokens, head_dim, self.dtype)
+
+    def make_runner(self, rows: int, chunk_tokens: int) -> Runner:
+        """A runner over a pool of `rows` rows."""
+        return Runner(self, KVPool(self.chunk_shape(chunk_tokens), rows, self.max_len, self.device))
+
+    def wait_for_copies(self) -> None:
+        """On a GPU the copies into a pool may still be under way when the call that asked for them is back."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def resolve_device(device: str, slot: int) -> torch.device:

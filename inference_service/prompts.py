@@ -4,10 +4,10 @@ from jinja2 import TemplateError
 
 from core.errors import UserError
 from core.records import Request
-from inference_service.model import LoadedModel
+from inference_service.protocol import ServedModel
 
 
-def prompt_tokens(request: Request, model: LoadedModel) -> list[int]:
+def prompt_tokens(request: Request, model: ServedModel) -> list[int]:
     """Token ids of the request's prompt, whichever of the three forms it has.
 
     Raises `UserError` for another model's name, a prompt that is empty, too long or outside the vocabulary, and

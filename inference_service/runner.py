@@ -1,24 +1,31 @@
 """Forward passes over the pool: prefill of one row, decode of all rows."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from inference_service.kv_pool import KVPool
-from inference_service.model import LoadedModel
+
+if TYPE_CHECKING:
+    from inference_service.model import LoadedModel
 
 
 class Runner:
     """Runs a model's forward passes with the pool as its key/value memory. Holds no request."""
 
-    def __init__(self, model: LoadedModel, pool: KVPool) -> None:
+    def __init__(self, model: "LoadedModel", pool: KVPool) -> None:
         self._model = model.model
         self._device = model.device
-        self._pool = pool
+        self.pool = pool
         # Eager attention adds the mask to the scores, SDPA takes a boolean one.
         self._additive = model.model.config._attn_implementation == "eager"
         self._least = torch.finfo(model.dtype).min
         self._dtype = model.dtype
+
+    @property
+    def rows(self) -> int:
+        return self.pool.rows
 
     @torch.inference_mode()
     def prefill(self, row: int, tokens: Sequence[int], start: int) -> torch.Tensor:
@@ -27,7 +34,7 @@ class Runner:
         Returns the logits after the last token, `[vocabulary]`.
         """
         end = start + len(tokens)
-        self._pool.begin_prefill(row, start, len(tokens))
+        self.pool.begin_prefill(row, start, len(tokens))
         positions = torch.arange(start, end, device=self._device)
         mask = torch.arange(end, device=self._device)[None, :] <= positions[:, None]
         return self._forward(torch.tensor([tokens], device=self._device), positions[None], mask[None, None])[0]
@@ -40,7 +47,7 @@ class Runner:
         """
         positions = torch.tensor(lengths, device=self._device)
         length = max(lengths) + 1
-        self._pool.begin_decode(positions, length)
+        self.pool.begin_decode(positions, length)
         mask = torch.arange(length, device=self._device)[None, :] <= positions[:, None]
         input_ids = torch.tensor(tokens, device=self._device)[:, None]
         return self._forward(input_ids, positions[:, None], mask[:, None, None])
@@ -52,7 +59,7 @@ class Runner:
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=self._pool,
+            past_key_values=self.pool,
             use_cache=True,
             logits_to_keep=1,
         )

@@ -193,7 +193,7 @@ def test_a_failing_look_up_fails_alone(model: LoadedModel) -> None:
     cache = MemoryCache(model.chunk_shape(CHUNK))
     cache.refuses.add(PROMPT)
     failure = run_with_one_bad(make_engine(model, cache=cache), model, PROMPT)
-    assert failure.reason == "prefill failed: RuntimeError: the cache is broken"
+    assert failure.reason == "cache failed: RuntimeError: the cache is broken"
 
 
 def test_a_failing_prefill_fails_alone_and_lets_its_chunks_go(model: LoadedModel) -> None:

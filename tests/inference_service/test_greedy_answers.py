@@ -141,7 +141,7 @@ def test_reused_chunks_are_what_the_answer_is_made_of(model: LoadedModel) -> Non
 @pytest.mark.parametrize("bystanders", [0, 5])
 def test_what_a_row_held_before_does_not_show(model: LoadedModel, bystanders: int) -> None:
     engine = make_engine(model, max_running=1 + bystanders)
-    engine._pool._memory.fill_(1e4)
+    engine._runner.pool._memory.fill_(1e4)
     requests = [ask(f"b{seed}", tokens_of(seed, 30 + seed), 20) for seed in range(bystanders)]
     done = answers(engine.run([*requests, ask("short", PROMPTS["r7"], 12)]))
     assert done["short"].token_ids == plain_answer(model, PROMPTS["r7"], 12)

@@ -1,0 +1,82 @@
+"""What the engine needs of a model and of what runs it, real or simulated."""
+
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from cache.protocol import ChunkShape
+
+
+class Rows(Protocol):
+    """Key/value memory for several sequences, a row each."""
+
+    def load_chunk(self, row: int, index: int, chunk: torch.Tensor) -> None:
+        """Copy a chunk to its position in `row`."""
+        ...
+
+    def read_chunk(self, row: int, index: int, out: torch.Tensor) -> None:
+        """Copy chunk `index` of `row` to `out`."""
+        ...
+
+    def move_row(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` positions of `source` over `target`."""
+        ...
+
+    def swap_rows(self, one: int, other: int, tokens: int) -> None:
+        """Exchange the first `tokens` positions of two rows."""
+        ...
+
+
+class ModelRunner(Protocol):
+    """Forward passes over `rows` rows. Holds no request."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def pool(self) -> Rows: ...
+
+    def prefill(self, row: int, tokens: Sequence[int], start: int) -> torch.Tensor:
+        """Compute `tokens` of `row` from position `start` on; the logits after the last, `[vocabulary]`."""
+        ...
+
+    def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """One token in each of the first rows, which hold `lengths` tokens; logits `[running, vocabulary]`."""
+        ...
+
+
+class ServedModel(Protocol):
+    """A model as the engine sees it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def device(self) -> Any:
+        """Its `str` names the device in results."""
+        ...
+
+    @property
+    def max_len(self) -> int:
+        """Longest sequence, prompt and answer, in tokens."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> Collection[int]: ...
+
+    def chunk_shape(self, chunk_tokens: int) -> ChunkShape: ...
+
+    def make_runner(self, rows: int, chunk_tokens: int) -> ModelRunner:
+        """A runner with memory for `rows` sequences of up to `max_len` tokens."""
+        ...
+
+    def wait_for_copies(self) -> None:
+        """Return once every copy into the rows has ended, so that its source may change."""
+        ...
