@@ -125,6 +125,11 @@ class Engine:
     def unfinished(self) -> int:
         return len(self._waiting) + len(self._prefilling) + len(self._running)
 
+    @property
+    def waiting_since_ms(self) -> float | None:
+        """Arrival of the request that has waited for longest without having begun; none if none waits."""
+        return min((sequence.arrived_ms for _, _, sequence in self._waiting), default=None)
+
     def submit(self, request: Request, arrived_ms: float) -> None:
         """Queue a request; a higher `priority` goes first, then who came first.
 

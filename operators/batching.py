@@ -1,6 +1,10 @@
 """When a micro-batch is complete: at a count, or when its first item has waited long enough."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
+
+from core.clock import Clock
 
 T = TypeVar("T")
 
@@ -37,3 +41,33 @@ class MicroBatcher(Generic[T]):
         """All that waits, complete or not."""
         batch, self._items, self._due_ms = self._items, [], None
         return batch
+
+
+class Standing:
+    """How long requests stand before they are taken in, while whoever takes them in is busy with a batch."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._stood_ms = 0.0
+        self._taken_ms = 0.0
+        self._busy = False
+
+    def taken(self, since_ms: float) -> None:
+        """A request that has stood since then (wall time) is taken in."""
+        self._taken_ms = self._clock.wall_ms()
+        self._stood_ms = max(0.0, self._taken_ms - since_ms)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+            self._taken_ms = self._clock.wall_ms()
+
+    @property
+    def queue_ms(self) -> float:
+        """Of the latest request; 0 once none has come for a second of idleness, as none stands there then."""
+        idle_ms = 0.0 if self._busy else self._clock.wall_ms() - self._taken_ms
+        return self._stood_ms if idle_ms < 1000 else 0.0

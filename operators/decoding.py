@@ -8,7 +8,7 @@ from core.clock import Clock
 from core.errors import UserError
 from core.records import MAX_RECORD_BYTES, DeadLetter, Identifier, Request
 from operators.envelope import Envelope, Source
-from operators.placement import SessionAffinity
+from operators.placement import Placing
 
 _IDENTIFIER: TypeAdapter[str] = TypeAdapter(Identifier)
 
@@ -16,7 +16,7 @@ _IDENTIFIER: TypeAdapter[str] = TypeAdapter(Identifier)
 class Decoder:
     """Validates a record and places its session."""
 
-    def __init__(self, placement: SessionAffinity, clock: Clock) -> None:
+    def __init__(self, placement: Placing, clock: Clock) -> None:
         self._placement = placement
         self._clock = clock
 

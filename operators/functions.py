@@ -8,16 +8,18 @@ from typing import Any
 
 from pyflink.common import Row, Types
 from pyflink.datastream import KeyedProcessFunction, OutputTag, ProcessFunction, RuntimeContext
-from pyflink.datastream.state import ListState, ListStateDescriptor
+from pyflink.datastream.state import ListState, ListStateDescriptor, MapState, MapStateDescriptor
 
 from core.clock import SystemClock
-from core.config import JobConfig
+from core.config import Batching, JobConfig
 from core.records import DeadLetter, Response
-from operators.batching import MicroBatcher
+from operators.batching import MicroBatcher, Standing
 from operators.decoding import Decoder
 from operators.envelope import Envelope, Source, WarmUp
-from operators.placement import SessionAffinity
-from operators.slot import InferenceSlot
+from operators.load_board import LoadBoard, LoadReport, LoadView
+from operators.placement import BalancedPlacement, Placing, SessionAffinity
+from operators.pump import Pump
+from operators.slot import InferenceSlot, Ready
 
 KEY_VALUE = Types.ROW_NAMED(["key", "value"], [Types.STRING(), Types.STRING()])
 DEAD_LETTERS = OutputTag("dead-letters", KEY_VALUE)
@@ -28,6 +30,8 @@ END_OF_INPUT = 2**63 - 1
 
 WARM_UP = -1
 """The partition of a row that calls a slot to warm up; the slot stands in place of the offset."""
+LONGEST_POLL_S = 0.01
+"""Longest wait for an answer while the stream stands still."""
 
 
 class DecodeFunction(ProcessFunction):
@@ -37,7 +41,17 @@ class DecodeFunction(ProcessFunction):
         self._config = config
 
     def open(self, runtime_context: RuntimeContext) -> None:
-        self._decoder = Decoder(SessionAffinity(self._config.parallelism), SystemClock())
+        board = LoadBoard.of(self._config)
+        self._loads = LoadView(board) if board is not None else None
+        slots = self._config.parallelism
+        placement: Placing = SessionAffinity(slots)
+        if self._loads is not None:
+            placement = BalancedPlacement(slots, self._config.placing, self._loads)
+        self._decoder = Decoder(placement, SystemClock())
+
+    def close(self) -> None:
+        if getattr(self, "_loads", None) is not None:
+            self._loads.close()
 
     def process_element(self, value: Row, ctx: ProcessFunction.Context) -> Iterator[Any]:
         raw, partition, offset = value
@@ -52,9 +66,89 @@ class DecodeFunction(ProcessFunction):
             yield decoded
 
 
-def inference_function(config: JobConfig) -> "KeyedProcessFunction":
+def inference_function(config: JobConfig) -> KeyedProcessFunction:
     """The inference operator for the kind of batching that `config` names."""
-    return MicroBatchFunction(config)
+    kinds = {Batching.MICRO: MicroBatchFunction, Batching.CONTINUOUS: ContinuousFunction}
+    return kinds[config.batching.batching](config)
+
+
+class ContinuousFunction(KeyedProcessFunction):
+    """Envelopes of one slot in; each response out as soon as it is there, dead letters and the ready record aside.
+
+    What is in flight is in Flink's state as well, so that a restart loses nothing: it is asked again. Answers leave
+    under the key that their request came with, as state belongs to a key: after a restart at another parallelism a
+    subtask may hold several.
+    """
+
+    def __init__(self, config: JobConfig) -> None:
+        self._config = config
+
+    def open(self, runtime_context: RuntimeContext) -> None:
+        self._clock = SystemClock()
+        self._slot = InferenceSlot(self._config, runtime_context.get_index_of_this_subtask(), self._clock)
+        self._pump = Pump(self._slot, self._config.batching.max_in_flight)
+        board = LoadBoard.of(self._config)
+        self._report = LoadReport(board, self._slot.index, lambda: self._slot.queue_ms) if board is not None else None
+        self._in_flight: MapState = runtime_context.get_map_state(
+            MapStateDescriptor("in-flight", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
+        )
+        self._restored: set[int] = set()
+        self._watched: set[int] = set()
+        """Keys that a timer is set for."""
+
+    def close(self) -> None:
+        # Flink closes what it could not open, too.
+        if getattr(self, "_report", None) is not None:
+            self._report.close()
+        if hasattr(self, "_pump"):
+            self._pump.close()
+        if hasattr(self, "_slot"):
+            self._slot.close()
+
+    def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        if isinstance(value, WarmUp):
+            yield _ready_row(self._slot.ready)
+            return
+        self._restore(ctx)
+        # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
+        while not self._pump.wait_for_room(LONGEST_POLL_S):
+            yield from self._leave(ctx, 0.0)
+        ticket = f"{value.source.partition}-{value.source.offset}"
+        self._in_flight.put(ticket, value)
+        self._pump.submit(ctx.get_current_key(), ticket, value)
+        yield from self._leave(ctx, 0.0)
+
+    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        self._restore(ctx)
+        key = ctx.get_current_key()
+        if timestamp == END_OF_INPUT:
+            while self._pump.outstanding(key):
+                yield from self._leave(ctx, LONGEST_POLL_S)
+            return
+        self._watched.discard(key)
+        # An answer leaves at once when it comes while this waits; what comes in meanwhile waits no longer than this.
+        yield from self._leave(ctx, LONGEST_POLL_S)
+
+    def _leave(self, ctx: KeyedProcessFunction.Context, timeout_s: float) -> Iterator[Any]:
+        """What has finished under the current key; as long as more is in flight there, a timer looks again."""
+        key = ctx.get_current_key()
+        for answer in self._pump.take(key, timeout_s):
+            self._in_flight.remove(answer.ticket)
+            yield _row(answer.record)
+        if self._pump.outstanding(key) and key not in self._watched:
+            self._watched.add(key)
+            ctx.timer_service().register_processing_time_timer(int(self._clock.wall_ms()) + 1)
+            ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+
+    def _restore(self, ctx: KeyedProcessFunction.Context) -> None:
+        """After a restart, what was in flight is asked again, before anything newer."""
+        key = ctx.get_current_key()
+        if key in self._restored:
+            return
+        self._restored.add(key)
+        in_flight = sorted(self._in_flight.items(), key=lambda item: (item[1].source.partition, item[1].source.offset))
+        for ticket, envelope in in_flight:
+            self._pump.submit(key, ticket, envelope)
 
 
 class MicroBatchFunction(KeyedProcessFunction):
@@ -70,6 +164,9 @@ class MicroBatchFunction(KeyedProcessFunction):
         self._clock = SystemClock()
         self._slot = InferenceSlot(self._config, runtime_context.get_index_of_this_subtask(), self._clock)
         batching = self._config.batching
+        self._stood = Standing(self._clock)
+        board = LoadBoard.of(self._config)
+        self._report = LoadReport(board, self._slot.index, lambda: self._stood.queue_ms) if board is not None else None
         self._batcher: MicroBatcher[Envelope] = MicroBatcher(batching.batch_size, batching.max_wait_ms)
         self._pending: ListState = runtime_context.get_list_state(
             ListStateDescriptor("pending", Types.PICKLED_BYTE_ARRAY())
@@ -78,15 +175,17 @@ class MicroBatchFunction(KeyedProcessFunction):
 
     def close(self) -> None:
         # Flink closes what it could not open, too.
+        if getattr(self, "_report", None) is not None:
+            self._report.close()
         if hasattr(self, "_slot"):
             self._slot.close()
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         if isinstance(value, WarmUp):
             # The model was loaded when this function was opened for its first element: this one.
-            ready = self._slot.ready
-            yield READY, Row(f"slot-{ready.slot}", ready.model_dump_json())
+            yield _ready_row(self._slot.ready)
             return
+        self._stood.taken(value.decoded_at_ms)
         yield from self._restore(ctx)
         yield from self._add(value, ctx)
 
@@ -123,11 +222,20 @@ class MicroBatchFunction(KeyedProcessFunction):
         if not batch:
             return
         self._pending.clear()
-        for answer in self._slot.answer(batch):
-            if isinstance(answer, Response):
-                yield Row(answer.request_id, answer.to_json())
-            else:
-                yield DEAD_LETTERS, _dead_letter_row(answer)
+        with self._stood.busy():
+            answers = self._slot.answer(batch)
+        for answer in answers:
+            yield _row(answer)
+
+
+def _ready_row(ready: Ready) -> tuple[OutputTag, Row]:
+    return READY, Row(f"slot-{ready.slot}", ready.model_dump_json())
+
+
+def _row(answer: Response | DeadLetter) -> Any:
+    if isinstance(answer, Response):
+        return Row(answer.request_id, answer.to_json())
+    return DEAD_LETTERS, _dead_letter_row(answer)
 
 
 def _dead_letter_row(letter: DeadLetter) -> Row:

@@ -1,8 +1,21 @@
 """Which slot answers a session, and which Flink key leads to that slot."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
+from core.config import PlacementConfig
 from core.session_home import home_slot
+from operators.load_board import Loads
+
+REMEMBERED_SESSIONS = 100_000
+"""Sessions whose slot is known; one that has been silent for so many others begins anew, at home."""
+DETOUR_MS = 100.0
+"""What a session is taken to add to the queue it is sent to, until that slot reports again."""
+
+
+class Placing(Protocol):
+    def slot_of(self, session_id: str) -> int: ...
 
 
 class SessionAffinity:
@@ -14,6 +27,49 @@ class SessionAffinity:
     def slot_of(self, session_id: str) -> int:
         """Index in `[0, slots)`, the same in every process."""
         return home_slot(session_id, self._slots)
+
+
+class BalancedPlacement:
+    """A session begins at home, or at the least loaded slot where home is overloaded, and stays where it began.
+
+    A queue is overloaded that is longer than `overload_ms` and than `overload_ratio` times the mean of the others: the
+    bound of consistent hashing with bounded loads (Mirrokni et al., SODA 2018), on waiting time. As long as loads are
+    not known, sessions are at home.
+    """
+
+    def __init__(self, slots: int, config: PlacementConfig, loads: Loads) -> None:
+        self._slots = slots
+        self._config = config
+        self._loads = loads
+        self._known: OrderedDict[str, int] = OrderedDict()
+        self._read: Mapping[int, float] = {}
+        self._queues_ms: dict[int, float] = {}
+        """The queues as last read, with what was sent there since."""
+
+    def slot_of(self, session_id: str) -> int:
+        slot = self._known.pop(session_id, None)
+        if slot is None:
+            slot = self._place(home_slot(session_id, self._slots))
+        self._known[session_id] = slot
+        if len(self._known) > REMEMBERED_SESSIONS:
+            self._known.popitem(last=False)
+        return slot
+
+    def _place(self, home: int) -> int:
+        read = self._loads.queues_ms
+        if read is not self._read:
+            self._read, self._queues_ms = read, dict(read)
+        others = {slot: queue for slot, queue in self._queues_ms.items() if slot != home}
+        if home not in self._queues_ms or not others:
+            return home
+        bound_ms = max(self._config.overload_ms, self._config.overload_ratio * sum(others.values()) / len(others))
+        if self._queues_ms[home] <= bound_ms:
+            return home
+        slot = min(others, key=lambda other: (others[other], other))
+        if others[slot] >= self._queues_ms[home]:
+            return home
+        self._queues_ms[slot] += DETOUR_MS
+        return slot
 
 
 def key_of_each_slot(assign: Callable[[int], int], slots: int, max_tries: int = 1 << 16) -> tuple[int, ...]:

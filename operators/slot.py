@@ -4,24 +4,27 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import transformers
 from pydantic import BaseModel, ConfigDict
 
 from cache.manager import open_cache
+from cache.protocol import KVCache
 from cache.redis_wire import RedisAddress
 from core.clock import Clock
-from core.config import JobConfig
+from core.config import Batching, EngineKind, JobConfig
 from core.errors import UserError
 from core.records import DeadLetter, Response
 from inference_service.engine import Completion, Engine, Failure, load_checked_model
 from inference_service.model import resolve_model
+from inference_service.protocol import ServedModel
 from operators.envelope import Envelope
 
 logger = logging.getLogger(__name__)
 
-ENGINE = f"transformers-{transformers.__version__}"
+TRANSFORMERS = f"transformers-{transformers.__version__}"
 
 
 class Ready(BaseModel):
@@ -40,25 +43,51 @@ class Ready(BaseModel):
 
 def check_before_start(config: JobConfig) -> None:
     """Raises `UserError` for what no slot could start with, where the job is submitted and not in a worker."""
-    resolve_model(config.engine.model)
+    if config.engine.profile is not None:
+        from inference_service.device_profile import DeviceProfile
+        DeviceProfile.read(config.engine.profile)
+    else:
+        resolve_model(config.engine.model)
     if config.cache.remote.redis_url is not None:
         RedisAddress.parse(config.cache.remote.redis_url)
 
 
+@dataclass(frozen=True)
+class Finished:
+    """An envelope that is done with, and what came of it."""
+
+    envelope: Envelope
+    outcome: Completion | DeadLetter
+
+
 class InferenceSlot:
-    """Answers micro-batches. Loads its model when it is made; raises `UserError` where that cannot be."""
+    """Loads its model when it is made; raises `UserError` where that cannot be. Single-threaded, as the engine is."""
 
     def __init__(self, config: JobConfig, slot: int, clock: Clock) -> None:
         began = time.monotonic()
-        self._slot = slot
+        self.index = slot
         self._clock = clock
-        self._threads = config.threads_per_slot
-        torch.set_num_threads(self._threads)
-        model = load_checked_model(config.engine, slot)
-        shape = model.chunk_shape(config.cache.chunk_tokens)
-        cache = open_cache(config.cache, shape, model.identity, clock) if config.cache.cache else None
-        self._engine = Engine(model, config.engine, cache, config.cache.chunk_tokens, clock)
+        self.threads = config.threads_per_slot
+        torch.set_num_threads(self.threads)
+        engine, chunk_tokens = config.engine, config.cache.chunk_tokens
+        if config.batching.batching is Batching.MICRO:
+            # Nothing else runs that a long prompt could hold up, and all leave together.
+            engine = engine.model_copy(update={"step_prefill_tokens": 0})
+        model: ServedModel
+        cache: KVCache | None = None
+        if engine.engine is EngineKind.SIMULATED:
+            self._engine_name = "simulated"
+            from inference_service.simulated import load_simulated
+            model = load_simulated(engine, slot)
+        else:
+            self._engine_name = TRANSFORMERS
+            model = loaded = load_checked_model(engine, slot)
+            if config.cache.cache:
+                cache = open_cache(config.cache, loaded.chunk_shape(chunk_tokens), loaded.identity, clock)
+        self._engine = Engine(model, engine, cache, chunk_tokens, clock)
         self._engine.warm_up()
+        self._envelopes: dict[int, Envelope] = {}
+        """What the engine has, by the identity of the request: ids of requests may repeat."""
         self._batch_ids = (f"{slot}-{int(clock.wall_ms())}-{number}" for number in itertools.count())
         self._load_s = time.monotonic() - began
 
@@ -66,46 +95,74 @@ class InferenceSlot:
     def ready(self) -> Ready:
         model = self._engine.model
         return Ready(
-            slot=self._slot,
+            slot=self.index,
             device=str(model.device),
-            engine=ENGINE,
+            engine=self._engine_name,
             model=model.name,
-            threads=self._threads,
+            threads=self.threads,
             chunk_bytes=self._engine.chunk_shape.size_bytes,
             load_s=round(self._load_s, 3),
         )
 
+    @property
+    def unfinished(self) -> int:
+        return len(self._envelopes)
+
+    @property
+    def queue_ms(self) -> float:
+        """For how long the request has waited that has waited for longest, since it was decoded; 0 if none waits."""
+        since_ms = self._engine.waiting_since_ms
+        return 0.0 if since_ms is None else max(0.0, self._clock.wall_ms() - since_ms)
+
+    def submit(self, envelope: Envelope) -> Finished | None:
+        """Queue a request; one that the model cannot answer is done with at once."""
+        request = envelope.request
+        try:
+            self._engine.submit(request, envelope.decoded_at_ms)
+        except UserError as error:
+            return Finished(envelope, _dead_letter(str(error), envelope))
+        except Exception as error:  # a tokenizer or chat template that stumbles over this one prompt
+            logger.exception("request %r could not be tokenized", request.request_id)
+            return Finished(envelope, _dead_letter(f"prompt: {type(error).__name__}: {error}", envelope))
+        self._envelopes[id(request)] = envelope
+        return None
+
+    def step(self) -> list[Finished]:
+        """One step of the engine; what has finished with it."""
+        finished = []
+        for result in self._engine.step():
+            envelope = self._envelopes.pop(id(result.request))
+            outcome = _dead_letter(result.reason, envelope) if isinstance(result, Failure) else result
+            finished.append(Finished(envelope, outcome))
+        return finished
+
     def answer(self, batch: Sequence[Envelope]) -> list[Response | DeadLetter]:
-        """One response or dead letter for each envelope, in the order in which they finish.
+        """Answer a closed group: one response or dead letter for each envelope, in the order in which they finish.
 
         Records of one batch may carry the same request id: each is answered.
         """
         batch_id = next(self._batch_ids)
-        answers: list[Response | DeadLetter] = []
-        envelopes = {}
-        for envelope in batch:
-            request = envelope.request
-            envelopes[id(request)] = envelope
-            try:
-                self._engine.submit(request, envelope.decoded_at_ms)
-            except UserError as error:
-                answers.append(_dead_letter(str(error), request.request_id, envelope))
-            except Exception as error:  # a tokenizer or chat template that stumbles over this one prompt
-                logger.exception("request %r could not be tokenized", request.request_id)
-                answers.append(_dead_letter(f"prompt: {type(error).__name__}: {error}", request.request_id, envelope))
-        results: list[Completion | Failure] = []
-        while self._engine.unfinished:
-            results += self._engine.step()
+        finished = [refused for envelope in batch if (refused := self.submit(envelope)) is not None]
+        while self.unfinished:
+            finished += self.step()
         left_ms = self._clock.wall_ms()
-        for result in results:
-            if isinstance(result, Failure):
-                answers.append(_dead_letter(result.reason, result.request.request_id, envelopes[id(result.request)]))
-            else:
-                answers.append(self._response(result, batch_id, len(batch), left_ms))
-        return answers
+        return [self._written(one.outcome, batch_id, len(batch), left_ms) for one in finished]
+
+    def written(self, finished: Finished) -> Response | DeadLetter:
+        """What came of a request that leaves now, by itself."""
+        outcome = finished.outcome
+        size = outcome.began_with if isinstance(outcome, Completion) else 1
+        return self._written(outcome, next(self._batch_ids), size, self._clock.wall_ms())
 
     def close(self) -> None:
         self._engine.close()
+
+    def _written(
+        self, outcome: Completion | DeadLetter, batch_id: str, batch_size: int, left_ms: float
+    ) -> Response | DeadLetter:
+        if isinstance(outcome, DeadLetter):
+            return outcome
+        return self._response(outcome, batch_id, batch_size, left_ms)
 
     def _response(self, done: Completion, batch_id: str, batch_size: int, left_ms: float) -> Response:
         request, model = done.request, self._engine.model
@@ -119,12 +176,13 @@ class InferenceSlot:
             text=done.text,
             token_ids=done.token_ids,
             finish_reason=done.finish_reason,
-            slot=self._slot,
+            slot=self.index,
             device=str(model.device),
-            engine=ENGINE,
+            engine=self._engine_name,
             model=model.name,
             batch_id=batch_id,
             batch_size=batch_size,
+            decode_rows=done.decode_rows,
             prompt_tokens=done.prompt_tokens,
             local_tokens=done.local_tokens,
             remote_tokens=done.remote_tokens,
@@ -144,13 +202,13 @@ class InferenceSlot:
         )
 
 
-def _dead_letter(reason: str, request_id: str, envelope: Envelope) -> DeadLetter:
+def _dead_letter(reason: str, envelope: Envelope) -> DeadLetter:
     source = envelope.source
     return DeadLetter.of(
         envelope.raw,
         reason=reason,
         stage="inference",
-        request_id=request_id,
+        request_id=envelope.request.request_id,
         topic=source.topic,
         partition=source.partition,
         offset=source.offset,

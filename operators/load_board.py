@@ -1,0 +1,117 @@
+"""How long each slot's queue is, told to those who place sessions.
+
+It goes by way of Redis, as a job's slots may be on several hosts and Flink's streams lead nowhere backwards. Whatever
+fails on the way leaves a slot's length unknown, and sessions at home.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from core.config import JobConfig, Placement
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 0.1
+"""Time between two reports of a slot, and between two readings."""
+STALE_MS = 2000
+"""What a slot has said is forgotten after this."""
+TIMEOUT_S = 0.5
+
+
+class LoadBoard:
+    """Queue lengths in ms by slot, in Redis, under a name that no other job has."""
+
+    def __init__(self, redis_url: str, name: str, slots: int) -> None:
+        self._redis = Redis.from_url(redis_url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+        self._keys = [f"{name}:queue:{slot}" for slot in range(slots)]
+
+    @classmethod
+    def of(cls, config: JobConfig) -> "LoadBoard | None":
+        """The job's board; none where sessions stay at home anyway, or without Redis to carry their chunks along."""
+        remote = config.cache.remote
+        if config.placing.placement is not Placement.BALANCED or remote.redis_url is None or config.parallelism == 1:
+            return None
+        name = f"{remote.redis_namespace}:{config.job_name}:{config.kafka.consumer_group}"
+        return cls(remote.redis_url, name, config.parallelism)
+
+    def write(self, slot: int, queue_ms: float) -> None:
+        self._redis.set(self._keys[slot], f"{queue_ms:.0f}", px=STALE_MS)
+
+    def read(self) -> dict[int, float]:
+        """Of the slots that have reported lately."""
+        values = self._redis.mget(self._keys)
+        return {slot: float(value) for slot, value in enumerate(values) if value is not None}
+
+    def close(self) -> None:
+        self._redis.close()
+
+
+class Loads(Protocol):
+    """What is known of the slots' queues."""
+
+    @property
+    def queues_ms(self) -> Mapping[int, float]:
+        """A new mapping whenever something new is known."""
+        ...
+
+
+class LoadView:
+    """The board as it was read last, by a thread of its own."""
+
+    def __init__(self, board: LoadBoard) -> None:
+        self._board = board
+        self.queues_ms: Mapping[int, float] = {}
+        self._periodic = _Periodic("load-view", self._refresh)
+
+    def close(self) -> None:
+        self._periodic.close()
+        self._board.close()
+
+    def _refresh(self) -> None:
+        try:
+            self.queues_ms = self._board.read()
+        except (RedisError, ValueError):
+            self.queues_ms = {}
+            raise
+
+
+class LoadReport:
+    """Writes what `queue_ms` says of one slot to the board, by a thread of its own."""
+
+    def __init__(self, board: LoadBoard, slot: int, queue_ms: Callable[[], float]) -> None:
+        self._board = board
+        self._periodic = _Periodic("load-report", lambda: board.write(slot, queue_ms()))
+
+    def close(self) -> None:
+        self._periodic.close()
+        self._board.close()
+
+
+class _Periodic:
+    """Calls `work` every so often until it is closed. A Redis that fails is told of once, and tried again."""
+
+    def __init__(self, name: str, work: Callable[[], None]) -> None:
+        self._work = work
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        failing = False
+        while not self._closed.wait(EVERY_S):
+            try:
+                self._work()
+                failing = False
+            except (RedisError, ValueError) as error:
+                if not failing:
+                    logger.warning("%s: %s", self._thread.name, error)
+                failing = True
