@@ -23,11 +23,14 @@ def model_folder(model: str) -> Path | None:
 
 
 def with_model_found(job: JobConfig) -> JobConfig:
-    """`job` with an absolute path of its model, as its workers have another working directory.
+    """`job` with absolute paths of its model and profile, as its workers have another working directory.
 
     Raises `UserError` as `model_folder` does; a hub's name can only be checked by loading it.
     """
+    found: dict[str, object] = {}
     folder = model_folder(job.engine.model)
-    if folder is None:
-        return job
-    return job.model_copy(update={"engine": job.engine.model_copy(update={"model": str(folder)})})
+    if folder is not None:
+        found["model"] = str(folder)
+    if job.engine.profile is not None:
+        found["profile"] = job.engine.profile.expanduser().resolve()
+    return job.model_copy(update={"engine": job.engine.model_copy(update=found)}) if found else job

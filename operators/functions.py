@@ -4,6 +4,7 @@ Rows of two strings leave them, `key` and `value`, for the topic that their stre
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 from pyflink.common import Row, Types
@@ -41,17 +42,18 @@ class DecodeFunction(ProcessFunction):
         self._config = config
 
     def open(self, runtime_context: RuntimeContext) -> None:
-        board = LoadBoard.of(self._config)
-        self._loads = LoadView(board) if board is not None else None
+        self._opened = ExitStack()
         slots = self._config.parallelism
-        placement: Placing = SessionAffinity(slots)
-        if self._loads is not None:
-            placement = BalancedPlacement(slots, self._config.placing, self._loads)
+        board = LoadBoard.of(self._config)
+        if board is None:
+            placement: Placing = SessionAffinity(slots)
+        else:
+            loads = self._opened.enter_context(closing(LoadView(board)))
+            placement = BalancedPlacement(slots, self._config.placing, loads)
         self._decoder = Decoder(placement, SystemClock())
 
     def close(self) -> None:
-        if getattr(self, "_loads", None) is not None:
-            self._loads.close()
+        _close(self)
 
     def process_element(self, value: Row, ctx: ProcessFunction.Context) -> Iterator[Any]:
         raw, partition, offset = value
@@ -85,10 +87,13 @@ class ContinuousFunction(KeyedProcessFunction):
 
     def open(self, runtime_context: RuntimeContext) -> None:
         self._clock = SystemClock()
-        self._slot = InferenceSlot(self._config, runtime_context.get_index_of_this_subtask(), self._clock)
-        self._pump = Pump(self._slot, self._config.batching.max_in_flight)
+        self._opened = ExitStack()
+        index = runtime_context.get_index_of_this_subtask()
+        self._slot = self._opened.enter_context(closing(InferenceSlot(self._config, index, self._clock)))
+        self._pump = self._opened.enter_context(closing(Pump(self._slot, self._config.batching.max_in_flight)))
         board = LoadBoard.of(self._config)
-        self._report = LoadReport(board, self._slot.index, lambda: self._slot.queue_ms) if board is not None else None
+        if board is not None:
+            self._opened.enter_context(closing(LoadReport(board, index, lambda: self._slot.queue_ms)))
         self._in_flight: MapState = runtime_context.get_map_state(
             MapStateDescriptor("in-flight", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
         )
@@ -97,13 +102,7 @@ class ContinuousFunction(KeyedProcessFunction):
         """Keys that a timer is set for."""
 
     def close(self) -> None:
-        # Flink closes what it could not open, too.
-        if getattr(self, "_report", None) is not None:
-            self._report.close()
-        if hasattr(self, "_pump"):
-            self._pump.close()
-        if hasattr(self, "_slot"):
-            self._slot.close()
+        _close(self)
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         if isinstance(value, WarmUp):
@@ -162,11 +161,14 @@ class MicroBatchFunction(KeyedProcessFunction):
 
     def open(self, runtime_context: RuntimeContext) -> None:
         self._clock = SystemClock()
-        self._slot = InferenceSlot(self._config, runtime_context.get_index_of_this_subtask(), self._clock)
+        self._opened = ExitStack()
+        index = runtime_context.get_index_of_this_subtask()
+        self._slot = self._opened.enter_context(closing(InferenceSlot(self._config, index, self._clock)))
         batching = self._config.batching
         self._stood = Standing(self._clock)
         board = LoadBoard.of(self._config)
-        self._report = LoadReport(board, self._slot.index, lambda: self._stood.queue_ms) if board is not None else None
+        if board is not None:
+            self._opened.enter_context(closing(LoadReport(board, index, lambda: self._stood.queue_ms)))
         self._batcher: MicroBatcher[Envelope] = MicroBatcher(batching.batch_size, batching.max_wait_ms)
         self._pending: ListState = runtime_context.get_list_state(
             ListStateDescriptor("pending", Types.PICKLED_BYTE_ARRAY())
@@ -174,11 +176,7 @@ class MicroBatchFunction(KeyedProcessFunction):
         self._restored: set[int] = set()
 
     def close(self) -> None:
-        # Flink closes what it could not open, too.
-        if getattr(self, "_report", None) is not None:
-            self._report.close()
-        if hasattr(self, "_slot"):
-            self._slot.close()
+        _close(self)
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         if isinstance(value, WarmUp):
@@ -226,6 +224,12 @@ class MicroBatchFunction(KeyedProcessFunction):
             answers = self._slot.answer(batch)
         for answer in answers:
             yield _row(answer)
+
+
+def _close(function: DecodeFunction | ContinuousFunction | MicroBatchFunction) -> None:
+    """Close what was opened, the last first. Flink closes what it could not open, too."""
+    if hasattr(function, "_opened"):
+        function._opened.close()
 
 
 def _ready_row(ready: Ready) -> tuple[OutputTag, Row]:

@@ -7,7 +7,7 @@ fails on the way leaves a slot's length unknown, and sessions at home.
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -44,7 +44,7 @@ class LoadBoard:
 
     def read(self) -> dict[int, float]:
         """Of the slots that have reported lately."""
-        values = self._redis.mget(self._keys)
+        values: Any = self._redis.mget(self._keys)
         return {slot: float(value) for slot, value in enumerate(values) if value is not None}
 
     def close(self) -> None:

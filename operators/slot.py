@@ -17,9 +17,11 @@ from core.clock import Clock
 from core.config import Batching, EngineKind, JobConfig
 from core.errors import UserError
 from core.records import DeadLetter, Response
+from inference_service.device_profile import DeviceProfile
 from inference_service.engine import Completion, Engine, Failure, load_checked_model
 from inference_service.model import resolve_model
 from inference_service.protocol import ServedModel
+from inference_service.simulated import load_simulated
 from operators.envelope import Envelope
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,6 @@ class Ready(BaseModel):
 def check_before_start(config: JobConfig) -> None:
     """Raises `UserError` for what no slot could start with, where the job is submitted and not in a worker."""
     if config.engine.profile is not None:
-        from inference_service.device_profile import DeviceProfile
         DeviceProfile.read(config.engine.profile)
     else:
         resolve_model(config.engine.model)
@@ -77,7 +78,6 @@ class InferenceSlot:
         cache: KVCache | None = None
         if engine.engine is EngineKind.SIMULATED:
             self._engine_name = "simulated"
-            from inference_service.simulated import load_simulated
             model = load_simulated(engine, slot)
         else:
             self._engine_name = TRANSFORMERS

@@ -32,7 +32,7 @@ def parse(arguments: list[str], config: type[BaseModel] = JobConfig) -> Any:
 
 # The argparse of this Python drops a value that is just two dashes.
 words = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=20).filter("--".__ne__)
-names = st.from_regex(r"[A-Za-z0-9._-]{1,20}", fullmatch=True)
+names = st.from_regex(r"[A-Za-z0-9._-]{1,20}", fullmatch=True).filter("--".__ne__)
 
 configs = st.builds(
     JobConfig,

@@ -81,9 +81,14 @@ def ask(request_id: str, tokens: Sequence[int], max_new_tokens: int = 6, **field
 
 
 def make_engine(
-    model: LoadedModel, *, cache: "MemoryCache | None" = None, max_running: int = 4, clock: Clock | None = None
+    model: LoadedModel,
+    *,
+    cache: "MemoryCache | None" = None,
+    max_running: int = 4,
+    clock: Clock | None = None,
+    **settings: Any,
 ) -> Engine:
-    config = EngineConfig(max_running=max_running, max_model_len=MAX_LEN)
+    config = EngineConfig(max_running=max_running, max_model_len=MAX_LEN, **settings)
     return Engine(model, config, cache, CHUNK, clock or ManualClock())
 
 

@@ -1,0 +1,262 @@
+"""Between two steps anything may come or go: answers stay those of the model alone, and nobody waits for long."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from core.clock import ManualClock
+from core.records import FinishReason
+from inference_service.engine import Completion, Engine, Failure
+from inference_service.model import LoadedModel
+from tests.inference_service.engine_helpers import (
+    CHUNK,
+    MemoryCache,
+    answers,
+    ask,
+    make_engine,
+    plain_answer,
+    tokens_of,
+)
+
+
+def finish(engine: Engine, most_steps: int = 500) -> list[Completion | Failure]:
+    done: list[Completion | Failure] = []
+    for _ in range(most_steps):
+        done += engine.step()
+        if not engine.unfinished:
+            return done
+    raise AssertionError(f"{engine.unfinished} requests are not done after {most_steps} steps")
+
+
+def steps_until_done(engine: Engine, request_id: str) -> int:
+    for step in range(1, 500):
+        if any(one.request.request_id == request_id for one in engine.step()):
+            return step
+    raise AssertionError(f"{request_id} is not done")
+
+
+class Watch:
+    """The tokens that each call to the runner computed; `poison`, once it decodes, fails the call."""
+
+    def __init__(self, engine: Engine, poison: Callable[[list[int], list[int]], bool] | None = None) -> None:
+        self.prefills: list[int] = []
+        self.decodes: list[int] = []
+        self._runner = engine._runner
+        self._prefill, self._decode = self._runner.prefill, self._runner.decode
+        self._poison = poison
+        engine._runner.prefill = self.prefill
+        engine._runner.decode = self.decode
+
+    def prefill(self, row: int, tokens: list[int], start: int) -> torch.Tensor:
+        if self._poison is not None and len(tokens) == 1 and self._poison([start], [row]):
+            raise RuntimeError("CUDA out of memory")
+        self.prefills.append(len(tokens))
+        return self._prefill(row, tokens, start)
+
+    def decode(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
+        if self._poison is not None and self._poison(lengths, list(range(len(lengths)))):
+            raise RuntimeError("CUDA out of memory")
+        self.decodes.append(len(tokens))
+        return self._decode(tokens, lengths)
+
+
+@given(
+    seed=st.integers(0, 1 << 30),
+    budget=st.sampled_from([0, 1, 3, 8, 20]),
+    rows=st.integers(1, 5),
+    cached=st.booleans(),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whoever_comes_when_every_answer_is_the_models_own(
+    model: LoadedModel, seed: int, budget: int, rows: int, cached: bool
+) -> None:
+    """Arrivals between steps, prompts short and long, shared beginnings: pieces, moves and swaps of rows."""
+    chance = random.Random(seed)
+    cache = MemoryCache(model.chunk_shape(CHUNK)) if cached else None
+    engine = make_engine(model, cache=cache, max_running=rows, step_prefill_tokens=budget)
+    base = tokens_of(1, 40)
+    requests = []
+    for number in range(10):
+        own = tokens_of(chance.randrange(3), chance.choice([1, 4, 9, 20]))
+        requests.append(ask(f"r{number}", base[: chance.choice([0, 8, 16, 40])] + own, chance.randint(1, 8)))
+    done: list[Completion | Failure] = []
+    for request in requests:
+        engine.submit(request, 0.0)
+        for _ in range(chance.randrange(4)):
+            done += engine.step()
+    found = answers(done + (finish(engine) if engine.unfinished else []))
+    assert len(found) == len(requests)
+    for request in requests:
+        wanted = plain_answer(model, request.prompt_token_ids, request.max_new_tokens)
+        assert found[request.request_id].token_ids == wanted
+
+
+def test_a_step_computes_no_more_prompt_tokens_than_its_budget(model: LoadedModel) -> None:
+    engine = make_engine(model, step_prefill_tokens=10)
+    for number in range(6):
+        engine.submit(ask(f"r{number}", tokens_of(number, 5 + 7 * number), 3), 0.0)
+    watch = Watch(engine)
+    while engine.unfinished:
+        watch.prefills.clear()
+        engine.step()
+        assert sum(watch.prefills) <= 10
+
+
+def test_running_sequences_decode_in_every_step_of_a_long_prompt(model: LoadedModel) -> None:
+    engine = make_engine(model, step_prefill_tokens=4)
+    engine.submit(ask("running", tokens_of(1, 4), 30), 0.0)
+    engine.step()
+    watch = Watch(engine)
+    engine.submit(ask("long", tokens_of(2, 40), 2), 0.0)
+    for _ in range(9):
+        engine.step()
+    assert watch.decodes == [1] * 9
+    assert watch.prefills == [4] * 9
+
+
+def test_a_short_prompt_overtakes_a_long_one_which_still_gets_half(model: LoadedModel) -> None:
+    engine = make_engine(model, step_prefill_tokens=8)
+    engine.submit(ask("long", tokens_of(1, 48), 1), 0.0)
+    engine.step()
+    engine.submit(ask("short", tokens_of(2, 4), 1), 0.0)
+    assert [one.request.request_id for one in engine.step()] == ["short"]
+    for number in range(20):
+        engine.submit(ask(f"more{number}", tokens_of(3 + number, 8), 1), 0.0)
+    # 36 tokens are left of it, of which a crowd of others leaves it 4 a step.
+    assert steps_until_done(engine, "long") == 9
+
+
+def test_several_long_prompts_all_end(model: LoadedModel) -> None:
+    engine = make_engine(model, max_running=3, step_prefill_tokens=6)
+    requests = [ask(f"r{number}", tokens_of(number, 40 + number), 4) for number in range(7)]
+    for request in requests:
+        engine.submit(request, 0.0)
+    found = answers(finish(engine))
+    for request in requests:
+        assert found[request.request_id].token_ids == plain_answer(model, request.prompt_token_ids, 4)
+
+
+def test_tokens_of_what_runs_stay_within_their_bound(model: LoadedModel) -> None:
+    engine = make_engine(model, max_running=4, max_running_tokens=40)
+    for number in range(5):
+        engine.submit(ask(f"r{number}", tokens_of(number, 10), 6), 0.0)
+    most = 0
+    while engine.unfinished:
+        engine.step()
+        most = max(most, len(engine._running) + len(engine._prefilling))
+    assert most == 2
+
+
+def test_a_request_above_the_bound_runs_alone(model: LoadedModel) -> None:
+    engine = make_engine(model, max_running_tokens=8)
+    requests = [ask(f"r{number}", tokens_of(number, 12), 3) for number in range(2)]
+    for request in requests:
+        engine.submit(request, 0.0)
+    found = answers(finish(engine))
+    assert [one.decode_rows for one in found.values()] == [1.0, 1.0]
+
+
+def test_a_deadline_passes_while_all_rows_are_taken(model: LoadedModel) -> None:
+    clock = ManualClock()
+    engine = make_engine(model, max_running=1, clock=clock)
+    engine.submit(ask("running", tokens_of(1, 4), 30), 0.0)
+    engine.submit(ask("late", tokens_of(2, 4), 4, deadline_ms=50.0), 0.0)
+    assert engine.step() == []
+    clock.advance(50)
+    (late,) = engine.step()
+    assert isinstance(late, Completion)
+    assert (late.request.request_id, late.finish_reason, late.token_ids) == ("late", FinishReason.DEADLINE, ())
+    assert (late.prompt_tokens, late.computed_tokens) == (4, 4)
+    assert engine.unfinished == 1
+
+
+def test_a_deadline_passes_in_the_midst_of_a_prompt(model: LoadedModel) -> None:
+    clock = ManualClock()
+    engine = make_engine(model, max_running=2, clock=clock, step_prefill_tokens=4)
+    engine.submit(ask("late", tokens_of(2, 40), 4, deadline_ms=50.0), 0.0)
+    engine.step()
+    clock.advance(60)
+    (late,) = engine.step()
+    assert isinstance(late, Completion)
+    assert late.finish_reason is FinishReason.DEADLINE
+    # Its row is free again.
+    engine.submit(ask("next", tokens_of(3, 9), 5), 0.0)
+    assert answers(finish(engine))["next"].token_ids == plain_answer(model, tokens_of(3, 9), 5)
+
+
+def test_a_deadline_passes_while_it_runs_and_what_it_has_is_its_answer(model: LoadedModel) -> None:
+    clock = ManualClock()
+    engine = make_engine(model, clock=clock)
+    engine.submit(ask("late", tokens_of(2, 5), 30, deadline_ms=50.0), 0.0)
+    engine.step()
+    clock.advance(60)
+    (late,) = engine.step()
+    assert isinstance(late, Completion)
+    assert late.finish_reason is FinishReason.DEADLINE
+    assert late.token_ids == plain_answer(model, tokens_of(2, 5), 30)[: len(late.token_ids)]
+    assert 0 < len(late.token_ids) < 30
+
+
+def test_a_higher_priority_begins_first_and_equals_in_order(model: LoadedModel) -> None:
+    engine = make_engine(model, max_running=1)
+    for name, priority in (("a", 0), ("b", 5), ("c", 0), ("d", 5), ("e", -1)):
+        engine.submit(ask(name, tokens_of(ord(name), 6), 2, priority=priority), 0.0)
+    assert [one.request.request_id for one in finish(engine)] == ["b", "d", "a", "c", "e"]
+
+
+def test_a_poison_request_in_a_running_batch_fails_alone(model: LoadedModel) -> None:
+    """Whatever step holds the sequence of 13 tokens fails; the others go on as if it had not been there."""
+    engine = make_engine(model)
+    requests = [ask(f"r{number}", tokens_of(number, 6 + number), 6) for number in range(3)]
+    bad = ask("bad", tokens_of(9, 11), 6)
+    for request in (requests[0], bad, *requests[1:]):
+        engine.submit(request, 0.0)
+    poisoned = 13
+
+    def holds_poison(lengths: list[int], rows: list[int]) -> bool:
+        owners = {sequence.row: sequence.request.request_id for sequence in engine._running}
+        return any(length >= poisoned and owners.get(row) == "bad" for length, row in zip(lengths, rows, strict=True))
+
+    Watch(engine, holds_poison)
+    done = finish(engine)
+    (failure,) = [one for one in done if isinstance(one, Failure)]
+    assert failure.request.request_id == "bad"
+    assert failure.reason == "decode failed: RuntimeError: CUDA out of memory"
+    found = answers(one for one in done if not isinstance(one, Failure))
+    for request in requests:
+        assert found[request.request_id].token_ids == plain_answer(model, request.prompt_token_ids, 6)
+
+
+def test_a_step_that_fails_once_costs_no_request(model: LoadedModel) -> None:
+    engine = make_engine(model)
+    for number in range(3):
+        engine.submit(ask(f"r{number}", tokens_of(number, 6 + number), 6), 0.0)
+    decode: Any = engine._runner.decode
+    failed: list[int] = []
+
+    def once(tokens: list[int], lengths: list[int]) -> torch.Tensor:
+        if len(lengths) == 3 and not failed:
+            failed.append(1)
+            raise RuntimeError("a hiccup")
+        return decode(tokens, lengths)
+
+    engine._runner.decode = once
+    found = answers(finish(engine))
+    assert failed
+    for number in range(3):
+        assert found[f"r{number}"].token_ids == plain_answer(model, tokens_of(number, 6 + number), 6)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_rows_that_a_request_decoded_with_are_counted(model: LoadedModel, count: int) -> None:
+    engine = make_engine(model)
+    for number in range(count):
+        engine.submit(ask(f"r{number}", tokens_of(number, 6), 5), 0.0)
+    found = answers(finish(engine))
+    assert [one.decode_rows for one in found.values()] == [float(count)] * count
+    assert sorted(one.began_with for one in found.values()) == list(range(1, count + 1))
