@@ -1,12 +1,15 @@
 """Sessions stay, and every slot has a key that leads to it."""
 
+from itertools import islice
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from operators.placement import SessionAffinity, key_of_each_slot
+from core.config import PlacementConfig
+from core.session_home import home_slot
+from operators.placement import BalancedPlacement, SessionAffinity, key_of_each_slot
 
 
 @given(st.text(min_size=1), st.integers(1, 16))
@@ -42,3 +45,73 @@ def test_each_slot_gets_a_key_that_leads_to_it(slots: int, seed: int) -> None:
 def test_a_rule_that_never_reaches_a_slot_is_an_error() -> None:
     with pytest.raises(ValueError, match="3 slots"):
         key_of_each_slot(lambda key: key % 2, 3, max_tries=100)
+
+
+class Known:
+    """Loads that a test sets."""
+
+    def __init__(self, **queues_ms: float) -> None:
+        self.queues_ms: dict[int, float] = {}
+        self.say(**queues_ms)
+
+    def say(self, **queues_ms: float) -> None:
+        self.queues_ms = {int(slot.removeprefix("s")): queue for slot, queue in queues_ms.items()}
+
+
+def at_home(slot: int, slots: int, count: int = 1) -> list[str]:
+    """Sessions whose home is `slot`."""
+    found = (f"u{number}" for number in range(10_000) if home_slot(f"u{number}", slots) == slot)
+    return list(islice(found, count))
+
+
+def balanced(loads: Known, slots: int = 2) -> BalancedPlacement:
+    return BalancedPlacement(slots, PlacementConfig(overload_ms=500, overload_ratio=2), loads)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4])
+def test_sessions_are_at_home_as_long_as_no_queue_stands_out(slots: int) -> None:
+    placements = [balanced(Known(), slots), balanced(Known(**{f"s{slot}": 9000.0 for slot in range(slots)}), slots)]
+    for number in range(200):
+        for placement in placements:
+            assert placement.slot_of(f"u{number}") == SessionAffinity(slots).slot_of(f"u{number}")
+
+
+def test_a_new_session_goes_around_an_overloaded_home_and_an_old_one_stays() -> None:
+    loads = Known(s0=0.0, s1=0.0)
+    placement = balanced(loads)
+    old, new = at_home(0, 2, 2)
+    assert placement.slot_of(old) == 0
+    loads.say(s0=3000.0, s1=100.0)
+    assert placement.slot_of(old) == 0
+    assert placement.slot_of(new) == 1
+    loads.say(s0=0.0, s1=3000.0)
+    assert placement.slot_of(new) == 1
+
+
+@pytest.mark.parametrize(("home", "other"), [(500.0, 0.0), (1900.0, 1000.0), (3000.0, 3000.0)])
+def test_a_queue_that_is_short_or_hardly_longer_than_the_others_is_no_overload(home: float, other: float) -> None:
+    assert balanced(Known(s0=home, s1=other)).slot_of(at_home(0, 2)[0]) == 0
+
+
+def test_between_two_reports_not_all_are_sent_to_one_slot() -> None:
+    placement = balanced(Known(s0=9000.0, s1=0.0, s2=50.0), slots=3)
+    found = [placement.slot_of(session) for session in at_home(0, 3, 8)]
+    assert found == [1, 2, 1, 2, 1, 2, 1, 2]
+
+
+def test_a_slot_that_has_said_nothing_is_not_gone_to_nor_left() -> None:
+    assert balanced(Known(s1=0.0)).slot_of(at_home(0, 2)[0]) == 0
+    assert balanced(Known(s0=9000.0)).slot_of(at_home(0, 2)[0]) == 0
+
+
+def test_a_session_that_is_long_forgotten_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("operators.placement.REMEMBERED_SESSIONS", 2)
+    loads = Known(s0=9000.0, s1=0.0)
+    placement = balanced(loads)
+    first, second, third = at_home(0, 2, 3)
+    assert placement.slot_of(first) == 1
+    loads.say(s0=0.0, s1=0.0)
+    assert [placement.slot_of(session) for session in (first, second, first, third)] == [1, 0, 1, 0]
+    # Of the three, `second` has been silent for longest.
+    loads.say(s0=9000.0, s1=0.0)
+    assert placement.slot_of(second) == 1

@@ -1,0 +1,220 @@
+"""The continuous function without a cluster: its state, who is answered when, and what a restart asks again."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from core.clock import ManualClock
+from core.config import BatchingConfig, JobConfig
+from operators import functions
+from operators.envelope import Envelope, WarmUp
+from operators.functions import DEAD_LETTERS, END_OF_INPUT, READY, ContinuousFunction
+from operators.slot import Finished, Ready
+from tests.operators.test_pump import GatedSlot, envelope
+
+KEY = 7
+
+
+class Slot(GatedSlot):
+    """Remembers what it was handed, in order."""
+
+    made: "list[Slot]" = []  # noqa: RUF012 - the function makes its slot itself; the test finds it here
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+        self.handed: list[int] = []
+        self.closed = False
+        self.ready = Ready(slot=0, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
+        Slot.made.append(self)
+
+    def submit(self, envelope: Envelope) -> Finished | None:
+        self.handed.append(envelope.source.offset)
+        return super().submit(envelope)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class State:
+    """The map states of all keys; outlives the function, as a checkpoint does."""
+
+    def __init__(self) -> None:
+        self.of_key: dict[int, dict[str, Envelope]] = {}
+
+
+class Context:
+    """Runtime, timer context and keyed state in one; `key` is the current one."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self.key = KEY
+        self.processing: list[int] = []
+        self.event: list[int] = []
+
+    def get_index_of_this_subtask(self) -> int:
+        return 0
+
+    def get_map_state(self, _: object) -> "Context":
+        return self
+
+    def _current(self) -> dict[str, Envelope]:
+        return self._state.of_key.setdefault(self.key, {})
+
+    def put(self, ticket: str, value: Envelope) -> None:
+        self._current()[ticket] = value
+
+    def remove(self, ticket: str) -> None:
+        del self._current()[ticket]
+
+    def items(self) -> Iterable[tuple[str, Envelope]]:
+        return self._current().items()
+
+    def get_current_key(self) -> int:
+        return self.key
+
+    def timer_service(self) -> "Context":
+        return self
+
+    def register_processing_time_timer(self, at_ms: int) -> None:
+        self.processing.append(at_ms)
+
+    def register_event_time_timer(self, at_ms: int) -> None:
+        self.event.append(at_ms)
+
+
+@pytest.fixture
+def open_function(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Context], ContinuousFunction]]:
+    monkeypatch.setattr(functions, "SystemClock", lambda: ManualClock(1000.0))
+    monkeypatch.setattr(functions, "InferenceSlot", Slot)
+    opened: list[ContinuousFunction] = []
+
+    def make(context: Context) -> ContinuousFunction:
+        function = ContinuousFunction(JobConfig(parallelism=1, batching=BatchingConfig(max_in_flight=3)))
+        function.open(context)
+        opened.append(function)
+        return function
+
+    yield make
+    for function in opened:
+        function.close()
+    assert all(slot.closed for slot in Slot.made)
+    Slot.made.clear()
+
+
+Open = Callable[[Context], ContinuousFunction]
+
+
+def offsets(rows: Iterable[Any]) -> list[int]:
+    found = []
+    for tag, row in rows:
+        assert tag is DEAD_LETTERS
+        found.append(json.loads(row[1])["offset"])
+    return found
+
+
+def process(function: ContinuousFunction, context: Context, *numbers: int) -> list[int]:
+    return [offset for number in numbers for offset in offsets(function.process_element(envelope(number), context))]
+
+
+def fire(function: ContinuousFunction, context: Context, until: int) -> list[int]:
+    """Fire the timers that are set, as often as it takes to get `until` answers."""
+    found: list[int] = []
+    for _ in range(2000):
+        timers, context.processing = context.processing, []
+        for at_ms in timers:
+            found += offsets(function.on_timer(at_ms, context))
+        if len(found) >= until:
+            return found
+    raise AssertionError(f"only {found} came")
+
+
+def test_what_is_in_flight_is_in_state_until_it_is_answered(open_function: Open) -> None:
+    state = State()
+    context = Context(state)
+    function = open_function(context)
+    assert process(function, context, 1, 2) == []
+    assert sorted(state.of_key[KEY]) == ["0-1", "0-2"]
+    Slot.made[0].let_go(2)
+    assert fire(function, context, 1) == [2]
+    assert sorted(state.of_key[KEY]) == ["0-1"]
+
+
+def test_there_is_one_timer_as_long_as_something_is_in_flight_and_none_after(open_function: Open) -> None:
+    context = Context(State())
+    function = open_function(context)
+    process(function, context, 1, 2)
+    assert context.processing == [1001]
+    assert context.event == [END_OF_INPUT]
+    list(function.on_timer(context.processing.pop(), context))
+    assert context.processing == [1001]
+    Slot.made[0].let_go(1, 2)
+    fire(function, context, 2)
+    assert context.processing == []
+
+
+def test_at_the_cap_the_stream_waits_and_lets_out_what_is_done(open_function: Open) -> None:
+    context = Context(State())
+    function = open_function(context)
+    process(function, context, 1, 2, 3)
+    Slot.made[0].let_go(1)
+    out = process(function, context, 4)
+    out += fire(function, context, 1 - len(out)) if not out else []
+    assert out == [1]
+    assert Slot.made[0].handed[:3] == [1, 2, 3]
+
+
+def test_the_end_of_input_answers_all_that_is_in_flight(open_function: Open) -> None:
+    state = State()
+    context = Context(state)
+    function = open_function(context)
+    process(function, context, 1, 2, 3)
+    Slot.made[0].let_go(1, 2, 3)
+    assert sorted(offsets(function.on_timer(END_OF_INPUT, context))) == [1, 2, 3]
+    assert state.of_key[KEY] == {}
+
+
+def test_after_a_restart_what_was_in_flight_is_asked_again_before_anything_newer(open_function: Open) -> None:
+    state = State()
+    context = Context(state)
+    process(open_function(context), context, 3, 1, 2)
+    restarted = open_function(context)
+    # Three are in flight at once: the cap holds the newer one back until one of them is done.
+    Slot.made[1].let_go(1, 2, 3, 9)
+    out = process(restarted, context, 9)
+    out += fire(restarted, context, 4 - len(out))
+    assert Slot.made[1].handed == [1, 2, 3, 9]
+    assert sorted(out) == [1, 2, 3, 9]
+    assert state.of_key[KEY] == {}
+
+
+def test_a_timer_alone_restores_what_was_in_flight(open_function: Open) -> None:
+    context = Context(State())
+    process(open_function(context), context, 1)
+    restarted = open_function(context)
+    Slot.made[1].let_go(1)
+    assert offsets(restarted.on_timer(END_OF_INPUT, context)) == [1]
+
+
+def test_keys_that_met_at_one_subtask_keep_their_state_apart(open_function: Open) -> None:
+    """As after a restart at a lower parallelism: an answer leaves under the key whose state holds its request."""
+    state = State()
+    context = Context(state)
+    function = open_function(context)
+    process(function, context, 1)
+    context.key = KEY + 1
+    process(function, context, 2)
+    Slot.made[0].let_go(1, 2)
+    assert offsets(function.on_timer(END_OF_INPUT, context)) == [2]
+    assert sorted(state.of_key[KEY]) == ["0-1"]
+    context.key = KEY
+    assert offsets(function.on_timer(END_OF_INPUT, context)) == [1]
+    assert state.of_key == {KEY: {}, KEY + 1: {}}
+
+
+def test_a_call_to_warm_up_is_answered_by_the_ready_record(open_function: Open) -> None:
+    context = Context(State())
+    ((tag, row),) = open_function(context).process_element(WarmUp(0), context)
+    assert tag is READY
+    assert json.loads(row[1])["model"] == "m"

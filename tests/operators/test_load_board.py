@@ -1,0 +1,83 @@
+"""Queue lengths reach those who place sessions, and a Redis that is away leaves them unknown."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from redis import Redis
+
+from benchmarks.raw_redis import running_redis
+from core.config import CacheConfig, JobConfig, Placement, PlacementConfig, RemoteConfig
+from operators.load_board import LoadBoard, LoadReport, LoadView
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_redis(None, tmp_path_factory.mktemp("board")) as url:
+        yield url
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+@pytest.mark.integration
+def test_what_a_slot_reports_is_what_is_seen_until_it_falls_silent(redis_url: str) -> None:
+    queue = [120.0]
+    report = LoadReport(LoadBoard(redis_url, "board-a", 2), 1, lambda: queue[0])
+    view = LoadView(LoadBoard(redis_url, "board-a", 2))
+    other = LoadView(LoadBoard(redis_url, "board-b", 2))
+    try:
+        eventually(lambda: view.queues_ms == {1: 120.0})
+        queue[0] = 7.0
+        eventually(lambda: view.queues_ms == {1: 7.0})
+        report.close()
+        eventually(lambda: view.queues_ms == {})
+        assert other.queues_ms == {}
+    finally:
+        view.close()
+        other.close()
+
+
+@pytest.mark.integration
+def test_a_value_that_is_no_number_is_no_queue_and_no_end(redis_url: str) -> None:
+    view = LoadView(LoadBoard(redis_url, "board-c", 1))
+    try:
+        with Redis.from_url(redis_url) as client:
+            client.set("board-c:queue:0", "many", px=500)
+            eventually(lambda: client.get("board-c:queue:0") is None)
+        LoadBoard(redis_url, "board-c", 1).write(0, 3.0)
+        eventually(lambda: view.queues_ms == {0: 3.0})
+    finally:
+        view.close()
+
+
+def test_without_redis_nothing_is_known_and_nothing_raises() -> None:
+    view = LoadView(LoadBoard("redis://127.0.0.1:1/0", "board-d", 2))
+    report = LoadReport(LoadBoard("redis://127.0.0.1:1/0", "board-d", 2), 0, lambda: 1.0)
+    assert view.queues_ms == {}
+    view.close()
+    report.close()
+
+
+@pytest.mark.parametrize(
+    ("placement", "redis_url", "parallelism", "there"),
+    [
+        (Placement.BALANCED, "redis://h:1/0", 2, True),
+        (Placement.BALANCED, "redis://h:1/0", 1, False),
+        (Placement.BALANCED, None, 2, False),
+        (Placement.SESSION, "redis://h:1/0", 2, False),
+    ],
+)
+def test_a_board_is_there_where_it_is_of_use(
+    placement: Placement, redis_url: str | None, parallelism: int, there: bool
+) -> None:
+    config = JobConfig(
+        parallelism=parallelism,
+        placing=PlacementConfig(placement=placement),
+        cache=CacheConfig(remote=RemoteConfig(redis_url=redis_url)),
+    )
+    assert (LoadBoard.of(config) is not None) is there
