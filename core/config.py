@@ -141,7 +141,7 @@ class EngineConfig(Config):
         if self.engine is EngineKind.SIMULATED and self.profile is None:
             raise ValueError("profile is missing; name the file that benchmarks/engine.py wrote")
         if self.engine is not EngineKind.SIMULATED and self.profile is not None:
-            raise ValueError("profile is read by the simulated engine alone; leave it out, or choose that engine")
+            raise ValueError("profile is only read where engine is simulated; leave it out, or add that")
         return self
 
 
@@ -237,5 +237,5 @@ class JobConfig(Config):
     @model_validator(mode="after")
     def _nothing_to_reuse_where_simulated(self) -> Self:
         if self.engine.engine is EngineKind.SIMULATED and self.cache.cache:
-            raise ValueError("cache: a simulated engine has no key/value tensors to reuse; add --no-cache")
+            raise ValueError("cache has nothing to reuse where engine is simulated; add --no-cache")
         return self

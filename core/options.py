@@ -116,12 +116,25 @@ def _as_options(config: type[BaseModel], error: ValidationError) -> str:
 
     lines = []
     for place, message in faults(error):
-        leaf = place.rsplit(".", 1)[-1]
-        if leaf in names:
-            lines.append(f"{flag(leaf)}: {message}")
+        option = _option(config, place)
+        if option is not None:
+            lines.append(f"{flag(option)}: {message}")
         else:  # of several fields together: the message names them
-            lines.append(re.sub(r"\w+", lambda word: flag(word[0]) if word[0] in names else word[0], message))
+            whole_words = r"(?<![\w/.-])\w+(?![\w/-]|\.\w)"
+            lines.append(re.sub(whole_words, lambda word: flag(word[0]) if word[0] in names else word[0], message))
     return " ".join("; ".join(lines).split())
+
+
+def _option(config: type[BaseModel], place: str) -> str | None:
+    """The field that the dotted path leads to, or into the value of; none where it ends at a group of fields."""
+    nested: type[BaseModel] | None = config
+    for name in place.split("."):
+        if nested is None or name not in nested.model_fields:
+            return None
+        nested = _nested(nested.model_fields[name])
+        if nested is None:
+            return name
+    return None
 
 
 def _leaves(config: type[BaseModel]) -> Iterator[str]:

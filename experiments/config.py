@@ -1,17 +1,16 @@
-"""What an experiment can be told, and the defaults in which it differs from the job that it measures."""
+"""What every experiment can be told, and how a job is given services and a space of its own."""
 
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from core.config import Config, JobConfig, Strategy
+from core.config import Config, JobConfig
 from core.errors import UserError
 from core.options import Parser, add_options, from_options, set_own_defaults
-from workloads.config import WorkloadConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,33 +38,6 @@ class RunConfig(Config):
     )
 
 
-class CacheExperimentConfig(Config):
-    """Compares sizing policies of the local tier on one load."""
-
-    strategies: str = Field(
-        default=",".join(Strategy), min_length=1, description="sizing policies to compare, separated by commas"
-    )
-    out: Path = Field(default=ROOT / "results" / "cache_experiments", description="folder of the results")
-    run: RunConfig = RunConfig()
-    job: JobConfig = JobConfig()
-    workload: WorkloadConfig = WorkloadConfig()
-
-    @field_validator("strategies")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        names = [name.strip().upper() for name in value.split(",") if name.strip()]
-        unknown = [name for name in names if name not in set(Strategy)]
-        if unknown or not names:
-            raise ValueError(f"unknown strategy {', '.join(unknown) or repr(value)}; choose of {', '.join(Strategy)}")
-        if len(set(names)) < len(names):
-            raise ValueError("a strategy is named twice; name each once")
-        return ",".join(names)
-
-    @property
-    def chosen(self) -> tuple[Strategy, ...]:
-        return tuple(Strategy(name) for name in self.strategies.split(","))
-
-
 @dataclass(frozen=True)
 class Variant:
     """One run of an experiment: a job under a name that no other variant has."""
@@ -74,42 +46,65 @@ class Variant:
     job: JobConfig
 
 
-OWN_DEFAULTS: Mapping[str, Any] = {
-    # About 3 requests/s: two CPU cores keep up with that on the default model, so that latency is not all queueing.
-    "base_interval_ms": 600.0,
-    "max_new_tokens": 16,
-    "max_prompt_tokens": 1024,
-    # What is compared is the cache: nothing else may depend on when a request comes.
-    "batching": "micro",
-    "placement": "session",
-}
-"""Options whose default is another than the job's or the workload's own, by field name."""
-
-DECIDED = {
-    "strategy": "the experiment sets it; name the ones to compare with --strategies",
+DECIDED: Mapping[str, str] = {
     "topic_prefix": "every run makes topics of its own; leave it out",
     "redis_namespace": "every run begins with an empty namespace of its own; leave it out",
     "consumer_group": "every run makes its own; leave it out",
     "job_name": "every run makes its own; leave it out",
     "bounded": "the load is sent while the job runs; leave it out",
 }
-"""Options of a job that no one but the experiment may set, with what to do instead."""
+"""Options of a job that no one but an experiment may set, with what to do instead."""
 
 
-def parse(config: type[C], prog: str, description: str, arguments: list[str] | None = None) -> C:
-    """The experiment that the command line states. Raises `UserError`; exits 2 on an option that does not exist."""
-    parser = Parser(prog=prog, description=description)
-    add_options(parser, config)
-    set_own_defaults(parser, OWN_DEFAULTS)
-    # argparse offers no other way to its options.
-    for action in parser._actions:
-        if action.dest in DECIDED:
-            action.help = argparse.SUPPRESS
-    options = parser.parse_args(arguments)
-    for name, instead in DECIDED.items():
-        if name in vars(options):
-            raise UserError(f"--{name.replace('_', '-')}: {instead}")
-    return from_options(config, options)
+@dataclass(frozen=True)
+class Command(Generic[C]):
+    """The command line of one experiment."""
+
+    config: type[C]
+    prog: str
+    description: str
+    own_defaults: Mapping[str, Any]
+    """Options whose default is another than the job's or the workload's own, by field name."""
+    decided: Mapping[str, str]
+    """Options that this experiment sets besides those of `DECIDED`, with what to do instead."""
+
+    def parse(self, arguments: list[str] | None = None) -> C:
+        """The experiment that is stated. Raises `UserError`; exits 2 on an option that does not exist."""
+        parser = Parser(prog=self.prog, description=self.description)
+        add_options(parser, self.config)
+        set_own_defaults(parser, self.own_defaults)
+        decided = {**self.decided, **DECIDED}
+        # argparse offers no other way to its options.
+        for action in parser._actions:
+            if action.dest in decided:
+                action.help = argparse.SUPPRESS
+        options = parser.parse_args(arguments)
+        for name, instead in decided.items():
+            if name in vars(options):
+                raise UserError(f"--{name.replace('_', '-')}: {instead}")
+        return from_options(self.config, options)
+
+
+def distinct_numbers(value: str, most: int) -> tuple[int, ...]:
+    """The whole numbers of `value`, from 1 to `most` and separated by commas. Raises `ValueError` for anything else."""
+    words = [word.strip() for word in value.split(",")]
+    for word in words:
+        if not (word.isascii() and word.isdigit() and 1 <= int(word) <= most):
+            raise ValueError(f"{word!r} is no whole number from 1 to {most}; give some, separated by commas")
+    numbers = tuple(int(word) for word in words)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("a number is named twice; name each once")
+    return numbers
+
+
+def with_profile_found(job: JobConfig) -> JobConfig:
+    """`job` with the path of its simulated device made absolute, as jobs run elsewhere. Raises `UserError`."""
+    profile = job.engine.profile
+    if profile is None:
+        return job
+    if not profile.is_file():
+        raise UserError(f"--profile: {profile} is no file; name the one that benchmarks/engine.py wrote")
+    return job.model_copy(update={"engine": job.engine.model_copy(update={"profile": profile.resolve()})})
 
 
 def with_addresses(job: JobConfig, *, brokers: str, redis_url: str | None) -> JobConfig:
@@ -129,19 +124,6 @@ def in_own_space(job: JobConfig, space: str) -> JobConfig:
     kafka = job.kafka.model_copy(update={"topic_prefix": space, "consumer_group": space})
     cache = job.cache.model_copy(update={"remote": remote})
     return job.model_copy(update={"job_name": space, "bounded": False, "kafka": kafka, "cache": cache})
-
-
-def with_strategy(job: JobConfig, strategy: Strategy) -> JobConfig:
-    sizing = job.cache.sizing.model_copy(update={"strategy": strategy})
-    return job.model_copy(update={"cache": job.cache.model_copy(update={"sizing": sizing})})
-
-
-def cache_variants(config: CacheExperimentConfig, run_id: str) -> tuple[Variant, ...]:
-    """One job for each strategy, equal in all else."""
-    return tuple(
-        Variant(strategy, in_own_space(with_strategy(config.job, strategy), f"cache-{run_id}-{strategy.lower()}"))
-        for strategy in config.chosen
-    )
 
 
 def check_writable(out: Path) -> None:

@@ -1,5 +1,7 @@
 """An experiment is data: variants of a job, a load, and what is made of the records. This runs it."""
 
+import datetime
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,10 @@ from rich.console import Console
 from core.config import JobConfig
 from core.errors import UserError
 from core.model_path import with_model_found
-from experiments.config import RunConfig, Variant, check_writable, with_addresses
+from experiments.config import RunConfig, Variant, check_writable, with_addresses, with_profile_found
+from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 from experiments.records import RunRecords, read_runs, write_run
-from experiments.report import show, write_csv
+from experiments.report import Shown, notes, show, write_csv
 from experiments.run import Setting, run_variant
 from experiments.services import services
 from workloads.catalogue import make_workload
@@ -31,7 +34,31 @@ class Experiment:
     workload: WorkloadConfig
     out: Path
     table: Callable[[Sequence[RunRecords]], pd.DataFrame]
+    shown: Sequence[Shown]
+    """Of the table, what is shown on the screen."""
     figure: Callable[[Sequence[RunRecords], Path], None]
+    backlog: bool = False
+    """Send the whole load at once instead of on its schedule."""
+    notes: Callable[[Sequence[RunRecords]], Sequence[str]] = lambda runs: ()
+    """What limits the meaning of this experiment's numbers beyond what holds for all, a sentence each."""
+
+
+def new_run_id() -> str:
+    """Names a run by the local time."""
+    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def execute(experiment: Experiment, run: RunConfig, run_id: str) -> None:
+    """Carry it out, or rebuild it where `run` names records. An interruption ends the process, all things stopped."""
+    try:
+        with interruptible():
+            if run.from_raw is not None:
+                rebuild(experiment, run.from_raw)
+            else:
+                carry_out(experiment, run, run_id)
+    except Interrupted:
+        print("interrupted: the job is cancelled, what was started is stopped", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_STATUS)
 
 
 def carry_out(experiment: Experiment, run: RunConfig, run_id: str) -> None:
@@ -39,7 +66,9 @@ def carry_out(experiment: Experiment, run: RunConfig, run_id: str) -> None:
 
     Whatever can be checked is checked before anything is started. Raises `UserError`.
     """
-    variants = [Variant(variant.name, with_model_found(variant.job)) for variant in experiment.variants]
+    variants = [
+        Variant(variant.name, with_profile_found(with_model_found(variant.job))) for variant in experiment.variants
+    ]
     workload = make_workload(experiment.workload)
     # A trace is opened by its first request; a path that is wrong must show now.
     if next(iter(workload), None) is None:
@@ -48,7 +77,16 @@ def carry_out(experiment: Experiment, run: RunConfig, run_id: str) -> None:
     raw = experiment.out / "raw" / run_id
     runs = []
     with services(run, largest(variants)) as found:
-        setting = Setting(experiment.name, run_id, experiment.pipeline, found.flink, run, experiment.workload, workload)
+        setting = Setting(
+            experiment=experiment.name,
+            run_id=run_id,
+            pipeline=experiment.pipeline,
+            flink=found.flink,
+            run=run,
+            workload_config=experiment.workload,
+            workload=workload,
+            backlog=experiment.backlog,
+        )
         for position, variant in enumerate(variants):
             job = with_addresses(variant.job, brokers=found.brokers, redis_url=found.redis_url)
             try:
@@ -63,8 +101,13 @@ def carry_out(experiment: Experiment, run: RunConfig, run_id: str) -> None:
 
 
 def rebuild(experiment: Experiment, raw: Path) -> None:
-    """Make CSV and figure again from the records below `raw`, under the names that the run gave them."""
+    """Make CSV and figure again from the records below `raw`, under the names that the run gave them.
+
+    Raises `UserError` for records that are broken, or another experiment's.
+    """
     runs = read_runs(raw)
+    if others := {run.manifest.experiment for run in runs} - {experiment.name}:
+        raise UserError(f"--from-raw: {raw} holds records of {', '.join(sorted(others))}, not of {experiment.name}")
     check_writable(experiment.out)
     finish(experiment, runs, raw, runs[0].manifest.run_id)
 
@@ -79,7 +122,7 @@ def finish(experiment: Experiment, runs: Sequence[RunRecords], raw: Path, run_id
     if any(run.responses for run in runs):
         experiment.figure(runs, png)
         made["figure"] = png
-    show(results, runs)
+    show(results, experiment.shown, [*notes(runs), *experiment.notes(runs)])
     console = Console(highlight=False, soft_wrap=True)
     for name, path in (made | {"raw": raw}).items():
         console.print(f"{name + ':':8}{path}", markup=False)

@@ -1,10 +1,9 @@
-"""Every number of the result files: one pure function a metric, formulas and units in docs/metrics.md.
+"""The numbers that result files share: one pure function a metric, formulas and units in docs/metrics.md.
 
 They take the frame of `frame`: a row a response, the columns those of `core.records.Response`. A metric that nothing
 is known about (no response, no token) is not a number, an empty cell in the CSV.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,25 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from core.config import JobConfig, Strategy
-from core.records import Response
+from core.records import FinishReason, Response
 from experiments.records import RunRecords
 
-SEED_COLUMNS = (
-    "strategy", "total_requests", "cache_hits", "hit_rate_percent", "avg_latency_ms", "strategy_config",
-)  # fmt: skip
-OWN_COLUMNS = (
-    "dead_letters", "duplicates", "local_hits", "remote_hits",
-    "token_hit_rate_percent", "local_token_hit_rate_percent", "remote_token_hit_rate_percent",
-    "p50_latency_ms", "p95_latency_ms", "p99_latency_ms",
-    "avg_ttft_ms", "p50_ttft_ms", "p95_ttft_ms", "avg_tpot_ms", "avg_wait_ms", "avg_inference_ms",
-    "throughput_req_per_s", "output_tokens_per_s",
-    "mean_capacity_chunks", "peak_capacity_chunks", "mean_capacity_bytes", "peak_capacity_bytes", "avg_batch_size",
-    "parallelism", "device", "engine", "model", "workload", "seed", "offered_rate", "reached_rate",
-)  # fmt: skip
-COLUMNS = SEED_COLUMNS + OWN_COLUMNS
-
-TIERS = ("local", "remote", "computed")
+PARTS = ("transit", "wait", "prefill", "decode", "leaving")
+"""A request's time from its creation to its answer, in order: see `parts_ms`."""
 
 
 def frame(responses: Sequence[Response]) -> pd.DataFrame:
@@ -39,31 +24,6 @@ def frame(responses: Sequence[Response]) -> pd.DataFrame:
     columns = [name for name in Response.model_fields if name != "token_ids"]
     rows = [response.model_dump(mode="json", exclude={"token_ids"}) for response in responses]
     return pd.DataFrame(rows, columns=columns).sort_values("completed_at_ms", ignore_index=True)
-
-
-def cache_hits(answers: pd.DataFrame) -> int:
-    """Requests of which at least one prompt token came from either tier."""
-    return int((answers["local_tokens"] + answers["remote_tokens"] > 0).sum())
-
-
-def tier_hits(answers: pd.DataFrame, tier: str) -> int:
-    """Requests of which at least one prompt token came from `tier`; one request may count for both tiers."""
-    return int((answers[f"{tier}_tokens"] > 0).sum())
-
-
-def hit_rate_percent(answers: pd.DataFrame) -> float:
-    return _ratio(100.0 * cache_hits(answers), len(answers))
-
-
-def token_share_percent(answers: pd.DataFrame, tier: str) -> float:
-    """Prompt tokens of `tier` (local, remote or computed) among all prompt tokens; the three add up to 100."""
-    return _ratio(100.0 * float(answers[f"{tier}_tokens"].sum()), float(answers["prompt_tokens"].sum()))
-
-
-def token_hit_rate_percent(answers: pd.DataFrame) -> float:
-    """Prompt tokens from either tier among all prompt tokens."""
-    reused = float(answers["local_tokens"].sum() + answers["remote_tokens"].sum())
-    return _ratio(100.0 * reused, float(answers["prompt_tokens"].sum()))
 
 
 def mean(answers: pd.DataFrame, column: str) -> float:
@@ -86,45 +46,76 @@ def span_s(answers: pd.DataFrame) -> float:
 
 
 def throughput_req_per_s(answers: pd.DataFrame) -> float:
-    return _ratio(len(answers), span_s(answers))
+    return ratio(len(answers), span_s(answers))
 
 
 def output_tokens_per_s(answers: pd.DataFrame) -> float:
-    return _ratio(float(answers["output_tokens"].sum()), span_s(answers))
+    return ratio(float(answers["output_tokens"].sum()), span_s(answers))
 
 
-def looked_up_at_ms(answers: pd.DataFrame) -> "pd.Series[float]":
-    """Unix time of each request's look-up: the begin of its prefill, when capacity and use were read."""
-    moments: pd.Series[float] = answers["completed_at_ms"] - answers["inference_ms"]
-    return moments
+def departure_rate(answers: pd.DataFrame) -> float:
+    """Answers per second between the first and the last answer: what a system reaches, however long one answer takes.
 
-
-def mean_capacity_chunks(answers: pd.DataFrame) -> float:
-    """Time-weighted mean capacity of each slot, summed over the slots.
-
-    A capacity holds from the look-up that saw it to the slot's next look-up, the last one to the end of the run.
+    (|R| - 1) / (last - first completion); where the load is more than it can take, its capacity.
     """
     if answers.empty:
         return math.nan
-    end_ms = float(answers["completed_at_ms"].max())
-    return float(sum(_mean_over_time(rows, end_ms) for _, rows in answers.groupby("slot")))
+    lasted_ms = float(answers["completed_at_ms"].max() - answers["completed_at_ms"].min())
+    return ratio(1000.0 * (len(answers) - 1), lasted_ms)
 
 
-def peak_capacity_chunks(answers: pd.DataFrame) -> float:
-    """Greatest capacity of each slot, summed over the slots: the memory that has to be there."""
-    if answers.empty:
-        return math.nan
-    return float(answers.groupby("slot")["cache_capacity_chunks"].max().sum())
+def keeps_up(run: RunRecords, answers: pd.DataFrame, share: float = 0.9) -> bool:
+    """Whether answers left at `share` of the offered rate at least; a backlog offers no rate."""
+    offered = run.manifest.load.offered_rate
+    return offered is None or not departure_rate(answers) < share * offered
 
 
-def chunk_bytes(answers: pd.DataFrame) -> float:
-    """Size of one chunk; all chunks of one model are equally large."""
-    return math.nan if answers.empty else float(answers["chunk_bytes"].max())
+def parts_ms(answers: pd.DataFrame) -> pd.DataFrame:
+    """Where each request's time went: a row a response, columns `PARTS`, which add up to `e2e_ms`.
+
+    transit: creation until arrival at the operator; wait: until its prefill begins; prefill: until the first token;
+    decode: until its own last token; leaving: until the answer leaves with its micro-batch. Of an answer without a
+    token, all after the wait is prefill.
+    """
+    # The step that gave an end-of-sequence token made no token of the answer.
+    stopped = answers["finish_reason"] == FinishReason.STOP
+    steps = (answers["output_tokens"] - 1 + stopped).clip(lower=0)
+    decode = (answers["tpot_ms"].astype(float) * steps).fillna(0.0)
+    to_prefill = answers["inference_ms"] - decode
+    first_token = answers["ttft_ms"].astype(float).fillna(answers["e2e_ms"])
+    begin = first_token - to_prefill
+    return pd.DataFrame(
+        {
+            "transit": begin - answers["wait_ms"],
+            "wait": answers["wait_ms"],
+            "prefill": to_prefill,
+            "decode": decode,
+            "leaving": answers["e2e_ms"] - first_token - decode,
+        },
+        columns=list(PARTS),
+        dtype=float,
+    )
+
+
+def busy_share_percent(answers: pd.DataFrame, slots: int) -> float:
+    """Share of the span in which a slot had a request between begin of its prefill and leaving; mean of all `slots`."""
+    parts = parts_ms(answers)
+    begin_ms = answers["created_at_ms"] + parts["transit"] + parts["wait"]
+    busy = answers.assign(begin_ms=begin_ms)
+    covered_ms = sum(_covered_ms(rows) for _, rows in busy.groupby("slot"))
+    return ratio(100.0 * covered_ms, slots * 1000.0 * span_s(answers))
+
+
+def batches(answers: pd.DataFrame) -> "pd.Series[int]":
+    """Sizes of the micro-batches, each once; continuous: a request's, what ran when it began, with it."""
+    sizes: pd.Series[int] = answers.drop_duplicates("batch_id")["batch_size"]
+    return sizes
 
 
 def avg_batch_size(answers: pd.DataFrame) -> float:
     """Mean size of the micro-batches, each counted once."""
-    return _ratio(float(answers.drop_duplicates("batch_id")["batch_size"].sum()), answers["batch_id"].nunique())
+    sizes = batches(answers)
+    return ratio(float(sizes.sum()), len(sizes))
 
 
 def named(answers: pd.DataFrame, column: str) -> str:
@@ -132,36 +123,20 @@ def named(answers: pd.DataFrame, column: str) -> str:
     return "+".join(sorted(answers[column].astype(str).unique()))
 
 
-def strategy_config(job: JobConfig) -> str:
-    """The parameters that the strategy reads, as one JSON object with sorted keys."""
-    sizing = job.cache.sizing
-    values: dict[str, Any] = {"capacity_chunks": sizing.capacity_chunks}
-    if sizing.strategy is not Strategy.STATIC:
-        names = ["min_capacity_chunks", "max_capacity_chunks", "adjust_every_requests"]
-        prefix = f"{sizing.strategy.lower()}_"
-        names += [name for name in type(sizing).model_fields if name.startswith(prefix)]
-        values |= {name: getattr(sizing, name) for name in names}
-    return json.dumps(values, sort_keys=True)
+def threads_per_slot(run: RunRecords) -> int | None:
+    """As the slots said when they were ready; none where they did not, or differ."""
+    said = {slot.threads for slot in run.manifest.slots}
+    return said.pop() if len(said) == 1 else None
 
 
-def row(run: RunRecords) -> dict[str, Any]:
-    """One run's row of the CSV: `COLUMNS` in their order."""
-    answers, manifest = frame(run.responses), run.manifest
-    mean_chunks, peak_chunks, size = mean_capacity_chunks(answers), peak_capacity_chunks(answers), chunk_bytes(answers)
-    values = {
-        "strategy": manifest.variant,
+def shared(run: RunRecords, answers: pd.DataFrame) -> dict[str, Any]:
+    """The columns that mean the same in every result file, by name."""
+    manifest = run.manifest
+    return {
         "total_requests": len(answers),
-        "cache_hits": cache_hits(answers),
-        "hit_rate_percent": hit_rate_percent(answers),
-        "avg_latency_ms": mean(answers, "e2e_ms"),
-        "strategy_config": strategy_config(manifest.job),
         "dead_letters": len(run.dead_letters),
         "duplicates": manifest.duplicates,
-        "local_hits": tier_hits(answers, "local"),
-        "remote_hits": tier_hits(answers, "remote"),
-        "token_hit_rate_percent": token_hit_rate_percent(answers),
-        "local_token_hit_rate_percent": token_share_percent(answers, "local"),
-        "remote_token_hit_rate_percent": token_share_percent(answers, "remote"),
+        "avg_latency_ms": mean(answers, "e2e_ms"),
         "p50_latency_ms": percentile(answers, "e2e_ms", 50),
         "p95_latency_ms": percentile(answers, "e2e_ms", 95),
         "p99_latency_ms": percentile(answers, "e2e_ms", 99),
@@ -171,14 +146,11 @@ def row(run: RunRecords) -> dict[str, Any]:
         "avg_tpot_ms": mean(answers, "tpot_ms"),
         "avg_wait_ms": mean(answers, "wait_ms"),
         "avg_inference_ms": mean(answers, "inference_ms"),
-        "throughput_req_per_s": throughput_req_per_s(answers),
         "output_tokens_per_s": output_tokens_per_s(answers),
-        "mean_capacity_chunks": mean_chunks,
-        "peak_capacity_chunks": peak_chunks,
-        "mean_capacity_bytes": mean_chunks * size,
-        "peak_capacity_bytes": peak_chunks * size,
         "avg_batch_size": avg_batch_size(answers),
+        "avg_decode_rows": mean(answers, "decode_rows"),
         "parallelism": manifest.job.parallelism,
+        "threads_per_slot": threads_per_slot(run),
         "device": named(answers, "device"),
         "engine": named(answers, "engine"),
         "model": named(answers, "model"),
@@ -187,26 +159,20 @@ def row(run: RunRecords) -> dict[str, Any]:
         "offered_rate": manifest.load.offered_rate,
         "reached_rate": manifest.load.reached_rate,
     }
-    return {name: values[name] for name in COLUMNS}
 
 
-def table(runs: Sequence[RunRecords]) -> pd.DataFrame:
-    """The result file of the cache experiments: a row a run, `COLUMNS` in their order."""
-    return pd.DataFrame([row(run) for run in runs], columns=list(COLUMNS))
+def ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else math.nan
 
 
-def _mean_over_time(slot: pd.DataFrame, end_ms: float) -> float:
-    ordered = slot.assign(at_ms=looked_up_at_ms(slot)).sort_values("at_ms")
-    moments = ordered["at_ms"].to_numpy(dtype=float)
-    values = ordered["cache_capacity_chunks"].to_numpy(dtype=float)
-    held_ms = np.diff(np.append(moments, end_ms))
-    # All look-ups at the very end: no time passed to weigh by.
-    return float(np.average(values, weights=held_ms)) if held_ms.sum() > 0 else float(values.mean())
+def _covered_ms(slot: pd.DataFrame) -> float:
+    """Length of the union of the intervals from `begin_ms` to `completed_at_ms`."""
+    ordered = slot.sort_values("begin_ms")
+    begins, ends = ordered["begin_ms"].to_numpy(dtype=float), ordered["completed_at_ms"].to_numpy(dtype=float)
+    # What was covered before each interval begins, as far as those that began earlier reach.
+    reached = np.concatenate(([-np.inf], np.maximum.accumulate(ends)[:-1]))
+    return float(np.maximum(ends - np.maximum(begins, reached), 0.0).sum())
 
 
 def _values(answers: pd.DataFrame, column: str) -> npt.NDArray[np.float64]:
     return answers[column].dropna().to_numpy(dtype=float)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else math.nan

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from core.config import Config, JobConfig
+from core.config import Config, EngineKind, JobConfig
 from core.errors import UserError, one_line
 from core.records import DeadLetter, Response
 from workloads.config import WorkloadConfig
@@ -35,6 +35,8 @@ class ReadySlot(Config, extra="allow"):
     device: str
     model: str
     engine: str
+    threads: int | None = None
+    """CPU threads that it computes with; none where it does not say."""
 
 
 class Load(Config):
@@ -99,6 +101,11 @@ class Manifest(Config):
     failures: tuple[str, ...]
     """Causes for which Flink restarted the job while it ran: a run that has any measured the recovery too."""
     provenance: Provenance
+
+    @property
+    def simulated(self) -> bool:
+        """Whether times are a model's, and nothing was computed."""
+        return self.job.engine.engine is EngineKind.SIMULATED
 
 
 KINDS: dict[str, type[BaseModel]] = {"sent": Sent, "response": Response, "dead_letter": DeadLetter}

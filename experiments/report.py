@@ -9,24 +9,8 @@ from rich.table import Table
 
 from experiments.records import RunRecords
 
-SHOWN = (
-    ("strategy", "strategy", ""),
-    ("requests", "total_requests", ",.0f"),
-    ("dead", "dead_letters", ",.0f"),
-    ("hit %", "hit_rate_percent", ".1f"),
-    ("token hit %", "token_hit_rate_percent", ".1f"),
-    ("local %", "local_token_hit_rate_percent", ".1f"),
-    ("remote %", "remote_token_hit_rate_percent", ".1f"),
-    ("mean ms", "avg_latency_ms", ",.0f"),
-    ("p50", "p50_latency_ms", ",.0f"),
-    ("p95", "p95_latency_ms", ",.0f"),
-    ("p99", "p99_latency_ms", ",.0f"),
-    ("TTFT ms", "avg_ttft_ms", ",.0f"),
-    ("req/s", "throughput_req_per_s", ".2f"),
-    ("mean chunks", "mean_capacity_chunks", ",.0f"),
-    ("peak chunks", "peak_capacity_chunks", ",.0f"),
-)
-"""Of the result file: heading, column, format."""
+Shown = tuple[str, str, str]
+"""A column of the table on the screen: its heading, the result file's column, and a format; text has none."""
 WIDTH = 150
 """Where no terminal says how wide it is."""
 
@@ -36,21 +20,25 @@ def write_csv(results: pd.DataFrame, path: Path) -> None:
     results.round(6).to_csv(path, index=False)
 
 
-def show(results: pd.DataFrame, runs: Sequence[RunRecords], console: Console | None = None) -> None:
-    """Print the table, and below it what a reader has to know of it."""
+def show(
+    results: pd.DataFrame, shown: Sequence[Shown], said: Sequence[str] = (), console: Console | None = None
+) -> None:
+    """Print the `shown` columns, and below them what a reader has to know of them."""
     console = console or _console()
-    table = Table(box=None, pad_edge=False, caption="\n".join(notes(runs)), caption_justify="left")
-    for heading, _, shape in SHOWN:
+    table = Table(box=None, pad_edge=False, caption="\n".join(said), caption_justify="left")
+    for heading, _, shape in shown:
         table.add_column(heading, justify="right" if shape else "left", no_wrap=True)
     for _, result in results.iterrows():
-        table.add_row(*(_cell(result[column], shape) for _, column, shape in SHOWN))
+        table.add_row(*(_cell(result[column], shape) for _, column, shape in shown))
     console.print(table)
 
 
 def notes(runs: Sequence[RunRecords]) -> list[str]:
-    """What limits the meaning of the numbers, a sentence each."""
+    """What limits the meaning of any experiment's numbers, a sentence each."""
     said = []
-    if runs[0].manifest.job.engine.model == "default":
+    if runs[0].manifest.simulated:
+        said.append("The engine is simulated: nothing was computed, times are those of a model of a device.")
+    elif runs[0].manifest.job.engine.model == "default":
         said.append("The model is the built-in one with random weights: its answers mean nothing, its work is real.")
     for run in runs:
         name, load = run.manifest.variant, run.manifest.load
@@ -58,6 +46,8 @@ def notes(runs: Sequence[RunRecords]) -> list[str]:
             said.append(f"{name}: Flink restarted the job ({run.manifest.failures[0]}); its latencies hold that too.")
         if run.dead_letters:
             said.append(f"{name}: {len(run.dead_letters)} dead letters, first: {run.dead_letters[0].reason}")
+        if run.manifest.duplicates:
+            said.append(f"{name}: {run.manifest.duplicates} answers came twice; each request counts once.")
         if load.lag_late:
             said.append(f"{name}: {load.lag_late} requests left late, by up to {load.lag_max_ms:.0f} ms.")
     return said

@@ -43,6 +43,8 @@ class Setting:
     run: RunConfig
     workload_config: WorkloadConfig
     workload: Workload
+    backlog: bool
+    """Send the whole load at once instead of on its schedule."""
 
 
 def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords:
@@ -72,7 +74,7 @@ def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords
                 on_progress=lambda count: bar.update(task, completed=count),
             )
             bar.update(task, description=f"{variant.name}: answered", total=setting.workload.requests, completed=0)
-            with _offered(setting.workload, job, ledger) as load:
+            with _offered(setting, job, ledger) as load:
                 report = collector.until_settled(
                     load,
                     run.idle_timeout_s,
@@ -105,11 +107,13 @@ def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords
 
 
 @contextmanager
-def _offered(workload: Workload, job: JobConfig, ledger: Ledger) -> "Iterator[Future[LoadReport]]":
+def _offered(setting: Setting, job: JobConfig, ledger: Ledger) -> "Iterator[Future[LoadReport]]":
     """The load, sent from a thread of its own; stopped at the end of the block where it has not ended."""
     stop = threading.Event()
     with connected(job.kafka) as producer:
-        generator = KafkaLoadGenerator(producer, job.kafka.requests_topic, workload, SystemClock())
+        generator = KafkaLoadGenerator(
+            producer, job.kafka.requests_topic, setting.workload, SystemClock(), backlog=setting.backlog
+        )
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as pool:
             # Leaving the pool's block waits for its thread, which must have been told to stop by then.
             try:

@@ -44,7 +44,9 @@ def services(run: RunConfig, job: JobConfig) -> Iterator[Services]:
         if run.remote:
             _require_redis(addresses.redis_url)
         if (slots := flink.slots()) < job.parallelism:
-            raise UserError(f"--parallelism: {job.parallelism} slots are needed and Flink has {slots}; give fewer")
+            raise UserError(
+                f"{job.parallelism} slots are needed and Flink has {slots}; lower the parallelism, or give Flink more"
+            )
         yield Services(addresses.brokers, addresses.redis_url if run.remote else None, flink)
     finally:
         # Asked beforehand and not taken from `start`'s answer, which an interruption could swallow.

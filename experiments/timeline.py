@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from experiments.metrics import looked_up_at_ms
+from experiments.cache_metrics import looked_up_at_ms
 from experiments.records import RunRecords
 from workloads.config import WorkloadKind
 from workloads.phases import PHASES

@@ -10,8 +10,6 @@ cd "$root"
 
 scripts/setup.sh
 export PATH="$root/.venv/bin:$PATH"
-# Several test processes share few cores: more threads than cores each would only slow them down.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 # Tests use only models that they build themselves.
 export HF_HUB_OFFLINE=1
 

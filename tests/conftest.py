@@ -1,11 +1,15 @@
 """What tests of several rooms share: one real Kafka, Redis and Flink for the whole run."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 from local_stack import LocalStack, StackConfig
+
+# The models are tiny and several processes share the cores: a second thread would mostly wait for a core, spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What a machine is busy with besides decides how long an example takes.
 settings.register_profile("untimed", deadline=None)

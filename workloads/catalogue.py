@@ -1,6 +1,8 @@
 """From a configuration to the workload it names."""
 
+from workloads.azure import AzureWorkload
 from workloads.config import WorkloadConfig, WorkloadKind
+from workloads.independent import IndependentWorkload
 from workloads.mooncake import MooncakeWorkload
 from workloads.phases import PhasesWorkload
 from workloads.timed_request import Workload
@@ -13,3 +15,7 @@ def make_workload(config: WorkloadConfig) -> Workload:
             return PhasesWorkload(config)
         case WorkloadKind.MOONCAKE:
             return MooncakeWorkload(config)
+        case WorkloadKind.AZURE:
+            return AzureWorkload(config)
+        case WorkloadKind.INDEPENDENT:
+            return IndependentWorkload(config)

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import Field
 
 from core.config import Config
+from core.errors import UserError
 
 
 class WorkloadKind(StrEnum):
@@ -13,6 +14,19 @@ class WorkloadKind(StrEnum):
     """Made conversations of a user population that grows, peaks and falls."""
     MOONCAKE = "mooncake"
     """Replay of a trace in the format of Mooncake's FAST'25 release."""
+    AZURE = "azure"
+    """Replay of the arrivals and lengths of an Azure LLM inference trace."""
+    INDEPENDENT = "independent"
+    """Requests that share nothing, at a rate and of lengths that are given."""
+
+
+class Arrivals(StrEnum):
+    """How independent requests are spread over time."""
+
+    POISSON = "poisson"
+    """With exponential gaps, as from many users who do not know of each other."""
+    EVEN = "even"
+    """With equal gaps."""
 
 
 class LongPrompts(StrEnum):
@@ -37,35 +51,82 @@ class PhasesConfig(Config):
     turn_tokens: int = Field(default=64, ge=2, le=1 << 18, description="phases: mean length of what a user says")
 
 
+class TraceConfig(Config):
+    """What the replays of traces, mooncake and azure, have in common."""
+
+    trace: Path | None = Field(default=None, description="mooncake: path of the trace, JSON lines; azure: CSV")
+    time_scale: float = Field(default=1.0, gt=0, description="mooncake, azure: the trace's time is divided by this")
+    output_scale: float = Field(
+        default=0.0625, gt=0, le=1000, description="mooncake, azure: the trace's answer lengths are multiplied by this"
+    )
+    long_prompts: LongPrompts = Field(
+        default=LongPrompts.SKIP,
+        description="mooncake, azure: prompts above max_prompt_tokens: skip, or cut (mooncake: to whole blocks)",
+    )
+
+
 class MooncakeConfig(Config):
     """The replay of a Mooncake trace."""
 
-    trace: Path | None = Field(default=None, description="mooncake: path of the trace, JSON lines")
-    time_scale: float = Field(default=1.0, gt=0, description="mooncake: the trace's time is divided by this")
     block_tokens: int = Field(
         default=32, ge=1, le=512, description="mooncake: tokens that a 512-token block of the trace becomes"
-    )
-    output_scale: float = Field(
-        default=0.0625, gt=0, le=1000, description="mooncake: the trace's answer lengths are multiplied by this"
-    )
-    vocab_size: int = Field(default=256, ge=1, le=1 << 32, description="mooncake: prompt tokens are below this")
-    long_prompts: LongPrompts = Field(
-        default=LongPrompts.SKIP, description="mooncake: prompts above max_prompt_tokens: skip, or cut to whole blocks"
     )
     shared_blocks: int = Field(
         default=1, ge=0, description="mooncake: leading blocks that requests share without being one session"
     )
 
 
+class AzureConfig(Config):
+    """The replay of an Azure LLM inference trace."""
+
+    prompt_scale: float = Field(
+        default=0.0625, gt=0, le=1000, description="azure: the trace's prompt lengths are multiplied by this"
+    )
+
+
+class IndependentConfig(Config):
+    """Requests that share nothing, each a session and a user of its own."""
+
+    rate_per_s: float = Field(default=2.0, gt=0, le=1e6, description="independent: mean rate of arrivals")
+    arrivals: Arrivals = Field(default=Arrivals.POISSON, description="independent: gaps are random (poisson) or even")
+    prompt_tokens: int = Field(default=128, ge=1, le=1 << 20, description="independent: mean length of a prompt")
+    answer_tokens: int = Field(default=16, ge=1, le=1 << 20, description="independent: mean length of an answer")
+    length_cv: float = Field(
+        default=0.0, ge=0, le=10, description="independent: deviation of both lengths over their mean; 0: all equal"
+    )
+    even_over: int = Field(
+        default=1, ge=1, le=1024, description="independent: home slots that take turns, as do those of each divisor"
+    )
+
+
 class WorkloadConfig(Config):
     """One offered load: the same values and the same seed are the same requests, in every process."""
 
-    workload: WorkloadKind = Field(default=WorkloadKind.PHASES, description="phases, or mooncake: replay of a trace")
+    workload: WorkloadKind = Field(
+        default=WorkloadKind.PHASES, description="phases, independent, or replay of a trace: mooncake, azure"
+    )
     requests: int = Field(default=200, ge=1, le=10_000_000, description="requests to offer; a trace may hold fewer")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="of all that is random in the workload")
     max_new_tokens: int = Field(
-        default=32, ge=1, le=1 << 20, description="answer length: asked for in phases, upper limit in mooncake"
+        default=32,
+        ge=1,
+        le=1 << 20,
+        description="answer length: upper limit in azure and independent, asked for in phases, upper limit in mooncake",
     )
     max_prompt_tokens: int = Field(default=1920, ge=1, le=1 << 20, description="longest prompt to offer")
+    vocab_size: int = Field(default=256, ge=1, le=1 << 32, description="all but phases: prompt tokens are below this")
     phases: PhasesConfig = PhasesConfig()
+    replay: TraceConfig = TraceConfig()
     mooncake: MooncakeConfig = MooncakeConfig()
+    azure: AzureConfig = AzureConfig()
+    independent: IndependentConfig = IndependentConfig()
+
+
+def trace_file(config: WorkloadConfig) -> Path:
+    """The trace to replay. Raises `UserError` where none is given or the path is no file."""
+    trace = config.replay.trace
+    if trace is None:
+        raise UserError(f"--trace: the {config.workload} workload replays a trace; give its path")
+    if not trace.is_file():
+        raise UserError(f"--trace: {trace} is not a file; give the path of a trace")
+    return trace

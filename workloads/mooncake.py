@@ -5,28 +5,18 @@ prefixes of the trace are the prefixes of the replay. A partial last block has a
 the turn that later completes it shares only the whole blocks before it.
 """
 
-import hashlib
-import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from core.errors import UserError
-from workloads.config import LongPrompts, WorkloadConfig, WorkloadKind
+from workloads.config import LongPrompts, WorkloadConfig, WorkloadKind, trace_file
 from workloads.mooncake_trace import TRACE_BLOCK_TOKENS, TraceRow, read_trace
 from workloads.timed_request import TimedRequest, request_id
+from workloads.token_ids import made_token_ids
 
 REMEMBERED_ENDS = 1 << 16
 """Requests whose end is remembered, most recently continued first: bounds the memory of a replay of any length."""
-
-
-def block_token_ids(seed: int, block_id: int, tokens: int, vocab_size: int) -> tuple[int, ...]:
-    """The first `tokens` tokens of a block, each in [0, `vocab_size`).
-
-    An extendable hash makes them: fewer tokens of a block are a prefix of more, on every machine and version.
-    """
-    stream = hashlib.shake_128(f"{seed}/{block_id}".encode()).digest(8 * tokens)
-    return tuple(word % vocab_size for word in struct.unpack(f"<{tokens}Q", stream))
 
 
 class PrefixSessions:
@@ -70,21 +60,17 @@ class MooncakeWorkload:
 
     def __init__(self, config: WorkloadConfig) -> None:
         options = config.mooncake
-        if options.trace is None:
-            raise UserError("--trace: the mooncake workload replays a trace; give its path")
-        if not options.trace.is_file():
-            raise UserError(f"--trace: {options.trace} is not a file; give the path of a trace")
         if config.max_prompt_tokens < options.block_tokens:
             raise UserError(
                 f"--max-prompt-tokens: {config.max_prompt_tokens} does not hold one block; "
                 f"give at least --block-tokens, {options.block_tokens}"
             )
         self._config = config
-        self._trace = options.trace
+        self._trace = trace_file(config)
         self._skipped = 0
         self._cut = 0
         self._block = lru_cache(maxsize=4096)(
-            lambda block_id: block_token_ids(config.seed, block_id, options.block_tokens, options.vocab_size)
+            lambda block_id: made_token_ids(config.seed, block_id, options.block_tokens, config.vocab_size)
         )
 
     @property
@@ -107,7 +93,7 @@ class MooncakeWorkload:
             if prompt is None:
                 continue
             yield TimedRequest(
-                at_ms=(row.timestamp - began_ms) / config.mooncake.time_scale,
+                at_ms=(row.timestamp - began_ms) / config.replay.time_scale,
                 request_id=request_id(WorkloadKind.MOONCAKE, config.seed, index),
                 session_id=f"user-{session:06d}/s1",
                 user_id=f"user-{session:06d}",
@@ -125,7 +111,7 @@ class MooncakeWorkload:
         tokens = before_last * block_tokens + self._last_block_tokens(row)
         if tokens <= limit:
             return self._tokens(row.hash_ids)[:tokens]
-        if self._config.mooncake.long_prompts is LongPrompts.SKIP:
+        if self._config.replay.long_prompts is LongPrompts.SKIP:
             self._skipped += 1
             return None
         self._cut += 1
@@ -140,5 +126,5 @@ class MooncakeWorkload:
         return tuple(token for block_id in block_ids for token in self._block(block_id))
 
     def _answer_tokens(self, row: TraceRow) -> int:
-        scaled = round(row.output_length * self._config.mooncake.output_scale)
+        scaled = round(row.output_length * self._config.replay.output_scale)
         return min(max(scaled, 1), self._config.max_new_tokens)

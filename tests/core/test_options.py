@@ -163,3 +163,23 @@ def test_a_bad_command_line_is_one_line_and_status_2(arguments: list[str], capsy
 def test_options_that_were_not_declared_here_are_left_alone() -> None:
     options = argparse.Namespace(command="run", batch_size="7")
     assert from_options(BatchingConfig, options) == BatchingConfig(batch_size=7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["--engine", "simulated", "--no-cache"],
+            "--profile is missing; name the file that benchmarks/engine.py wrote",
+        ),
+        (["--profile", "p.json"], "--profile is only read where --engine is simulated; leave it out, or add that"),
+        (
+            ["--engine", "simulated", "--profile", "p.json"],
+            "--cache has nothing to reuse where --engine is simulated; add --no-cache",
+        ),
+    ],
+)
+def test_a_simulated_device_needs_a_profile_and_has_no_cache(arguments: list[str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(arguments)
+    assert str(caught.value) == told

@@ -1,11 +1,13 @@
 """Made records for the tests of experiments: nothing of them was measured."""
 
 import random
+from pathlib import Path
 from typing import Any
 
-from core.config import JobConfig, Strategy
+from core.config import Batching, BatchingConfig, CacheConfig, EngineConfig, EngineKind, JobConfig, Strategy
 from core.records import DeadLetter, Response
-from experiments.config import in_own_space, with_strategy
+from experiments.cache_experiments import with_strategy
+from experiments.config import in_own_space
 from experiments.records import Load, Manifest, Provenance, ReadySlot, RunRecords, Sent
 from workloads.config import WorkloadConfig, WorkloadKind
 
@@ -119,3 +121,80 @@ def made_run(strategy: Strategy, position: int, requests: int = 200, seed: int =
 
 def made_runs(requests: int = 200) -> list[RunRecords]:
     return [made_run(strategy, position, requests) for position, strategy in enumerate(Strategy)]
+
+
+def made_batch_run(size: int | None, position: int, gap_ms: float, requests: int = 60) -> RunRecords:
+    """A run of micro-batches of `size`, or of continuous batching, each answer `gap_ms` after the one before."""
+    dice = random.Random(f"batches/{size}")
+    together = size or 5
+    responses = []
+    for index in range(requests):
+        created_ms = BEGIN_MS + 330 * index
+        inference = 250 + 20 * together + dice.expovariate(1 / 150)
+        leaves_ms = max(created_ms + inference + 30, BEGIN_MS + 600 + gap_ms * index)
+        leaving = 0.0 if together == 1 or size is None else 0.1 * inference
+        wait = max(0.0, leaves_ms - created_ms - inference - leaving - 10)
+        responses.append(
+            response(
+                request_id=f"independent-0-{index:06d}", session_id=f"s{index}", output_tokens=21,
+                batch_id=f"b{index if size is None else index // size}", batch_size=together, decode_rows=together,
+                created_at_ms=created_ms, wait_ms=wait, ttft_ms=10 + wait + inference - 200, tpot_ms=10.0,
+                inference_ms=inference, e2e_ms=leaves_ms - created_ms,
+            )
+        )  # fmt: skip
+    how = {"batching": Batching.CONTINUOUS} if size is None else {"batching": Batching.MICRO, "batch_size": size}
+    job = JobConfig(parallelism=1, batching=BatchingConfig(**how))
+    return run_of(
+        *responses,
+        experiment="batch_analysis",
+        variant="continuous" if size is None else f"batch_{size}",
+        position=position,
+        job=job,
+        workload=WorkloadConfig(workload=WorkloadKind.INDEPENDENT, requests=requests),
+    )
+
+
+def made_batch_runs() -> list[RunRecords]:
+    """Batch 1 is overloaded; the others keep up with the 3.03 requests/s."""
+    gaps_ms = {1: 600.0, 2: 380.0, 4: 330.0, 8: 330.0, None: 330.0}
+    return [made_batch_run(size, position, gap_ms) for position, (size, gap_ms) in enumerate(gaps_ms.items())]
+
+
+def made_scaling_run(slots: int, position: int, device: str = "cpu", requests: int = 48) -> RunRecords:
+    """A backlog that the slots share evenly; each answers one request in 500 ms, and loses 5 % for each other slot.
+
+    `device` may hold `{slot}`.
+    """
+    took_ms = 500.0 * (1 + 0.05 * (slots - 1))
+    responses = []
+    for index in range(requests):
+        slot, turn = index % slots, index // slots
+        responses.append(
+            response(
+                request_id=f"independent-0-{index:06d}", slot=slot, device=device.format(slot=slot),
+                batch_id=f"b{index}", created_at_ms=BEGIN_MS, wait_ms=took_ms * turn,
+                ttft_ms=took_ms * (turn + 0.2), tpot_ms=took_ms * 0.8, inference_ms=took_ms,
+                e2e_ms=took_ms * (turn + 1),
+            )
+        )  # fmt: skip
+    ready = tuple(
+        ReadySlot(slot=slot, device=device.format(slot=slot), model="m", engine="e", threads=1) for slot in range(slots)
+    )
+    engine = EngineConfig()
+    if device.startswith("simulated"):
+        engine = EngineConfig(engine=EngineKind.SIMULATED, profile=Path("profile.json"))
+    made = manifest()
+    return run_of(
+        *responses,
+        experiment="gpu_scaling",
+        variant=f"parallelism_{slots}",
+        position=position,
+        job=JobConfig(parallelism=slots, engine=engine, cache=CacheConfig(cache=False)),
+        workload=WorkloadConfig(workload=WorkloadKind.INDEPENDENT, requests=max(1, requests)),
+        slots=ready,
+        load=made.load.model_copy(update={"offered_rate": None, "sent": requests}),
+    )
+
+
+def made_scaling_runs(device: str = "cpu") -> list[RunRecords]:
+    return [made_scaling_run(slots, position, device) for position, slots in enumerate((1, 2, 4))]

@@ -11,8 +11,8 @@ import pytest
 from kafka import KafkaAdminClient
 from redis import Redis
 
+from experiments.cache_metrics import COLUMNS
 from experiments.flink_job import ENDED, FlinkCluster
-from experiments.metrics import COLUMNS
 from experiments.records import read_runs
 from local_stack import LocalStack
 

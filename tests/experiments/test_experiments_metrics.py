@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from core.config import JobConfig, Strategy
 from core.records import Response
-from experiments import metrics
-from experiments.config import with_strategy
+from experiments import cache_metrics, metrics
+from experiments.cache_experiments import with_strategy
 
 SEED_HEADER = "strategy,total_requests,cache_hits,hit_rate_percent,avg_latency_ms,strategy_config"
 
@@ -29,17 +29,17 @@ def four() -> list[Response]:
 
 def test_a_request_is_a_hit_if_any_token_came_from_either_tier() -> None:
     answers = metrics.frame(four())
-    assert metrics.cache_hits(answers) == 3
-    assert metrics.hit_rate_percent(answers) == 75.0
-    assert metrics.tier_hits(answers, "local") == 2
-    assert metrics.tier_hits(answers, "remote") == 2
+    assert cache_metrics.cache_hits(answers) == 3
+    assert cache_metrics.hit_rate_percent(answers) == 75.0
+    assert cache_metrics.tier_hits(answers, "local") == 2
+    assert cache_metrics.tier_hits(answers, "remote") == 2
 
 
 def test_token_rates_weigh_requests_by_their_length() -> None:
     answers = metrics.frame(four())
-    assert metrics.token_hit_rate_percent(answers) == pytest.approx(100 * 20 / 40)
-    assert metrics.token_share_percent(answers, "local") == pytest.approx(100 * 13 / 40)
-    assert metrics.token_share_percent(answers, "remote") == pytest.approx(100 * 7 / 40)
+    assert cache_metrics.token_hit_rate_percent(answers) == pytest.approx(100 * 20 / 40)
+    assert cache_metrics.token_share_percent(answers, "local") == pytest.approx(100 * 13 / 40)
+    assert cache_metrics.token_share_percent(answers, "remote") == pytest.approx(100 * 7 / 40)
 
 
 def test_latency_is_from_creation_to_the_last_token() -> None:
@@ -69,6 +69,50 @@ def test_times_that_do_not_exist_are_left_out_of_means() -> None:
     assert metrics.percentile(answers, "tpot_ms", 95) == 10.0
 
 
+def test_the_parts_of_a_request_are_those_of_its_way() -> None:
+    # Arrived at 30, prefill at 50, first token at 60, one step of 40 until 100, left with its batch at 130.
+    made = response(wait_ms=20.0, ttft_ms=60.0, tpot_ms=40.0, inference_ms=50.0, e2e_ms=130.0)
+    (parts,) = metrics.parts_ms(metrics.frame([made])).to_dict("records")
+    assert parts == {"transit": 30.0, "wait": 20.0, "prefill": 10.0, "decode": 40.0, "leaving": 30.0}
+
+
+def test_the_step_that_ended_an_answer_is_decode_too() -> None:
+    fields = {"output_tokens": 2, "tpot_ms": 10.0, "ttft_ms": 60.0, "inference_ms": 40.0, "e2e_ms": 90.0}
+    ended, cut = (response(finish_reason=reason, **fields) for reason in ("stop", "length"))
+    assert list(metrics.parts_ms(metrics.frame([ended, cut]))["decode"]) == [20.0, 10.0]
+
+
+def test_an_answer_without_a_token_was_all_prefill() -> None:
+    late = response(output_tokens=0, ttft_ms=None, tpot_ms=None, finish_reason="deadline", inference_ms=30.0)
+    (parts,) = metrics.parts_ms(metrics.frame([late])).to_dict("records")
+    assert parts == {"transit": 50.0, "wait": 20.0, "prefill": 30.0, "decode": 0.0, "leaving": 0.0}
+
+
+def ran(begin_ms: float, end_ms: float, slot: int = 0) -> Response:
+    """Created at the begin of the records, in the slot's engine from `begin_ms` to `end_ms`."""
+    took = end_ms - begin_ms
+    return response(slot=slot, wait_ms=begin_ms, ttft_ms=begin_ms + took / 2, tpot_ms=took / 2, inference_ms=took,
+                    e2e_ms=end_ms)  # fmt: skip
+
+
+def test_a_slot_is_busy_while_any_request_is_in_it() -> None:
+    # 10-40 and 20-30 and 35-50 overlap, 90-100 does not: 50 of 100 ms.
+    answers = metrics.frame([ran(90, 100), ran(10, 40), ran(35, 50), ran(20, 30)])
+    assert metrics.busy_share_percent(answers, slots=1) == pytest.approx(50)
+    # A slot that had nothing to do counts as well.
+    assert metrics.busy_share_percent(answers, slots=2) == pytest.approx(25)
+    assert metrics.busy_share_percent(metrics.frame([ran(0, 100), ran(50, 100, slot=1)]), slots=2) == pytest.approx(75)
+
+
+def test_a_load_is_kept_up_with_however_long_one_answer_takes() -> None:
+    # Offered 3.03 requests/s.
+    for gap_ms, kept in ((330.0, True), (500.0, False)):
+        made = [response(request_id=str(n), created_at_ms=BEGIN_MS + gap_ms * n, e2e_ms=9e3) for n in range(20)]
+        answers = metrics.frame(made)
+        assert metrics.departure_rate(answers) == pytest.approx(1000 / gap_ms)
+        assert metrics.keeps_up(run_of(*made), answers) is kept
+
+
 def looked_up(at_ms: float, capacity: int, slot: int = 0) -> Response:
     """Looked up `at_ms` after the begin, and answered 10 ms later."""
     return response(
@@ -84,21 +128,21 @@ def looked_up(at_ms: float, capacity: int, slot: int = 0) -> Response:
 def test_capacity_is_weighed_by_the_time_that_it_held() -> None:
     # 100 chunks for 30 ms, then 50 for the 10 ms until the last answer.
     answers = metrics.frame([looked_up(0, 100), looked_up(30, 50)])
-    assert metrics.mean_capacity_chunks(answers) == pytest.approx((100 * 30 + 50 * 10) / 40)
-    assert metrics.peak_capacity_chunks(answers) == 100
+    assert cache_metrics.mean_capacity_chunks(answers) == pytest.approx((100 * 30 + 50 * 10) / 40)
+    assert cache_metrics.peak_capacity_chunks(answers) == 100
 
 
 def test_capacity_adds_up_over_slots() -> None:
     first, second = [looked_up(0, 100), looked_up(30, 50)], [looked_up(0, 7, slot=1), looked_up(20, 9, slot=1)]
     answers = metrics.frame([*first, *second])
-    assert metrics.mean_capacity_chunks(answers) == pytest.approx(87.5 + (7 * 20 + 9 * 20) / 40)
-    assert metrics.peak_capacity_chunks(answers) == 109
+    assert cache_metrics.mean_capacity_chunks(answers) == pytest.approx(87.5 + (7 * 20 + 9 * 20) / 40)
+    assert cache_metrics.peak_capacity_chunks(answers) == 109
 
 
 def test_the_row_has_the_seeds_columns_first_and_all_of_ours() -> None:
     run = run_of(*four(), dead_letters=(dead_letter(),), duplicates=2)
-    row = metrics.row(run)
-    assert tuple(row) == metrics.COLUMNS
+    row = cache_metrics.row(run)
+    assert tuple(row) == cache_metrics.COLUMNS
     assert ",".join(row).startswith(SEED_HEADER)
     assert (row["strategy"], row["total_requests"], row["cache_hits"]) == ("STATIC", 4, 3)
     assert (row["dead_letters"], row["duplicates"]) == (1, 2)
@@ -107,14 +151,14 @@ def test_the_row_has_the_seeds_columns_first_and_all_of_ours() -> None:
 
 
 def test_a_run_without_answers_has_empty_cells_and_no_error() -> None:
-    row = metrics.row(run_of(dead_letters=(dead_letter(),)))
+    row = cache_metrics.row(run_of(dead_letters=(dead_letter(),)))
     assert (row["total_requests"], row["cache_hits"], row["dead_letters"]) == (0, 0, 1)
     assert all(math.isnan(row[name]) for name in ("hit_rate_percent", "p99_latency_ms", "mean_capacity_chunks"))
 
 
 def test_strategy_config_holds_what_the_strategy_reads() -> None:
     static, fluid = (
-        json.loads(metrics.strategy_config(with_strategy(JobConfig(), strategy)))
+        json.loads(cache_metrics.strategy_config(with_strategy(JobConfig(), strategy)))
         for strategy in (Strategy.STATIC, Strategy.FLUID)
     )
     assert static == {"capacity_chunks": JobConfig().cache.sizing.capacity_chunks}
@@ -124,7 +168,7 @@ def test_strategy_config_holds_what_the_strategy_reads() -> None:
 
 
 def test_one_row_a_run_in_their_order() -> None:
-    assert list(metrics.table(made_runs(20))["strategy"]) == ["STATIC", "FLUID", "FREQUENCY"]
+    assert list(cache_metrics.table(made_runs(20))["strategy"]) == ["STATIC", "FLUID", "FREQUENCY"]
 
 
 TOKENS = st.integers(0, 500)
@@ -154,11 +198,17 @@ RESPONSES = st.lists(
 @given(RESPONSES)
 def test_shares_add_up_and_rates_stay_in_their_range(responses: list[Response]) -> None:
     answers = metrics.frame(responses)
-    shares = [metrics.token_share_percent(answers, tier) for tier in metrics.TIERS]
+    shares = [cache_metrics.token_share_percent(answers, tier) for tier in cache_metrics.TIERS]
     assert sum(shares) == pytest.approx(100)
-    assert metrics.token_hit_rate_percent(answers) == pytest.approx(shares[0] + shares[1])
-    hits = metrics.cache_hits(answers)
-    assert max(metrics.tier_hits(answers, tier) for tier in ("local", "remote")) <= hits <= len(responses)
+    assert cache_metrics.token_hit_rate_percent(answers) == pytest.approx(shares[0] + shares[1])
+    hits = cache_metrics.cache_hits(answers)
+    assert max(cache_metrics.tier_hits(answers, tier) for tier in ("local", "remote")) <= hits <= len(responses)
+
+
+@given(RESPONSES)
+def test_parts_add_up_to_the_latency(responses: list[Response]) -> None:
+    answers = metrics.frame(responses)
+    assert list(metrics.parts_ms(answers).sum(axis=1)) == pytest.approx(list(answers["e2e_ms"]), abs=1e-6)
 
 
 @given(RESPONSES)
@@ -173,7 +223,7 @@ def test_percentiles_are_ordered_and_within_the_values(responses: list[Response]
 def test_mean_capacity_lies_between_the_least_and_the_peak(responses: list[Response]) -> None:
     answers = metrics.frame(responses)
     least = answers.groupby("slot")["cache_capacity_chunks"].min().sum()
-    mean, peak = metrics.mean_capacity_chunks(answers), metrics.peak_capacity_chunks(answers)
+    mean, peak = cache_metrics.mean_capacity_chunks(answers), cache_metrics.peak_capacity_chunks(answers)
     assert least - 1e-6 <= mean <= peak + 1e-6
 
 
@@ -182,5 +232,9 @@ def test_the_order_of_the_records_does_not_matter(responses: list[Response], dic
     # Two look-ups of one slot at the same time have no order of their own.
     unique = list({(made.slot, made.completed_at_ms - made.inference_ms): made for made in responses}.values())
     shuffled = dice.sample(unique, len(unique))
-    for metric in (metrics.mean_capacity_chunks, metrics.throughput_req_per_s, metrics.token_hit_rate_percent):
+    for metric in (
+        cache_metrics.mean_capacity_chunks,
+        metrics.throughput_req_per_s,
+        cache_metrics.token_hit_rate_percent,
+    ):
         assert metric(metrics.frame(unique)) == pytest.approx(metric(metrics.frame(shuffled)))

@@ -12,7 +12,9 @@ from rich.console import Console
 
 from core.config import Strategy
 from experiments import metrics
-from experiments.figures import cache_figure, caption
+from experiments.cache_figure import cache_figure
+from experiments.cache_metrics import COLUMNS, SHOWN, table
+from experiments.figures import caption
 from experiments.records import write_run
 from experiments.report import notes, show, write_csv
 from experiments.timeline import phases, rolling_local_hit_rate, summed_over_slots
@@ -21,9 +23,9 @@ from workloads.phases import PHASES, phase_of
 
 def test_the_csv_has_the_seeds_header_first(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    write_csv(metrics.table(made_runs(20)), path)
+    write_csv(table(made_runs(20)), path)
     header, *rows = path.read_text().splitlines()
-    assert header == ",".join(metrics.COLUMNS)
+    assert header == ",".join(COLUMNS)
     assert header.startswith("strategy,total_requests,cache_hits,hit_rate_percent,avg_latency_ms,strategy_config,")
     assert [row.split(",")[0] for row in rows] == ["STATIC", "FLUID", "FREQUENCY"]
 
@@ -47,9 +49,9 @@ def test_the_figure_needs_an_answer_but_not_of_every_run(tmp_path: Path) -> None
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
-def test_the_caption_names_model_device_workload_rate_and_parallelism() -> None:
-    said = caption(made_runs(20))
-    for part in ("random-qwen2-30m", "device cpu", "phases workload", "3.03 requests/s", "parallelism 2"):
+def test_the_caption_names_model_device_workload_rate_and_what_else_holds() -> None:
+    said = caption(made_runs(20), "two slots")
+    for part in ("random-qwen2-30m", "device cpu", "phases workload", "3.03 requests/s", "two slots"):
         assert part in said
 
 
@@ -82,14 +84,17 @@ def test_the_rolling_rate_looks_back_over_so_many_requests() -> None:
 
 
 def test_the_table_says_what_limits_its_meaning() -> None:
-    run = run_of(response(), dead_letters=(dead_letter(reason="bad field"),), failures=("a worker died",))
+    run = run_of(response(), dead_letters=(dead_letter(reason="bad field"),), failures=("a worker died",), duplicates=2)
     said = "\n".join(notes([run]))
     assert "random weights" in said
     assert "bad field" in said
     assert "a worker died" in said
+    assert "STATIC: 2 answers came twice" in said
     console = Console(record=True, width=150, file=open("/dev/null", "w"))  # noqa: SIM115
-    show(metrics.table([run]), [run], console)
-    assert "STATIC" in console.export_text()
+    show(table([run]), SHOWN, ["what limits it"], console)
+    shown = console.export_text()
+    assert "STATIC" in shown
+    assert "what limits it" in shown
 
 
 def test_from_raw_makes_csv_and_figure_again(tmp_path: Path) -> None:
@@ -102,4 +107,12 @@ def test_from_raw_makes_csv_and_figure_again(tmp_path: Path) -> None:
     csv = out / "cache_experiments_20260101_120000.csv"
     assert str(csv) in first.stdout
     assert (out / "cache_experiments_20260101_120000.png").stat().st_size > 50_000
-    pd.testing.assert_frame_equal(pd.read_csv(csv), metrics.table(made_runs(30)).round(6), check_dtype=False)
+    pd.testing.assert_frame_equal(pd.read_csv(csv), table(made_runs(30)).round(6), check_dtype=False)
+
+
+def test_records_of_another_experiment_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "raw", made_run(Strategy.STATIC, 0, requests=4))
+    command = [sys.executable, "-m", "experiments.gpu_scaling", "--from-raw", str(tmp_path / "raw")]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "holds records of cache_experiments, not of gpu_scaling" in done.stderr

@@ -1,30 +1,21 @@
 """The job on the real Flink, Kafka and Redis: every request is answered once, whatever else the topic holds."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
-import psutil
 import pytest
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from transformers import Qwen2Config
 
-from core.config import JobConfig, KafkaConfig
+from core.config import JobConfig
 from core.errors import UserError
-from core.records import DeadLetter, Request, Response
-from experiments.flink_job import FlinkCluster, FlinkJob
-from local_stack import LocalStack, flink_cli
+from local_stack import LocalStack
 from pipelines import cache_experiment
 from pipelines.connectors import ensure_topics
-from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
+from tests.pipelines.job_run import ROOT, Run, checkpoints, ids, worker
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).resolve().parents[2]
 JOB = ROOT / "pipelines" / "cache_experiment.py"
 HOSTILE: list[bytes | None] = [
     b"{",
@@ -38,124 +29,9 @@ HOSTILE: list[bytes | None] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("job") / "tiny-qwen2", Qwen2Config(**LAYERS_OF_TWO))
-
-
-@pytest.fixture(scope="module")
-def flink(stack: LocalStack) -> FlinkCluster:
-    argv, env = flink_cli(stack)
-    return FlinkCluster(stack.addresses().flink_rest_url, argv, env, ROOT)
-
-
-class Run:
-    """One job on topics of its own, and what it has written."""
-
-    def __init__(self, stack: LocalStack, flink: FlinkCluster, model: Path, prefix: str) -> None:
-        self._addresses = stack.addresses()
-        self._flink = flink
-        self._model = model
-        self.kafka = KafkaConfig(brokers=self._addresses.brokers, topic_prefix=prefix, consumer_group=prefix)
-        self._producer = KafkaProducer(bootstrap_servers=self.kafka.brokers, max_request_size=2 << 20)
-        self._consumer: KafkaConsumer | None = None
-        self.ready: list[dict[str, object]] = []
-        self.responses: list[Response] = []
-        self.letters: list[DeadLetter] = []
-        self.job: FlinkJob | None = None
-
-    def submit(self, *options: str) -> FlinkJob:
-        self.job = self._flink.submit(
-            JOB,
-            [
-                *("--brokers", self.kafka.brokers, "--topic-prefix", self.kafka.topic_prefix),
-                *("--consumer-group", self.kafka.consumer_group, "--redis-url", self._addresses.redis_url),
-                *("--redis-namespace", self.kafka.topic_prefix, "--model", str(self._model), "--chunk-tokens", "8"),
-                *("--max-model-len", "128", "--device", "cpu", "--threads", "1", *options),
-            ],
-        )
-        return self.job
-
-    def send(self, count: int, start: int = 0, **changes: object) -> None:
-        for number in range(start, start + count):
-            fields = {
-                "request_id": f"r{number}",
-                "session_id": f"s{number % 7}",
-                "user_id": "u",
-                "max_new_tokens": 4,
-                "created_at_ms": time.time() * 1e3,
-                "prompt": f"session {number % 7} " + "word " * (number // 7 % 5 + 1),
-            }
-            record = Request(**(fields | changes)).to_json().encode()
-            self._producer.send(self.kafka.requests_topic, record, key=fields["session_id"].encode())
-        self._producer.flush()
-
-    def send_raw(self, raw: bytes | None) -> None:
-        self._producer.send(self.kafka.requests_topic, raw, key=b"hostile")
-        self._producer.flush()
-
-    def read_until(self, done, timeout_s: float = 90.0) -> None:
-        """Read all topics until `done(self)`; fails with what was read if that takes too long."""
-        if self._consumer is None:
-            self._consumer = KafkaConsumer(
-                bootstrap_servers=self.kafka.brokers, auto_offset_reset="earliest", group_id=None
-            )
-            partitions = [
-                TopicPartition(topic, number)
-                for topic in self.kafka.topics[1:]
-                for number in self._consumer.partitions_for_topic(topic)
-            ]
-            self._consumer.assign(partitions)
-        deadline_s = time.monotonic() + timeout_s
-        while not done(self):
-            assert time.monotonic() < deadline_s, (len(self.responses), self.letters, self.ready)
-            if self.job is not None and not self.responses:
-                assert self.job.state() != "FAILED", self.job.failures()
-            for partition, records in self._consumer.poll(timeout_ms=200).items():
-                for record in records:
-                    if partition.topic == self.kafka.responses_topic:
-                        self.responses.append(Response.model_validate_json(record.value))
-                        assert record.key.decode() == self.responses[-1].request_id
-                    elif partition.topic == self.kafka.dead_letters_topic:
-                        self.letters.append(DeadLetter.model_validate_json(record.value))
-                    else:
-                        self.ready.append(json.loads(record.value))
-
-    def settle(self) -> None:
-        """Read what was written until the job's end."""
-        assert self.job is not None
-        self.job.wait_ended(120)
-        self.read_until(lambda run: True)
-        assert self._consumer is not None
-        ends = self._consumer.end_offsets(list(self._consumer.assignment()))
-        self.read_until(lambda run: all(self._consumer.position(p) >= end for p, end in ends.items()))
-
-    def answered(self) -> list[str]:
-        return sorted(answer.request_id for answer in self.responses)
-
-    def close(self) -> None:
-        if self.job is not None:
-            self.job.cancel()
-        if self._consumer is not None:
-            self._consumer.close()
-        self._producer.close()
-
-
-@pytest.fixture
-def run(stack: LocalStack, flink: FlinkCluster, model: Path, request: pytest.FixtureRequest) -> Iterator[Run]:
-    name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)[:80]
-    made = Run(stack, flink, model, f"job-{name}")
-    yield made
-    made.close()
-
-
-def ids(count: int) -> list[str]:
-    return sorted(f"r{number}" for number in range(count))
-
-
-@pytest.mark.parametrize("parallelism", [1, 2, 4])
-def test_a_bounded_run_answers_every_request_and_keeps_every_bad_record(run: Run, parallelism: int) -> None:
+def test_a_bounded_run_answers_every_request_and_keeps_every_bad_record(run: Run) -> None:
     """53 requests in batches of up to 4: the last batch of a slot is a partial one, and input ends while it waits."""
+    parallelism = 4
     ensure_topics(JobConfig(parallelism=parallelism, kafka=run.kafka))
     run.send(53)
     for raw in HOSTILE:
@@ -199,12 +75,12 @@ def test_requests_that_wait_outlive_a_killed_worker(run: Run, stack: LocalStack)
     run.submit("--parallelism", "1", "--batch-size", "8", "--max-wait-ms", "4000", "--checkpoint-interval-ms", "500")
     run.read_until(lambda r: len(r.ready) == 1)
     run.send(5)
-    time_of_checkpoint = _checkpoints(run)
+    time_of_checkpoint = checkpoints(run)
     deadline_s = time.monotonic() + 30
-    while _checkpoints(run) < time_of_checkpoint + 2:
+    while checkpoints(run) < time_of_checkpoint + 2:
         assert time.monotonic() < deadline_s
     assert run.responses == []
-    os.kill(_worker(stack), signal.SIGKILL)
+    os.kill(worker(stack), signal.SIGKILL)
     run.read_until(lambda r: len({answer.request_id for answer in r.responses}) == 5, timeout_s=120)
     assert set(run.answered()) == set(ids(5))
     assert run.job.state() == "RUNNING"
@@ -256,20 +132,3 @@ def test_a_command_that_can_not_start_prints_one_line_and_exits_2(options: list[
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def _checkpoints(run: Run) -> int:
-    answer = run.job.cluster.get(f"/jobs/{run.job.job_id}/checkpoints")
-    return int(answer["counts"]["completed"])
-
-
-def _worker(stack: LocalStack) -> int:
-    """The Python worker of the one slot in use: the youngest below the stack's own TaskManager."""
-    folder = str(stack.config.dir)
-    workers = [
-        process
-        for process in psutil.process_iter(["cmdline", "create_time"])
-        if any("beam_boot" in part for part in process.info["cmdline"] or ())
-        and any(folder in part for parent in process.parents() for part in parent.cmdline())
-    ]
-    return int(max(workers, key=lambda process: process.info["create_time"]).pid)

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-REAL_TRACE = ROOT.parent / "shared" / "traces" / "mooncake_conversation_trace.jsonl"
+TRACES = os.environ.get("INFERTUNER_TRACES")
+"""Folder of real traces under the names of their release; without it the tests run on made ones alone."""
 
 MADE_ROWS = [
     {"timestamp": 0, "input_length": 700, "output_length": 100, "hash_ids": [0, 1]},
@@ -20,6 +22,13 @@ MADE_ROWS = [
     {"timestamp": 12000, "input_length": 51200, "output_length": 16, "hash_ids": [0, *range(100, 199)]},
     {"timestamp": 15000, "input_length": 1, "output_length": 0, "hash_ids": [9]},
 ]
+
+MADE_AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 23:59:59.5000000,374,44
+2023-11-16 23:59:59.5000000,1,0
+2023-11-17 00:00:00.7501237,8000,109
+2023-11-17 00:00:03.5000000,1600,3200
+"""
 
 
 @pytest.fixture
@@ -37,10 +46,23 @@ def made_trace(write_trace: Callable[..., Path]) -> Path:
     return write_trace(list(MADE_ROWS))
 
 
-@pytest.fixture(params=["made", "real"] if REAL_TRACE.exists() else ["made"])
+@pytest.fixture(params=["made", "real"] if TRACES else ["made"])
 def any_trace(request: pytest.FixtureRequest, made_trace: Path) -> Path:
-    """Every trace there is: the small made one, and the real one where the checkout has it beside it."""
-    return REAL_TRACE if request.param == "real" else made_trace
+    """Every Mooncake trace there is: the small made one, and the real one where its folder is named."""
+    return Path(TRACES or "") / "mooncake_conversation_trace.jsonl" if request.param == "real" else made_trace
+
+
+@pytest.fixture
+def made_azure_trace(tmp_path: Path) -> Path:
+    path = tmp_path / "azure.csv"
+    path.write_text(MADE_AZURE)
+    return path
+
+
+@pytest.fixture(params=["made", "real"] if TRACES else ["made"])
+def any_azure_trace(request: pytest.FixtureRequest, made_azure_trace: Path) -> Path:
+    """Every Azure trace there is, likewise."""
+    return Path(TRACES or "") / "AzureLLMInferenceTrace_conv.csv" if request.param == "real" else made_azure_trace
 
 
 @pytest.fixture

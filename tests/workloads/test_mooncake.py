@@ -3,15 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from core.errors import UserError
-from workloads.config import LongPrompts, MooncakeConfig, WorkloadConfig, WorkloadKind
-from workloads.mooncake import MooncakeWorkload, PrefixSessions, block_token_ids
+from workloads.config import LongPrompts, TraceConfig, WorkloadConfig, WorkloadKind
+from workloads.mooncake import MooncakeWorkload, PrefixSessions
 from workloads.mooncake_trace import read_trace
-
-seeds = st.integers(min_value=0, max_value=2**63 - 1)
 
 
 def replay(trace: Path, *, requests: int = 400, seed: int = 3, limit: int = 1920, **options: Any) -> MooncakeWorkload:
@@ -21,37 +17,13 @@ def replay(trace: Path, *, requests: int = 400, seed: int = 3, limit: int = 1920
             requests=requests,
             seed=seed,
             max_prompt_tokens=limit,
-            mooncake=MooncakeConfig(trace=trace, **options),
+            replay=TraceConfig(trace=trace, **options),
         )
     )
 
 
 def common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
-@given(
-    seed=seeds,
-    block=st.integers(0, 2**70),
-    few=st.integers(1, 64),
-    more=st.integers(0, 64),
-    vocab=st.integers(1, 2**32),
-)
-def test_fewer_tokens_of_a_block_are_the_prefix_of_more(seed: int, block: int, few: int, more: int, vocab: int) -> None:
-    tokens = block_token_ids(seed, block, few + more, vocab)
-    assert tokens[:few] == block_token_ids(seed, block, few, vocab)
-    assert all(0 <= token < vocab for token in tokens)
-
-
-@given(seed=seeds, left=st.integers(0, 10**6), right=st.integers(0, 10**6))
-def test_blocks_are_equal_exactly_where_their_ids_are(seed: int, left: int, right: int) -> None:
-    assert (block_token_ids(seed, left, 32, 256) == block_token_ids(seed, right, 32, 256)) == (left == right)
-
-
-def test_tokens_are_the_same_on_every_machine() -> None:
-    # By `printf 0/0 | openssl dgst -shake128 -xoflen 32`, the first byte of each eight. Were it to change, results
-    # measured before and after could not be compared.
-    assert block_token_ids(0, 0, 4, 256) == (252, 71, 255, 24)
 
 
 def test_prompts_share_exactly_what_the_trace_shares(any_trace: Path) -> None:

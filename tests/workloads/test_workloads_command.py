@@ -38,8 +38,12 @@ def test_a_dry_run_prints_the_workload_the_same_in_every_process(run_workloads: 
     assert printed == [timed.created(timed.at_ms) for timed in make_workload(WorkloadConfig(requests=60, seed=9))]
 
 
-def test_a_dry_run_of_a_trace_prints_token_ids(run_workloads: Run, any_trace: Path) -> None:
-    finished = run_workloads("--dry-run", "--workload", "mooncake", "--trace", str(any_trace), "--requests", "3")
+@pytest.mark.parametrize("workload", ["mooncake", "azure"])
+def test_a_dry_run_of_a_trace_prints_token_ids(
+    run_workloads: Run, any_trace: Path, any_azure_trace: Path, workload: str
+) -> None:
+    trace = any_trace if workload == "mooncake" else any_azure_trace
+    finished = run_workloads("--dry-run", "--workload", workload, "--trace", str(trace), "--requests", "3")
     assert finished.returncode == 0, finished.stderr
     lines = [json.loads(line) for line in finished.stdout.splitlines()]
     assert len(lines) == 3
@@ -49,9 +53,11 @@ def test_a_dry_run_of_a_trace_prints_token_ids(run_workloads: Run, any_trace: Pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--workload", "nonsense"], "--workload: Input should be 'phases' or 'mooncake'"),
+        (["--workload", "nonsense"], "--workload: Input should be 'phases', 'mooncake', 'azure' or 'independent'"),
         (["--workload", "mooncake"], "--trace: the mooncake workload replays a trace; give its path"),
         (["--workload", "mooncake", "--trace", "/no/such/file"], "--trace: /no/such/file is not a file"),
+        (["--workload", "azure"], "--trace: the azure workload replays a trace; give its path"),
+        (["--workload", "independent", "--prompt-tokens", "5000"], "--prompt-tokens: a mean of 5000 is above"),
         (["--requests", "0"], "--requests: Input should be greater than or equal to 1"),
         (["--brokers", "127.0.0.1:port"], "--brokers: 127.0.0.1:port is not host:port"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),

@@ -1,0 +1,114 @@
+"""Compares batch sizes, and continuous batching, on one paced load: what waiting for others costs and what it gives."""
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from core.config import Batching, Config, JobConfig
+from core.errors import exit_on_user_error
+from experiments.batch_figure import batch_figure
+from experiments.batch_metrics import SHOWN, notes, table
+from experiments.config import ROOT, Command, RunConfig, Variant, distinct_numbers, in_own_space
+from experiments.experiment import Experiment, execute, new_run_id
+from workloads.config import WorkloadConfig
+
+MOST = 1024
+"""Of `core.config.BatchingConfig.batch_size`."""
+
+
+class BatchAnalysisConfig(Config):
+    """Compares ways of batching on one load."""
+
+    batch_sizes: str = Field(
+        default="1,2,4,8", min_length=1, description="sizes of micro-batches to compare, separated by commas"
+    )
+    continuous: bool = Field(default=True, description="compare continuous batching too")
+    out: Path = Field(default=ROOT / "results" / "batch_analysis", description="folder of the results")
+    run: RunConfig = RunConfig()
+    job: JobConfig = JobConfig()
+    workload: WorkloadConfig = WorkloadConfig()
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _numbers(cls, value: str) -> str:
+        return ",".join(map(str, distinct_numbers(value, MOST)))
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if max(self.sizes) > self.job.engine.max_running:
+            raise ValueError(
+                f"batch_sizes: {max(self.sizes)} is above max_running, {self.job.engine.max_running}; "
+                "raise that or drop the size"
+            )
+        return self
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return distinct_numbers(self.batch_sizes, MOST)
+
+
+COMMAND = Command(
+    BatchAnalysisConfig,
+    "scripts/run_batch_analysis.sh",
+    __doc__ or "",
+    own_defaults={
+        "workload": "independent",
+        "requests": 100,
+        # On one core with the default model: more than single requests can take, less than batches of 8 can.
+        "rate_per_s": 3.0,
+        "prompt_tokens": 32,
+        "answer_tokens": 32,
+        # Real answers differ in length, and a micro-batch is as long as the longest of its own.
+        "length_cv": 0.6,
+        "max_new_tokens": 128,
+        # One slot on one core: Kafka and Flink need the other, and an engine that shares its cores measures that.
+        "parallelism": 1,
+        "threads": 1,
+        "placement": "session",
+        # Requests share nothing, so that there is nothing to reuse.
+        "cache": False,
+        "remote": False,
+    },
+    decided={
+        "batching": "every row has its own; leave rows out with --batch-sizes and --no-continuous",
+        "batch_size": "every row has its own; name them with --batch-sizes",
+    },
+)
+
+
+def variants(config: BatchAnalysisConfig, run_id: str) -> tuple[Variant, ...]:
+    """One job for each batch size and one that batches continuously, equal in all else."""
+    found = [
+        _variant(config.job, f"batch_{size}", run_id, {"batching": Batching.MICRO, "batch_size": size})
+        for size in config.sizes
+    ]
+    if config.continuous:
+        found.append(_variant(config.job, "continuous", run_id, {"batching": Batching.CONTINUOUS}))
+    return tuple(found)
+
+
+def _variant(job: JobConfig, name: str, run_id: str, batching: dict[str, object]) -> Variant:
+    job = job.model_copy(update={"batching": job.batching.model_copy(update=batching)})
+    return Variant(name, in_own_space(job, f"batch-{run_id}-{name}"))
+
+
+def main() -> None:
+    """Run the experiment that `sys.argv` states."""
+    config, run_id = COMMAND.parse(), new_run_id()
+    experiment = Experiment(
+        name="batch_analysis",
+        pipeline=ROOT / "pipelines" / "inference.py",
+        variants=variants(config, run_id),
+        workload=config.workload,
+        out=config.out,
+        table=table,
+        shown=SHOWN,
+        figure=batch_figure,
+        notes=notes,
+    )
+    execute(experiment, config.run, run_id)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

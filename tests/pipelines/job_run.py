@@ -1,0 +1,132 @@
+"""What the tests of jobs share: one job on topics of its own, and what it has written."""
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+
+from core.config import KafkaConfig
+from core.records import DeadLetter, Request, Response
+from experiments.flink_job import FlinkCluster, FlinkJob
+from local_stack import LocalStack
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Run:
+    """One job on topics of its own, and what it has written."""
+
+    def __init__(self, stack: LocalStack, flink: FlinkCluster, model: Path, prefix: str, script: Path) -> None:
+        self._script = script
+        self._addresses = stack.addresses()
+        self._flink = flink
+        self._model = model
+        self.kafka = KafkaConfig(brokers=self._addresses.brokers, topic_prefix=prefix, consumer_group=prefix)
+        self._producer = KafkaProducer(bootstrap_servers=self.kafka.brokers, max_request_size=2 << 20)
+        self._consumer: KafkaConsumer | None = None
+        self.sent: list[Request] = []
+        self.ready: list[dict[str, object]] = []
+        self.responses: list[Response] = []
+        self.letters: list[DeadLetter] = []
+        self.job: FlinkJob | None = None
+
+    def submit(self, *options: str) -> FlinkJob:
+        self.job = self._flink.submit(
+            self._script,
+            [
+                *("--brokers", self.kafka.brokers, "--topic-prefix", self.kafka.topic_prefix),
+                *("--consumer-group", self.kafka.consumer_group, "--redis-url", self._addresses.redis_url),
+                *("--redis-namespace", self.kafka.topic_prefix, "--model", str(self._model), "--chunk-tokens", "8"),
+                *("--max-model-len", "128", "--device", "cpu", "--threads", "1", *options),
+            ],
+        )
+        return self.job
+
+    def send(self, count: int, start: int = 0, **changes: object) -> None:
+        for number in range(start, start + count):
+            fields = {
+                "request_id": f"r{number}",
+                "session_id": f"s{number % 7}",
+                "user_id": "u",
+                "max_new_tokens": 4,
+                "created_at_ms": time.time() * 1e3,
+                "prompt": f"session {number % 7} " + "word " * (number // 7 % 5 + 1),
+            }
+            request = Request(**(fields | changes))
+            self.sent.append(request)
+            self._producer.send(self.kafka.requests_topic, request.to_json().encode(), key=request.session_id.encode())
+        self._producer.flush()
+
+    def send_raw(self, raw: bytes | None) -> None:
+        self._producer.send(self.kafka.requests_topic, raw, key=b"hostile")
+        self._producer.flush()
+
+    def read_until(self, done, timeout_s: float = 90.0) -> None:
+        """Read all topics until `done(self)`; fails with what was read if that takes too long."""
+        if self._consumer is None:
+            self._consumer = KafkaConsumer(
+                bootstrap_servers=self.kafka.brokers, auto_offset_reset="earliest", group_id=None
+            )
+            partitions = [
+                TopicPartition(topic, number)
+                for topic in self.kafka.topics[1:]
+                for number in self._consumer.partitions_for_topic(topic)
+            ]
+            self._consumer.assign(partitions)
+        deadline_s = time.monotonic() + timeout_s
+        while not done(self):
+            assert time.monotonic() < deadline_s, (len(self.responses), self.letters, self.ready)
+            if self.job is not None and not self.responses:
+                assert self.job.state() != "FAILED", self.job.failures()
+            for partition, records in self._consumer.poll(timeout_ms=200).items():
+                for record in records:
+                    if partition.topic == self.kafka.responses_topic:
+                        self.responses.append(Response.model_validate_json(record.value))
+                        assert record.key.decode() == self.responses[-1].request_id
+                    elif partition.topic == self.kafka.dead_letters_topic:
+                        self.letters.append(DeadLetter.model_validate_json(record.value))
+                    else:
+                        self.ready.append(json.loads(record.value))
+
+    def settle(self) -> None:
+        """Read what was written until the job's end."""
+        assert self.job is not None
+        self.job.wait_ended(120)
+        self.read_until(lambda run: True)
+        assert self._consumer is not None
+        ends = self._consumer.end_offsets(list(self._consumer.assignment()))
+        self.read_until(lambda run: all(self._consumer.position(p) >= end for p, end in ends.items()))
+
+    def answered(self) -> list[str]:
+        return sorted(answer.request_id for answer in self.responses)
+
+    def close(self) -> None:
+        if self.job is not None:
+            self.job.cancel()
+        if self._consumer is not None:
+            self._consumer.close()
+        self._producer.close()
+
+
+def ids(count: int) -> list[str]:
+    return sorted(f"r{number}" for number in range(count))
+
+
+def checkpoints(run: Run) -> int:
+    """Completed ones of the run's job."""
+    answer = run.job.cluster.get(f"/jobs/{run.job.job_id}/checkpoints")
+    return int(answer["counts"]["completed"])
+
+
+def worker(stack: LocalStack) -> int:
+    """The Python worker of the one slot in use: the youngest below the stack's own TaskManager."""
+    folder = str(stack.config.dir)
+    workers = [
+        process
+        for process in psutil.process_iter(["cmdline", "create_time"])
+        if any("beam_boot" in part for part in process.info["cmdline"] or ())
+        and any(folder in part for parent in process.parents() for part in parent.cmdline())
+    ]
+    return int(max(workers, key=lambda process: process.info["create_time"]).pid)

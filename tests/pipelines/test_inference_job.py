@@ -1,0 +1,137 @@
+"""The production job on the real Flink, Kafka and Redis: continuous batching loses nothing and answers as one by one.
+
+Where a request has to be in flight for a while, a simulated device takes its time; the model is real everywhere else.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from core.clock import SystemClock
+from core.config import EngineConfig, JobConfig
+from core.records import FinishReason, Request
+from core.session_home import home_slot
+from inference_service.device_profile import DeviceProfile
+from inference_service.engine import Completion, Engine, load_checked_model
+from local_stack import LocalStack
+from pipelines.connectors import ensure_topics
+from tests.pipelines.job_run import ROOT, Run, checkpoints, ids, worker
+
+pytestmark = pytest.mark.integration
+JOB = ROOT / "pipelines" / "inference.py"
+STEP_MS = 40.0
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a device that takes `STEP_MS` for every step, whatever is in it."""
+    path = tmp_path_factory.mktemp("profile") / "slow.json"
+    overheads = {"prefill_overhead_ms": 1.0, "decode_overhead_ms": STEP_MS}
+    path.write_text(DeviceProfile.instant().model_copy(update=overheads).model_dump_json())
+    return ["--engine", "simulated", "--profile", str(path), "--no-cache"]
+
+
+def one_by_one(model: Path, requests: Iterable[Request]) -> dict[str, tuple[int, ...]]:
+    """What the engine answers to each request alone, without any cache."""
+    config = EngineConfig(model=str(model), device="cpu", max_model_len=128, max_running=1)
+    engine = Engine(load_checked_model(config), config, None, 8, SystemClock())
+    found = {}
+    for request in requests:
+        (done,) = engine.run([request])
+        assert isinstance(done, Completion)
+        found[request.request_id] = done.token_ids
+    return found
+
+
+@pytest.mark.parametrize("parallelism", [1, 3])
+def test_a_bounded_run_answers_everything_as_the_engine_alone_would(run: Run, model: Path, parallelism: int) -> None:
+    ensure_topics(JobConfig(parallelism=parallelism, kafka=run.kafka))
+    run.send(50, max_new_tokens=12)
+    run.send(1, start=50, prompt="x" * 200)
+    run.send(1, start=51, model="another")
+    run.send(1, start=52, created_at_ms=1.0, deadline_ms=5.0)
+
+    run.submit("--parallelism", str(parallelism), "--max-in-flight", "6", "--step-prefill-tokens", "16", "--bounded")
+    run.settle()
+    assert run.job.state() == "FINISHED"
+    assert run.job.failures() == []
+    assert sorted(ready["slot"] for ready in run.ready) == list(range(parallelism))
+    assert run.answered() == sorted([*ids(50), "r52"])
+    assert sorted(str(letter.request_id) for letter in run.letters) == ["r50", "r51"]
+    answers = {answer.request_id: answer for answer in run.responses}
+    assert (answers["r52"].finish_reason, answers["r52"].output_tokens) == (FinishReason.DEADLINE, 0)
+    for session in range(7):
+        home = home_slot(f"s{session}", parallelism)
+        assert {answer.slot for answer in run.responses if answer.session_id == f"s{session}"} <= {home}
+    wanted = one_by_one(model, [request for request in run.sent if request.request_id in ids(50)])
+    assert {name: answers[name].token_ids for name in ids(50)} == wanted
+    # They ran together, as far as the cap let them.
+    assert max(answer.decode_rows or 0 for answer in run.responses) > 1.5
+    assert max(answer.batch_size for answer in run.responses) <= 6
+
+
+def test_an_answer_does_not_wait_for_a_longer_one_and_a_drain_answers_both(run: Run, slow: list[str]) -> None:
+    run.submit("--parallelism", "2", *slow)
+    run.read_until(lambda r: len(r.ready) == 2)
+    assert {str(ready["device"]) for ready in run.ready} == {"simulated:0", "simulated:1"}
+    assert {ready["engine"] for ready in run.ready} == {"simulated"}
+    long, short = _neighbours(2)
+    run.send(1, start=0, session_id=long, max_new_tokens=100)
+    run.send(1, start=1, session_id=short, max_new_tokens=2)
+    run.read_until(lambda r: len(r.responses) == 1)
+    assert run.answered() == ["r1"]
+    run.job.stop(None, 90)
+    run.settle()
+    assert run.answered() == ["r0", "r1"]
+    assert {answer.output_tokens for answer in run.responses} == {100, 2}
+
+
+def test_what_was_in_flight_when_the_worker_was_killed_is_answered_once(
+    run: Run, stack: LocalStack, slow: list[str]
+) -> None:
+    """Ten requests run and wait when a checkpoint is made; none of them has been answered when the worker dies."""
+    options = ["--parallelism", "1", "--max-running", "4", "--checkpoint-interval-ms", "500"]
+    run.submit(*options, *slow)
+    run.read_until(lambda r: len(r.ready) == 1)
+    run.send(10, max_new_tokens=90)
+    made = checkpoints(run)
+    deadline_s = time.monotonic() + 30
+    while checkpoints(run) < made + 2:
+        assert time.monotonic() < deadline_s
+    run.read_until(lambda r: True)
+    assert run.responses == []
+    os.kill(worker(stack), signal.SIGKILL)
+    run.read_until(lambda r: len({answer.request_id for answer in r.responses}) == 10, timeout_s=120)
+    run.job.stop(None, 90)
+    run.settle()
+    assert run.answered() == ids(10)
+
+
+def test_new_sessions_go_around_an_overloaded_slot_and_old_ones_stay(run: Run, slow: list[str]) -> None:
+    """All sessions are at home at slot 0, which is given more than it can do."""
+    run.submit("--parallelism", "2", "--max-running", "1", "--overload-ms", "300", *slow)
+    run.read_until(lambda r: len(r.ready) == 2)
+    at_home = [name for name in (f"u{number}" for number in range(200)) if home_slot(name, 2) == 0]
+    for number in range(40):
+        run.send(1, start=number, session_id=at_home[number // 2], max_new_tokens=5)
+        time.sleep(0.05)  # the load's own pace: a session's two requests come apart, and loads are told in between
+    run.read_until(lambda r: len(r.responses) == 40)
+    assert run.answered() == ids(40)
+    slots: dict[str, set[int]] = {}
+    for answer in run.responses:
+        slots.setdefault(answer.session_id, set()).add(answer.slot)
+    assert all(len(found) == 1 for found in slots.values())
+    counts = [sum(found == {slot} for found in slots.values()) for slot in range(2)]
+    assert min(counts) >= 4
+
+
+def _neighbours(slots: int) -> tuple[str, str]:
+    """Two sessions that are at home at the same slot."""
+    first = "n0"
+    return first, next(
+        f"n{number}" for number in range(1, 100) if home_slot(f"n{number}", slots) == home_slot(first, slots)
+    )

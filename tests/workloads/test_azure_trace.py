@@ -1,0 +1,84 @@
+from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from core.errors import UserError
+from workloads.azure_trace import MAX_LINE_CHARACTERS, read_azure_trace
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+GOOD = "2023-11-16 18:15:46.6805900,374,44\n"
+
+
+@pytest.fixture
+def write_csv(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        path = tmp_path / "trace.csv"
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        return path
+
+    return write
+
+
+def test_every_row_is_read_in_order(any_azure_trace: Path) -> None:
+    rows = list(read_azure_trace(any_azure_trace))
+    assert len(rows) == sum(1 for line in any_azure_trace.open() if line.strip()) - 1
+    assert all(before.timestamp <= after.timestamp for before, after in pairwise(rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("2023-11-16 18:15:47,374\n", "GeneratedTokens: missing"),
+        ("2023-11-16 18:15:47,-1,44\n", "ContextTokens: Input should be greater than or equal to 1"),
+        ("2023-11-16 18:15:47,0,44\n", "ContextTokens: Input should be greater than or equal to 1"),
+        ("2023-11-16 18:15:47,374,-1\n", "GeneratedTokens: Input should be greater than or equal to 0"),
+        ("2023-11-16 18:15:47,many,44\n", "ContextTokens: Input should be a valid integer"),
+        ("2023-11-16 18:15:47,,44\n", "ContextTokens: Input should be a valid integer"),
+        ("2023-11-16 18:15:47,374,4.5\n", "GeneratedTokens: Input should be a valid integer"),
+        ("2023-11-16 18:15:47,374,nan\n", "GeneratedTokens: Input should be a valid integer"),
+        ("yesterday,374,44\n", "TIMESTAMP: Input should be a valid datetime"),
+        ("2023-11-16 18:15:46,374,44\n", "TIMESTAMP: 2023-11-16 18:15:46+00:00 is before the row above's"),
+        ('2023-11-16 18:15:47,"374,44\n', "give a CSV trace"),
+        ("\udcff\udcfe\x00,374,44\n", "TIMESTAMP: "),
+        ("x" * (MAX_LINE_CHARACTERS + 5), "longer than 65536 characters"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(write_csv: Callable[[str], Path], row: str, complaint: str) -> None:
+    path = write_csv(HEADER + GOOD + "\n" + row)
+    rows = read_azure_trace(path)
+    assert next(rows).context_tokens == 374
+    with pytest.raises(UserError) as refused:
+        next(rows)
+    message = str(refused.value)
+    assert message.startswith(f"{path}, line 4: ")
+    assert complaint in message
+    assert "\n" not in message
+
+
+def test_a_missing_column_is_named(write_csv: Callable[[str], Path]) -> None:
+    path = write_csv("TIMESTAMP,ContextTokens,Generated\n" + GOOD)
+    with pytest.raises(UserError, match=r"trace\.csv, line 1: no column GeneratedTokens; give a CSV trace with"):
+        list(read_azure_trace(path))
+
+
+@pytest.mark.parametrize("content", ["", "\n", HEADER])
+def test_a_trace_without_rows_is_refused(write_csv: Callable[[str], Path], content: str) -> None:
+    with pytest.raises(UserError, match=r"trace\.csv: has no rows"):
+        list(read_azure_trace(write_csv(content)))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--trace: cannot read .*none\.csv: No such file"):
+        list(read_azure_trace(tmp_path / "none.csv"))
+
+
+def test_columns_may_stand_in_any_order_among_others(write_csv: Callable[[str], Path]) -> None:
+    path = write_csv(
+        "\ufeffGeneratedTokens, Model ,TIMESTAMP,ContextTokens\r\n44,m,2024-05-10 00:00:00.5+00:00,374\r\n"
+    )
+    (row,) = read_azure_trace(path)
+    assert (row.context_tokens, row.generated_tokens) == (374, 44)
+    assert row.timestamp == datetime(2024, 5, 10, 0, 0, 0, 500_000, UTC)
