@@ -6,7 +6,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from experiments.provenance import provenance
 from inference_service.model import LoadedModel
 
 RESAMPLES = 2000
-VERSIONS = ("python", "torch", "transformers", "redis")
+VERSIONS = ("python", "apache-flink", "torch", "transformers", "redis")
 
 
 class Report(Config):
@@ -52,10 +52,12 @@ class Report(Config):
 
 def conditions(model: LoadedModel, redis_url: str | None) -> dict[str, Any]:
     """The fields of a `Report` that say where and with what it is made. To be called once threads are set."""
+    return conditions_of(device_facts(model), model_facts(model), redis_url)
+
+
+def conditions_of(device: dict[str, Any], model: dict[str, Any], redis_url: str | None) -> dict[str, Any]:
+    """`conditions` where the model is in another process, which tells of its device and model."""
     here = provenance()
-    device: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(model.device)}
-    if model.device.type == "cuda":
-        device["gpu"] = torch.cuda.get_device_name(model.device)
     versions: dict[str, str | bool | None] = {name: here.versions[name] for name in VERSIONS if name != "redis"}
     versions["redis-py"] = here.versions["redis"]
     if redis_url is not None:
@@ -66,33 +68,54 @@ def conditions(model: LoadedModel, redis_url: str | None) -> dict[str, Any]:
         "started_at": here.started_at,
         "machine": here.machine | device,
         "versions": versions | {"git_commit": here.git_commit, "git_dirty": here.git_dirty},
-        "model": {
-            "name": model.name,
-            "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
-            "dtype": str(model.dtype).removeprefix("torch."),
-        },
+        "model": model,
+    }
+
+
+def device_facts(model: LoadedModel) -> dict[str, Any]:
+    """What a loaded model runs on in this process."""
+    device: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(model.device)}
+    if model.device.type == "cuda":
+        device["gpu"] = torch.cuda.get_device_name(model.device)
+    return device
+
+
+def model_facts(model: LoadedModel) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
 
 
 class Neighbours:
-    """How busy everything else kept the machine's cores meanwhile: what is above a few percent blurs every time."""
+    """How busy everything else kept the machine's cores meanwhile: what is above a few percent blurs every time.
 
-    def __init__(self, redis_url: str) -> None:
+    `ours_s` is the CPU time so far of further processes that belong to the measurement.
+    """
+
+    def __init__(self, redis_url: str | None = None, ours_s: Callable[[], float] = lambda: 0.0) -> None:
         self._redis_url = redis_url
+        self._ours_s = ours_s
         self._began_s = time.monotonic()
         self._at_begin_s = self._others_s()
 
     def busy_percent(self) -> float:
-        """Share of all cores, since the start, that neither this process nor Redis used."""
+        """Share of all cores, since the start, that neither this process, nor Redis, nor `ours_s` used."""
         elapsed_s = (time.monotonic() - self._began_s) * (psutil.cpu_count() or 1)
         return max(0.0, 100 * (self._others_s() - self._at_begin_s) / elapsed_s)
 
     def _others_s(self) -> float:
         machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        ours_s = own.user + own.system + self._ours_s() + self._redis_s()
+        return machine.user + machine.nice + machine.system + machine.steal - ours_s
+
+    def _redis_s(self) -> float:
+        if self._redis_url is None:
+            return 0.0
         with Redis.from_url(self._redis_url) as client:
             redis = client.info("cpu")
-        redis_s = float(redis["used_cpu_user"]) + float(redis["used_cpu_sys"])
-        return machine.user + machine.nice + machine.system + machine.steal - own.user - own.system - redis_s
+        return float(redis["used_cpu_user"]) + float(redis["used_cpu_sys"])
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

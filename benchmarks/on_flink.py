@@ -1,0 +1,296 @@
+"""A job on the local stack that is started once and, warm, offered one load after another.
+
+Starting a job and loading its model is no part of what is measured, and jobs that stand ready side by side can be
+compared round by round: an idle one costs next to nothing.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from kafka import KafkaConsumer
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from core.clock import SystemClock
+from core.config import Config, JobConfig
+from core.errors import UserError
+from core.options import to_options
+from core.records import DeadLetter, Response
+from experiments.collector import wait_ready
+from experiments.config import ROOT, RunConfig, in_own_space, with_addresses
+from experiments.flink_job import FlinkJob
+from experiments.kafka_topics import fresh_topics, reading
+from experiments.records import ReadySlot
+from experiments.services import Services, services
+from local_stack import LocalStack
+from local_stack.processes import members
+from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, Producer, connected
+from workloads.timed_request import Workload
+
+PIPELINE = ROOT / "pipelines" / "inference.py"
+POLL_MS = 100
+STATES = ("busy", "backpressured", "idle")
+PARTS = ("python_workers", "task_managers", "job_manager", "broker", "benchmark")
+METRICS_POLL_S = 0.5
+METRICS_TIMEOUT_S = 45.0
+"""Flink fetches the metrics that it shows only every 10 s."""
+
+
+class FlinkConfig(Config):
+    """The local stack that the jobs run on."""
+
+    stack_dir: Path = Field(
+        default=RunConfig.model_fields["stack_dir"].default, description="folder of the local stack: used, or started"
+    )
+    ready_timeout_s: float = Field(default=300.0, gt=0, description="longest wait for a job's slots to have loaded")
+    idle_timeout_s: float = Field(default=120.0, gt=0, description="longest wait for the next answer")
+
+
+@dataclass(frozen=True)
+class Answer:
+    response: Response
+    received_ms: float
+    """Wall time at which the reader of the responses topic had it."""
+
+    @property
+    def e2e_ms(self) -> float:
+        """Creation of the request until the reader had its answer."""
+        return self.received_ms - self.response.created_at_ms
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one load; `answers` in the order in which they were received."""
+
+    answers: tuple[Answer, ...]
+    load: LoadReport
+    sent_ms: float
+    """Wall time at which Kafka had taken the last request."""
+
+    @property
+    def took_s(self) -> float:
+        """First hand-over of a request until the reader had the last answer."""
+        began_ms = min(answer.response.created_at_ms for answer in self.answers)
+        return (self.answers[-1].received_ms - began_ms) / 1000
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(answer.response.output_tokens for answer in self.answers)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.output_tokens / self.took_s
+
+    @property
+    def requests_per_s(self) -> float:
+        return len(self.answers) / self.took_s
+
+    @property
+    def drained_per_s(self) -> float:
+        """Answers a second from the moment the last request had been sent: nobody but the job is at work then.
+
+        Raises `UserError` where less than a quarter of the load was left to answer by then.
+        """
+        left = [answer for answer in self.answers if answer.received_ms > self.sent_ms]
+        if 4 * len(left) < len(self.answers):
+            raise UserError(
+                f"--records: of {len(self.answers)} only {len(left)} were unanswered once all had been sent; give more"
+            )
+        return 1000 * len(left) / (left[-1].received_ms - self.sent_ms)
+
+
+@dataclass(frozen=True)
+class JobUnderTest:
+    """A running job whose slots are ready."""
+
+    name: str
+    flink: FlinkConfig
+    job: JobConfig
+    slots: tuple[ReadySlot, ...]
+    submitted: FlinkJob
+    producer: Producer
+    reader: KafkaConsumer
+    """Of responses and dead letters."""
+
+    def offer(self, workload: Workload, *, backlog: bool) -> Outcome:
+        """Offer `workload` and wait for all answers.
+
+        Raises `UserError` if Kafka does not take it, a request becomes a dead letter, is answered twice, or nothing
+        comes for `idle_timeout_s`, and if Flink had to restart the job.
+        """
+        clock = SystemClock()
+        generator = KafkaLoadGenerator(self.producer, self.job.kafka.requests_topic, workload, clock, backlog=backlog)
+        answers: dict[str, Answer] = {}
+        sent_ms: float | None = None
+        stop = threading.Event()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as pool:
+            try:
+                load = pool.submit(generator.run, stop)
+                last_s = time.monotonic()
+                while sent_ms is None or len(answers) < load.result().sent:
+                    if self._receive(answers):
+                        last_s = time.monotonic()
+                    if sent_ms is None and load.done():
+                        sent_ms, last_s = clock.wall_ms(), time.monotonic()
+                        if (report := load.result()).errors:
+                            raise UserError(
+                                f"{self.name}: Kafka did not take {report.errors} of {report.sent} requests"
+                            )
+                    if sent_ms is not None and time.monotonic() - last_s > self.flink.idle_timeout_s:
+                        self.submitted.require_alive(untouched=True)
+                        raise UserError(f"{self.name}: {load.result().sent - len(answers)} requests stay unanswered")
+            finally:
+                # Leaving the pool's block waits for its thread.
+                stop.set()
+        self.submitted.require_alive(untouched=True)
+        return Outcome(tuple(answers.values()), load.result(), sent_ms)
+
+    def operators(self, records: int) -> "dict[str, OperatorTimes]":
+        """Times of Flink's operators since the job began, once they include all of `records` requests.
+
+        Operators that are chained are one. Raises `UserError` if Flink does not show them in time.
+        """
+        deadline_s = time.monotonic() + METRICS_TIMEOUT_S
+        while True:
+            vertices = self.submitted.cluster.get(f"/jobs/{self.submitted.job_id}")["vertices"]
+            inference = next(vertex for vertex in vertices if "inference" in vertex["name"])
+            # One row a slot has called it to warm up.
+            if inference["metrics"]["read-records"] >= records + self.job.parallelism:
+                # A source that has given all it has is finished, and has no metrics any more.
+                alive = [vertex for vertex in vertices if vertex["status"] == "RUNNING"]
+                return {vertex["name"].replace(f"{self.job.job_name}.", ""): _times(vertex) for vertex in alive}
+            if time.monotonic() > deadline_s:
+                raise UserError(f"{self.name}: Flink's metrics lag by more than {METRICS_TIMEOUT_S:.0f} s")
+            time.sleep(METRICS_POLL_S)
+
+    def _receive(self, answers: dict[str, Answer]) -> bool:
+        polled = self.reader.poll(timeout_ms=POLL_MS)
+        received_ms = SystemClock().wall_ms()
+        for partition, records in polled.items():
+            for record in records:
+                if partition.topic == self.job.kafka.dead_letters_topic:
+                    raise UserError(f"{self.name}: {DeadLetter.model_validate_json(record.value).reason}")
+                response = Response.model_validate_json(record.value)
+                if response.request_id in answers:
+                    raise UserError(f"{self.name}: {response.request_id} was answered twice")
+                answers[response.request_id] = Answer(response, received_ms)
+        return bool(polled)
+
+
+@dataclass(frozen=True)
+class OperatorTimes:
+    """What the task threads of an operator did, summed over its subtasks.
+
+    A thread that neither computes nor waits for its reader is idle. It counts as busy while it waits for its worker,
+    the process in which a Python operator computes.
+    """
+
+    subtasks: int
+    busy_ms: float
+    backpressured_ms: float
+
+    def shares(self, before: "OperatorTimes", took_s: float) -> dict[str, float]:
+        """Percent of a subtask's time in each of `STATES` since `before`, of which the load took `took_s`."""
+        whole_ms = 1000 * took_s * self.subtasks
+        busy = 100 * (self.busy_ms - before.busy_ms) / whole_ms
+        backpressured = 100 * (self.backpressured_ms - before.backpressured_ms) / whole_ms
+        return dict(zip(STATES, (busy, backpressured, max(0.0, 100 - busy - backpressured)), strict=True))
+
+
+def _times(vertex: Mapping[str, Any]) -> OperatorTimes:
+    metrics = vertex["metrics"]
+    busy_ms, backpressured_ms = metrics["accumulated-busy-time"], metrics["accumulated-backpressured-time"]
+    return OperatorTimes(vertex["parallelism"], float(busy_ms), float(backpressured_ms))
+
+
+@contextmanager
+def cluster(flink: FlinkConfig, slots: int) -> Iterator[Services]:
+    """Kafka and Flink with at least `slots` slots. Raises `UserError`."""
+    run = RunConfig(stack_dir=flink.stack_dir, remote=False)
+    with services(run, JobConfig(parallelism=slots)) as found:
+        yield found
+
+
+@contextmanager
+def running(flink: FlinkConfig, found: Services, name: str, job: JobConfig) -> Iterator[JobUnderTest]:
+    """`job`, its slots ready; cancelled in the end and its topics deleted. Raises `UserError`."""
+    space = f"bench-{name}-{time.time_ns() // 1_000_000}"
+    job = in_own_space(with_addresses(job, brokers=found.brokers, redis_url=None), space)
+    with ExitStack() as cleanup:
+        cleanup.enter_context(fresh_topics(job.kafka, partitions=job.parallelism))
+        cleanup.callback(_cancel_named, found, space)
+        submitted = found.flink.submit(PIPELINE, to_options(job))
+        ready = cleanup.enter_context(reading(job.kafka, [job.kafka.ready_topic]))
+        slots = wait_ready(
+            ready,
+            job.parallelism,
+            flink.ready_timeout_s,
+            watch=lambda: submitted.require_alive(untouched=True),
+            on_progress=lambda count: None,
+        )
+        answers = cleanup.enter_context(reading(job.kafka, [job.kafka.responses_topic, job.kafka.dead_letters_topic]))
+        producer = cleanup.enter_context(connected(job.kafka))
+        yield JobUnderTest(name, flink, job, slots, submitted, producer, answers)
+
+
+def _cancel_named(found: Services, name: str) -> None:
+    """By its name, as a submission that was cut off may have been accepted nonetheless."""
+    for accepted in found.flink.jobs_named(name):
+        accepted.cancel()
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        yield bar
+
+
+class CpuSeconds:
+    """CPU time of the local stack and of this process, by what it went to."""
+
+    def __init__(self, stack_dir: Path) -> None:
+        self._stack_dir = stack_dir
+
+    def by_part(self) -> dict[str, float]:
+        """Seconds so far of the processes that run now: `python_workers`, `task_managers`, `broker`, ..."""
+        own = psutil.Process().cpu_times()
+        seconds = {"benchmark": own.user + own.system}
+        for part, process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                seconds[part] = seconds.get(part, 0.0) + times.user + times.system
+        return seconds
+
+    def total_s(self) -> float:
+        """Seconds so far of the stack's processes and this one's children, those that have ended included."""
+        this = psutil.Process()
+        # Where the stack was started here, its processes are children too.
+        others = {process.pid: process for process in this.children(recursive=True)}
+        others |= {process.pid: process for _, process in self._processes()}
+        seconds = sum(this.cpu_times()[2:4])
+        for process in others.values():
+            with suppress(psutil.NoSuchProcess):
+                seconds += sum(process.cpu_times()[:4])
+        return seconds
+
+    def _processes(self) -> Iterator[tuple[str, psutil.Process]]:
+        stack = LocalStack.running_in(self._stack_dir)
+        for health in stack.health() if stack is not None else ():
+            for started in health.processes:
+                for process in members(started):
+                    yield _part(started.service, started.name, process.name()), process
+
+
+def _part(service: str, name: str, process: str) -> str:
+    if not name.startswith("taskmanager"):
+        return {"Kafka": "broker", "Redis": "redis"}.get(service, "job_manager")
+    return "task_managers" if process == "java" else "python_workers"

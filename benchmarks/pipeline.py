@@ -1,0 +1,290 @@
+"""What Kafka and Flink around the engine cost: throughput kept, latency added, and the records that they carry at most.
+
+    python -m benchmarks.pipeline --out results/benchmarks/pipeline.json
+
+Saturation: the same requests as one backlog, through Kafka -> Flink -> Kafka in one slot, and handed to the bare
+engine in a process of its own; same model, rows, threads and admission, no cache in either, in turns. The time of both
+runs from the first hand-over to the last answer, at the reader of the responses topic for the pipeline. While the bare
+engine is measured the pipeline stands idle, as the engine's process does in the other turn.
+
+Added latency: requests at even gaps at a tenth of that rate, so that none waits for another, and each alone on the
+bare engine. Added is the difference of the two, request by request, with the answer read back from Kafka.
+
+Zero-time engine: the simulated engine on a device that takes no time. All that is left is the pipeline: its rate in
+one slot and two from when all has been sent, the CPU time of each part, and how busy Flink's threads were.
+"""
+
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.bare_engine import BareEngine, bare_engine
+from benchmarks.on_flink import PARTS, STATES, CpuSeconds, FlinkConfig, JobUnderTest, cluster, progress, running
+from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
+from core.clock import SystemClock
+from core.config import CacheConfig, Config, EngineConfig, EngineKind, JobConfig
+from core.errors import UserError, exit_on_user_error
+from core.model_path import with_model_found
+from core.options import Parser, add_options, from_options
+from core.records import Request
+from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
+from experiments.services import Services
+from inference_service.device_profile import DeviceProfile
+from workloads.config import Arrivals, IndependentConfig, WorkloadConfig, WorkloadKind
+from workloads.independent import IndependentWorkload
+from workloads.timed_request import Workload
+
+Samples = dict[str, list[float]]
+
+LIGHT_LOAD = 0.1
+"""Share of the saturating rate at which added latency is measured."""
+ZERO_SLOTS = (1, 2)
+ZERO_WARM_RECORDS = 500
+LATENCY_SEED, ZERO_SEED, WARM_SEED = 1 << 40, 1 << 41, 1 << 42
+"""Added to the seed, so that no two loads of one job share a request id."""
+
+
+class PipelineEngine(EngineConfig):
+    """The model of both, the pipeline and the bare engine."""
+
+    threads: int = Field(default=1, ge=1, le=1024, description="CPU threads of the engine, in Flink and bare")
+
+
+class PipelineConfig(Config):
+    """What is measured, and how often."""
+
+    out: Path = Field(default=Path("results/benchmarks/pipeline.json"), description="where the result is written")
+    rounds: int = Field(default=3, ge=1, description="measured rounds of saturation")
+    requests: int = Field(default=64, ge=2, description="requests of one saturating backlog")
+    latency_requests: int = Field(default=30, ge=2, description="requests of the paced load at 10 %")
+    prompt_tokens: int = Field(default=128, ge=1, description="mean length of a prompt")
+    answer_tokens: int = Field(default=32, ge=1, description="mean length of an answer")
+    length_cv: float = Field(default=0.5, ge=0, le=10, description="deviation of both lengths over their mean")
+    records: int = Field(default=4000, ge=100, description="records of the backlog for the zero-time engine")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="of the requests")
+    engine: PipelineEngine = PipelineEngine()
+    flink: FlinkConfig = FlinkConfig()
+
+
+def load(config: PipelineConfig, requests: int, seed: int, rate_per_s: float = 1.0) -> IndependentWorkload:
+    """Requests of lognormal lengths, evenly apart."""
+    return IndependentWorkload(
+        WorkloadConfig(
+            workload=WorkloadKind.INDEPENDENT,
+            requests=requests,
+            seed=config.seed + seed,
+            max_new_tokens=8 * config.answer_tokens,
+            max_prompt_tokens=max(config.prompt_tokens, config.engine.max_model_len - 8 * config.answer_tokens),
+            independent=IndependentConfig(
+                rate_per_s=rate_per_s,
+                arrivals=Arrivals.EVEN,
+                prompt_tokens=config.prompt_tokens,
+                answer_tokens=config.answer_tokens,
+                length_cv=config.length_cv,
+            ),
+        )
+    )
+
+
+def zero_load(config: PipelineConfig, slots: int, records: int, seed: int) -> IndependentWorkload:
+    """The smallest requests there are, as many for each slot."""
+    return IndependentWorkload(
+        WorkloadConfig(
+            workload=WorkloadKind.INDEPENDENT,
+            requests=records,
+            seed=config.seed + seed,
+            max_new_tokens=1,
+            independent=IndependentConfig(prompt_tokens=1, answer_tokens=1, even_over=slots),
+        )
+    )
+
+
+def figures_of(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The flat figures: medians over rounds with their quartiles, and percentiles over the paired requests."""
+    figures: dict[str, float] = {}
+    pipeline, bare = samples["pipeline_tokens_per_s"], samples["bare_tokens_per_s"]
+    figures |= spread("saturation_ratio", ratios(pipeline, bare))
+    figures |= spread("pipeline_tokens_per_s", pipeline)
+    figures |= spread("bare_tokens_per_s", bare)
+    figures |= spread("pipeline_requests_per_s", samples["pipeline_requests_per_s"])
+    alone = [(one + two) / 2 for one, two in zip(samples["alone_ms"], samples["alone_again_ms"], strict=True)]
+    added = [e2e - own for e2e, own in zip(samples["e2e_ms"], alone, strict=True)]
+    for name, values in (("added_latency", added), ("e2e_at_10_percent", samples["e2e_ms"]), ("alone", alone)):
+        figures |= {f"{name}_p50_ms": percentile(values, 50), f"{name}_p95_ms": percentile(values, 95)}
+    for name, (value, *_) in samples.items():
+        if "_zero_engine_" in name:
+            figures[name] = value
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def percentile(values: Iterable[float], percent: float) -> float:
+    """Linear between the two nearest ranks (R type 7)."""
+    return float(np.percentile(list(values), percent))
+
+
+def measure(config: PipelineConfig, console: Console) -> Report:
+    """Run everything. Raises `UserError`."""
+    if config.engine.engine is not EngineKind.TRANSFORMERS:
+        raise UserError("--engine: the pipeline is measured around a real engine and one of its own; leave it out")
+    job = with_model_found(JobConfig(parallelism=1, engine=config.engine, cache=CacheConfig(cache=False)))
+    samples: Samples = defaultdict(list)
+    cpu = CpuSeconds(config.flink.stack_dir)
+    with ExitStack() as cleanup:
+        bare = cleanup.enter_context(bare_engine(job))
+        device, model = bare.facts()
+        where = conditions_of(device, model, redis_url=None)
+        found = cleanup.enter_context(cluster(config.flink, slots=max(ZERO_SLOTS)))
+        neighbours = Neighbours(ours_s=cpu.total_s)
+        bar = cleanup.enter_context(progress(console))
+        with running(config.flink, found, "saturation", job) as pipeline:
+            for round_ in bar.track(range(config.rounds), description="saturation"):
+                if round_ == 0:
+                    warm_up(config, pipeline, bare)
+                saturate(config, round_, pipeline, bare, samples)
+            task = bar.add_task("added latency", total=3)
+            for _ in added_latency(config, pipeline, bare, samples):
+                bar.advance(task)
+        operators = {}
+        for slots in bar.track(ZERO_SLOTS, description="zero-time engine"):
+            operators[f"p{slots}"] = zero_engine(config, found, slots, cpu, samples)
+        busy_percent = neighbours.busy_percent()
+    return Report(
+        benchmark="pipeline",
+        **where,
+        rounds=config.rounds,
+        settings=config.model_dump(mode="json", exclude={"out", "flink"})
+        | {"batching": job.batching.model_dump(mode="json"), "operators": operators},
+        figures=figures_of(samples) | {"neighbours_busy_percent": round(busy_percent, 2)},
+        samples={name: [round(value, 4) for value in values] for name, values in samples.items()},
+    )
+
+
+def warm_up(config: PipelineConfig, pipeline: JobUnderTest, bare: BareEngine) -> None:
+    few = load(config, max(2, config.requests // 4), WARM_SEED)
+    pipeline.offer(few, backlog=True)
+    bare.together(requests_of(few))
+
+
+def saturate(config: PipelineConfig, round_: int, pipeline: JobUnderTest, bare: BareEngine, samples: Samples) -> None:
+    """One round: the same backlog through both, in an order that alternates."""
+    work = load(config, config.requests, round_)
+
+    def through_pipeline() -> None:
+        outcome = pipeline.offer(work, backlog=True)
+        samples["pipeline_tokens_per_s"].append(outcome.tokens_per_s)
+        samples["pipeline_requests_per_s"].append(outcome.requests_per_s)
+        samples["pipeline_tokens"].append(outcome.output_tokens)
+
+    def through_bare() -> None:
+        tokens, took_s = bare.together(requests_of(work))
+        samples["bare_tokens_per_s"].append(tokens / took_s)
+        samples["bare_tokens"].append(tokens)
+
+    turns = [through_pipeline, through_bare]
+    for turn in turns if round_ % 2 == 0 else reversed(turns):
+        turn()
+
+
+def added_latency(config: PipelineConfig, pipeline: JobUnderTest, bare: BareEngine, samples: Samples) -> Iterator[None]:
+    """The same requests alone, through the pipeline, and alone again: what drifts meanwhile falls out."""
+    rate_per_s = LIGHT_LOAD * statistics.median(samples["pipeline_requests_per_s"])
+    work = load(config, config.latency_requests, LATENCY_SEED, rate_per_s)
+    samples["alone_ms"] += bare.alone_ms(requests_of(work))
+    yield
+    outcome = pipeline.offer(work, backlog=False)
+    answers = {answer.response.request_id: answer for answer in outcome.answers}
+    for timed in work:
+        answer = answers[timed.request_id]
+        samples["e2e_ms"].append(answer.e2e_ms)
+        samples["arrival_to_prefill_ms"].append(answer.response.wait_ms)
+        samples["answer_to_reader_ms"].append(answer.received_ms - answer.response.completed_at_ms)
+    samples["sender_lag_max_ms"].append(outcome.load.lag.max_ms)
+    yield
+    samples["alone_again_ms"] += bare.alone_ms(requests_of(work))
+    yield
+
+
+def zero_engine(config: PipelineConfig, found: Services, slots: int, cpu: CpuSeconds, samples: Samples) -> list[str]:
+    """The backlog of the smallest requests; the names of Flink's operators, in the order of the samples' numbers."""
+    with tempfile.TemporaryDirectory(prefix="pipeline-") as directory:
+        profile = Path(directory) / "instant.json"
+        profile.write_text(DeviceProfile.instant().model_dump_json())
+        engine = EngineConfig(engine=EngineKind.SIMULATED, profile=profile, threads=1)
+        job = JobConfig(parallelism=slots, engine=engine, cache=CacheConfig(cache=False))
+        with running(config.flink, found, f"zero-p{slots}", job) as pipeline:
+            # Java compiles what runs often: the measured load finds that done.
+            pipeline.offer(zero_load(config, slots, ZERO_WARM_RECORDS, WARM_SEED), backlog=True)
+            before, cpu_before = pipeline.operators(ZERO_WARM_RECORDS), cpu.by_part()
+            outcome = pipeline.offer(zero_load(config, slots, config.records, ZERO_SEED), backlog=True)
+            cpu_after, after = cpu.by_part(), pipeline.operators(ZERO_WARM_RECORDS + config.records)
+    suffix = f"zero_engine_p{slots}"
+    samples[f"records_per_s_{suffix}"].append(outcome.drained_per_s)
+    samples[f"records_per_s_with_sender_{suffix}"].append(outcome.requests_per_s)
+    for part, seconds in cpu_after.items():
+        per_1000 = 1000 * (seconds - cpu_before.get(part, 0.0)) / config.records
+        samples[f"cpu_s_per_1000_{part}_{suffix}"].append(per_1000)
+    for index, (name, times) in enumerate(after.items()):
+        for state, percent in times.shares(before[name], outcome.took_s).items():
+            samples[f"operator_{index}_{state}_percent_{suffix}"].append(percent)
+    return list(after)
+
+
+def requests_of(workload: Workload) -> list[Request]:
+    """For an engine without a schedule: all are created now."""
+    now_ms = SystemClock().wall_ms()
+    return [timed.created(now_ms) for timed in workload]
+
+
+def show(report: Report, console: Console) -> None:
+    """The figures that matter."""
+    figures = report.figures
+    console.print(
+        f"saturation: {figures['pipeline_tokens_per_s']:.0f} tokens/s through the pipeline, "
+        f"{figures['bare_tokens_per_s']:.0f} bare: ratio {figures['saturation_ratio']:.3f} (quartiles "
+        f"{figures['saturation_ratio_p25']:.3f} and {figures['saturation_ratio_p75']:.3f})"
+    )
+    console.print(
+        f"added latency at {LIGHT_LOAD:.0%} load: p50 {figures['added_latency_p50_ms']:.1f} ms, "
+        f"p95 {figures['added_latency_p95_ms']:.1f} ms"
+    )
+    table = Table("zero-time engine", *(f"{slots} slots" for slots in ZERO_SLOTS))
+    rows = {"records/s": "records_per_s_zero_engine"}
+    rows |= {f"CPU s / 1000: {part}": f"cpu_s_per_1000_{part}_zero_engine" for part in PARTS}
+    for label, name in rows.items():
+        table.add_row(label, *(f"{figures[f'{name}_p{slots}']:.3g}" for slots in ZERO_SLOTS))
+    for index, name in enumerate(report.settings["operators"][f"p{ZERO_SLOTS[0]}"]):
+        cells = [
+            " / ".join(f"{figures[f'operator_{index}_{state}_percent_zero_engine_p{slots}']:.0f}" for state in STATES)
+            for slots in ZERO_SLOTS
+        ]
+        table.add_row(f"{name[:50]}: {' / '.join(STATES)} %", *cells)
+    console.print(table)
+    console.print(f"others kept {figures['neighbours_busy_percent']:.0f} % of the cores busy")
+
+
+def main() -> None:
+    parser = Parser("python -m benchmarks.pipeline", description="What Kafka and Flink around the engine cost.")
+    add_options(parser, PipelineConfig)
+    config = from_options(PipelineConfig, parser.parse_args())
+    console = Console()
+    try:
+        with interruptible():
+            report = measure(config, console)
+    except Interrupted:
+        sys.exit(EXIT_STATUS)
+    report.write(config.out)
+    show(report, console)
+    console.print(f"written to {config.out}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

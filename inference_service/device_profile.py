@@ -1,0 +1,121 @@
+"""What one device needs for one model, as a roofline: rates of its arithmetic and memory, and fixed costs of a pass.
+
+A forward pass takes as long as the slower of its arithmetic and its memory traffic (roofline model: Williams, Waterman
+and Patterson, CACM 52(4), 2009), after overheads that depend on neither. Weights, and the keys and values that
+attention gathers, have rates of their own. `benchmarks/engine.py` measures the parameters and writes them as JSON; the
+simulated device reads them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, ValidationError
+
+from core.config import DTYPES, Config
+from core.errors import UserError, one_line
+
+
+class DeviceProfile(Config):
+    """One device that runs one model. A rate of none (`null`) takes no time."""
+
+    device: str = Field(min_length=1, description="name of the device")
+    model: str = Field(min_length=1, description="name of the model")
+    dtype: str = Field(pattern=f"^({'|'.join(DTYPES)})$", description="of weights and key/value")
+    measured: bool = Field(description="whether the times were measured on the device, and not set by hand")
+    source: str = Field(description="what made this profile")
+
+    parameters: int = Field(ge=0, description="weights of the model, each counted once")
+    layers: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    max_model_len: int = Field(ge=2, description="longest sequence that the model takes, in tokens")
+
+    weight_bytes: int = Field(ge=0, description="weights that every forward pass reads; embedding rows are not among")
+    kv_bytes_per_token: int = Field(ge=0, description="keys and values of one token in all layers")
+    flops_per_token: int = Field(ge=0, description="of the layers' matrices, for each token of a pass")
+    head_flops: int = Field(ge=0, description="of the output matrix, once for each row of a pass")
+    attention_flops: int = Field(ge=0, description="for each pair of a query token and a token that it attends to")
+
+    flops_per_s: float | None = Field(gt=0, description="arithmetic that is reached")
+    bytes_per_s: float | None = Field(gt=0, description="rate at which weights are read")
+    kv_bytes_per_s: float | None = Field(gt=0, description="rate at which keys and values are read")
+    prefill_overhead_ms: float = Field(ge=0, description="fixed cost of a prefill pass")
+    decode_overhead_ms: float = Field(ge=0, description="fixed cost of a decode step")
+    decode_row_overhead_ms: float = Field(ge=0, description="fixed cost of each row in a decode step")
+
+    def prefill_ms(self, tokens: int, start: int) -> float:
+        """Time to compute `tokens` tokens of a row that already holds `start`.
+
+        `prefill_overhead_ms + max(flops / flops_per_s, weight_bytes / bytes_per_s + kv_bytes / kv_bytes_per_s)`, where
+        token i of the pass attends to `start + i + 1` tokens, the logits of the last one alone are made, and the
+        weights and the row are read once:
+        flops = tokens * flops_per_token + head_flops + attention_flops * (tokens * start + tokens * (tokens + 1) / 2),
+        kv_bytes = kv_bytes_per_token * (start + tokens).
+        """
+        pairs = tokens * start + tokens * (tokens + 1) // 2
+        flops = tokens * self.flops_per_token + self.head_flops + self.attention_flops * pairs
+        return self.prefill_overhead_ms + self._slower_ms(flops, self.kv_bytes_per_token * (start + tokens))
+
+    def decode_ms(self, lengths: Sequence[int]) -> float:
+        """Time of one token in each of the rows, which hold `lengths` tokens.
+
+        `decode_overhead_ms + rows * decode_row_overhead_ms + max(flops / flops_per_s, weight_bytes / bytes_per_s +
+        kv_bytes / kv_bytes_per_s)`. The pool hands out all rows up to the end of the longest, masked: that many
+        positions are read, `held = rows * (max(lengths) + 1)`:
+        flops = rows * (flops_per_token + head_flops) + attention_flops * held,
+        kv_bytes = kv_bytes_per_token * held.
+        """
+        rows = len(lengths)
+        held = rows * (max(lengths) + 1)
+        flops = rows * (self.flops_per_token + self.head_flops) + self.attention_flops * held
+        fixed_ms = self.decode_overhead_ms + rows * self.decode_row_overhead_ms
+        return fixed_ms + self._slower_ms(flops, self.kv_bytes_per_token * held)
+
+    def _slower_ms(self, flops: int, kv_bytes: int) -> float:
+        memory_s = _seconds(self.weight_bytes, self.bytes_per_s) + _seconds(kv_bytes, self.kv_bytes_per_s)
+        return 1e3 * max(_seconds(flops, self.flops_per_s), memory_s)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The profile in `path`. Raises `UserError` where there is none."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+        except ValidationError as error:
+            reason = one_line(error)
+        raise UserError(f"--profile: cannot read {path}: {reason}; name a file that benchmarks/engine.py wrote")
+
+    @classmethod
+    def instant(cls, max_model_len: int = 32_768) -> Self:
+        """A device on which everything takes no time: what is left is the cost of what drives it."""
+        return cls(
+            device="instant",
+            model="instant",
+            dtype="float32",
+            measured=False,
+            source="set to take no time",
+            parameters=0,
+            layers=1,
+            kv_heads=1,
+            head_dim=1,
+            vocab_size=256,
+            max_model_len=max_model_len,
+            weight_bytes=0,
+            kv_bytes_per_token=0,
+            flops_per_token=0,
+            head_flops=0,
+            attention_flops=0,
+            flops_per_s=None,
+            bytes_per_s=None,
+            kv_bytes_per_s=None,
+            prefill_overhead_ms=0.0,
+            decode_overhead_ms=0.0,
+            decode_row_overhead_ms=0.0,
+        )
+
+
+def _seconds(amount: int, per_s: float | None) -> float:
+    return 0.0 if per_s is None else amount / per_s

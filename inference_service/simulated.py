@@ -1,0 +1,146 @@
+"""The simulated device: it stands where a model and its runner stand, and waits as long as they would compute.
+
+The engine over it is the ordinary one, so scheduling, batching, deadlines and admission are real; the time of a forward
+pass is a measured device's, by its profile, and the answers are letters without meaning. Its name and its device say
+`simulated` in every result.
+"""
+
+import string
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from cache.protocol import ChunkShape
+from core.clock import Clock, SystemClock
+from core.config import EngineConfig
+from core.errors import UserError
+from inference_service.default_model import byte_tokenizer
+from inference_service.device_profile import DeviceProfile
+
+MOST_LATE_MS = 10.0
+"""Longest delay of waking that is taken off later waits: a process that stood still must not catch up at once."""
+
+Wait = Callable[[float], None]
+"""Returns after so many milliseconds."""
+
+
+def sleep_ms(duration_ms: float) -> None:
+    time.sleep(duration_ms / 1e3)
+
+
+class Timeline:
+    """When the device is busy.
+
+    A sleep ends late, by a share of a millisecond or more on a busy machine. The device was done all the same, so the
+    next pass begins as much earlier as the last wait ended late. What the host does between two passes is no delay:
+    the device idles meanwhile, as a real one does.
+    """
+
+    def __init__(self, clock: Clock, wait: Wait) -> None:
+        self._clock = clock
+        self._wait = wait
+        self._late_ms = 0.0
+
+    def spend(self, cost_ms: float) -> None:
+        """Return once a pass of `cost_ms` is done."""
+        if cost_ms <= 0:
+            return
+        now_ms = self._clock.monotonic_ms()
+        done_ms = now_ms - self._late_ms + cost_ms
+        if done_ms > now_ms:
+            self._wait(done_ms - now_ms)
+        self._late_ms = min(MOST_LATE_MS, max(0.0, self._clock.monotonic_ms() - done_ms))
+
+
+class NoRows:
+    """Rows without memory: moving them costs nothing, and there is nothing in them to reuse."""
+
+    def load_chunk(self, row: int, index: int, chunk: torch.Tensor) -> None:
+        raise _nothing_to_reuse()
+
+    def read_chunk(self, row: int, index: int, out: torch.Tensor) -> None:
+        raise _nothing_to_reuse()
+
+    def move_row(self, source: int, target: int, tokens: int) -> None:
+        pass
+
+    def swap_rows(self, one: int, other: int, tokens: int) -> None:
+        pass
+
+
+class SimulatedRunner:
+    """Forward passes that only take time. The next token depends on the one before it and its position alone."""
+
+    def __init__(
+        self, profile: DeviceProfile, rows: int, letters: Sequence[int], vocab: int, timeline: Timeline
+    ) -> None:
+        """`letters`: token ids that answers are made of; `vocab`: width of the logits."""
+        self.rows = rows
+        self.pool = NoRows()
+        self._profile = profile
+        # Certainty of one letter, so that the answer is the same at every temperature.
+        self._certain = torch.full((len(letters), vocab), -torch.inf)
+        self._certain[torch.arange(len(letters)), torch.tensor(letters)] = 0.0
+        self._timeline = timeline
+
+    def prefill(self, row: int, tokens: Sequence[int], start: int) -> torch.Tensor:
+        """Take the time of `tokens` tokens from position `start` on; logits `[vocabulary]`."""
+        logits = self._logits([tokens[-1]], [start + len(tokens)])
+        self._timeline.spend(self._profile.prefill_ms(len(tokens), start))
+        return logits[0]
+
+    def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """Take the time of one token in each of the rows, which hold `lengths` tokens; logits `[rows, vocabulary]`."""
+        logits = self._logits(tokens, [length + 1 for length in lengths])
+        self._timeline.spend(self._profile.decode_ms(lengths))
+        return logits
+
+    def _logits(self, before: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        choices = [31 * token + 17 * position for token, position in zip(before, positions, strict=True)]
+        return self._certain[torch.tensor(choices) % len(self._certain)]
+
+
+class SimulatedModel:
+    """A model as the engine sees it, of which only the shape and the times are there."""
+
+    def __init__(
+        self, profile: DeviceProfile, slot: int, max_len: int, clock: Clock | None = None, wait: Wait = sleep_ms
+    ) -> None:
+        """`max_len`: longest sequence, in tokens; `wait` and `clock` must agree on what a millisecond is."""
+        self.profile = profile
+        self.name = f"simulated-{profile.model}"
+        self.device = f"simulated:{slot}"
+        self.dtype: torch.dtype = getattr(torch, profile.dtype)
+        self.max_len = max_len
+        self.tokenizer: Any = byte_tokenizer()
+        # Nothing is looked up in a table, so a prompt may have any token of the model's or of the tokenizer's.
+        self.vocab_size = max(profile.vocab_size, len(self.tokenizer))
+        self.eos_token_ids: frozenset[int] = frozenset()
+        """None: every answer has the length that was asked for."""
+        self._timeline = Timeline(clock or SystemClock(), wait)
+
+    def chunk_shape(self, chunk_tokens: int) -> ChunkShape:
+        profile = self.profile
+        return ChunkShape(profile.layers, profile.kv_heads, chunk_tokens, profile.head_dim, self.dtype)
+
+    def make_runner(self, rows: int, chunk_tokens: int) -> SimulatedRunner:
+        # Answers are text of the tokenizer's, so the logits are as wide as it is, whatever the model's vocabulary.
+        letters = self.tokenizer(string.ascii_lowercase)["input_ids"]
+        return SimulatedRunner(self.profile, rows, letters, len(self.tokenizer), self._timeline)
+
+    def wait_for_copies(self) -> None:
+        """No copy is ever under way."""
+
+
+def load_simulated(config: EngineConfig, slot: int = 0) -> SimulatedModel:
+    """The device of `config.profile`, in slot `slot`. Raises `UserError` where the profile cannot be read."""
+    if config.profile is None:
+        raise UserError("--profile: missing for the simulated engine; name a file that benchmarks/engine.py wrote")
+    profile = DeviceProfile.read(config.profile)
+    return SimulatedModel(profile, slot, min(config.max_model_len, profile.max_model_len))
+
+
+def _nothing_to_reuse() -> UserError:
+    return UserError("cache: a simulated engine has no key/value tensors to reuse; add --no-cache")

@@ -1,0 +1,80 @@
+"""A job that answers by arithmetic, in place of one on Flink: what a benchmark makes of answers, without any."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from benchmarks.on_flink import PARTS, Answer, OperatorTimes, Outcome
+from core.config import JobConfig
+from core.records import FinishReason, Response
+from experiments.records import ReadySlot
+from workloads.kafka_generator import LoadReport
+from workloads.pacing import Lag
+from workloads.timed_request import Workload
+
+
+def made_answer(
+    created_ms: float, received_ms: float, tokens: int = 4, request_id: str = "r", user: str = "u"
+) -> Answer:
+    response = Response(
+        request_id=request_id, session_id="s", user_id=user, text="", token_ids=tuple(range(tokens)),
+        finish_reason=FinishReason.LENGTH, slot=0, device="cpu", engine="e", model="m", batch_id="b", batch_size=1,
+        prompt_tokens=1, local_tokens=0, remote_tokens=0, computed_tokens=1, output_tokens=tokens,
+        created_at_ms=created_ms, completed_at_ms=received_ms - 1, wait_ms=0.0, ttft_ms=1.0, tpot_ms=1.0,
+        inference_ms=1.0, e2e_ms=1.0, cache_capacity_chunks=0, cache_used_chunks=0, chunk_bytes=0,
+    )  # fmt: skip
+    return Answer(response, received_ms)
+
+
+def made_outcome(*answers: Answer, sent_ms: float) -> Outcome:
+    count = len(answers)
+    return Outcome(answers, LoadReport(count, count, 0, None, 1.0, None, None, Lag()), sent_ms)
+
+
+class MadeJob:
+    """Answers each request 10 ms after the one before it, a backlog's first 10 ms after its beginning."""
+
+    def __init__(self, name: str, job: JobConfig) -> None:
+        self.name = name
+        self.slots = tuple(
+            ReadySlot(slot=slot, device="cpu", model="made", engine="made") for slot in range(job.parallelism)
+        )
+        self._answered = 0
+        self._seen: set[str] = set()
+
+    def offer(self, workload: Workload, *, backlog: bool) -> Outcome:
+        answers = []
+        for index, timed in enumerate(workload):
+            assert timed.request_id not in self._seen
+            self._seen.add(timed.request_id)
+            at_ms = 0.0 if backlog else timed.at_ms
+            received_ms = 10.0 * (index + 1) if backlog else at_ms + 10.0
+            answers.append(made_answer(at_ms, received_ms, timed.max_new_tokens, timed.request_id, timed.user_id))
+        self._answered += len(answers)
+        return made_outcome(*answers, sent_ms=0.0 if backlog else answers[-1].response.created_at_ms)
+
+    def operators(self, records: int) -> dict[str, OperatorTimes]:
+        assert records == self._answered
+        return {"decode": OperatorTimes(1, 4.0 * records, 0.0), "inference": OperatorTimes(1, 8.0 * records, 0.0)}
+
+
+@contextmanager
+def made_cluster(*_: Any, **__: Any) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def made_running(_flink: object, _found: object, name: str, job: JobConfig) -> Iterator[MadeJob]:
+    yield MadeJob(name, job)
+
+
+class MadeCpuSeconds:
+    def __init__(self, *_: Any) -> None:
+        self._read = 0
+
+    def by_part(self) -> dict[str, float]:
+        self._read += 1
+        return dict.fromkeys(PARTS, float(self._read))
+
+    def total_s(self) -> float:
+        return 0.0

@@ -1,0 +1,155 @@
+"""The pipeline benchmark: its figures on made samples, its loads, and what it refuses. No Flink runs here."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_job import MadeCpuSeconds, made_answer, made_cluster, made_outcome, made_running
+
+from benchmarks import pipeline
+from benchmarks.on_flink import OperatorTimes
+from core.config import JobConfig
+from core.errors import UserError
+from core.records import Request
+from core.session_home import home_slot
+
+SAMPLES = {
+    "pipeline_tokens_per_s": [90.0, 160.0, 85.0],
+    "bare_tokens_per_s": [100.0, 200.0, 100.0],
+    "pipeline_requests_per_s": [3.0, 5.0, 4.0],
+    "alone_ms": [100.0, 200.0],
+    "alone_again_ms": [110.0, 210.0],
+    "e2e_ms": [125.0, 245.0],
+    "records_per_s_zero_engine_p1": [1500.0],
+    "operator_0_busy_percent_zero_engine_p1": [40.0],
+}
+
+
+def test_the_saturation_ratio_is_the_median_of_each_round_s_own() -> None:
+    figures = pipeline.figures_of(SAMPLES)
+    assert figures["saturation_ratio"] == 0.85
+    assert (figures["saturation_ratio_p25"], figures["saturation_ratio_p75"]) == (0.825, 0.875)
+    assert figures["pipeline_requests_per_s"] == 4.0
+
+
+def test_added_latency_is_the_difference_of_each_request_to_itself_alone() -> None:
+    figures = pipeline.figures_of(SAMPLES)
+    assert figures["added_latency_p50_ms"] == 30.0
+    assert figures["added_latency_p95_ms"] == 39.0
+    assert figures["alone_p50_ms"] == 155.0
+
+
+def test_what_the_zero_time_engine_gave_stands_among_the_figures() -> None:
+    figures = pipeline.figures_of(SAMPLES)
+    assert figures["records_per_s_zero_engine_p1"] == 1500.0
+    assert figures["operator_0_busy_percent_zero_engine_p1"] == 40.0
+
+
+def test_loads_of_one_job_share_no_request_and_lengths_vary_within_the_model_s_limit() -> None:
+    config = pipeline.PipelineConfig()
+    loads = [list(pipeline.load(config, 64, seed)) for seed in (0, 1, pipeline.LATENCY_SEED, pipeline.WARM_SEED)]
+    ids = [timed.request_id for load in loads for timed in load]
+    assert len(set(ids)) == len(ids)
+    totals = {len(timed.prompt_token_ids or ()) + timed.max_new_tokens for load in loads for timed in load}
+    assert len(totals) > 10
+    assert max(totals) <= config.engine.max_model_len
+
+
+def test_the_zero_time_engine_s_records_are_spread_evenly_over_the_slots() -> None:
+    load = list(pipeline.zero_load(pipeline.PipelineConfig(), 2, 100, 0))
+    assert [home_slot(timed.session_id, 2) for timed in load] == [0, 1] * 50
+    assert {(len(timed.prompt_token_ids or ()), timed.max_new_tokens) for timed in load} == {(1, 1)}
+
+
+def test_a_load_takes_from_the_first_hand_over_to_the_last_answer_read() -> None:
+    outcome = made_outcome(
+        made_answer(1000.0, 1500.0), made_answer(1001.0, 2000.0), made_answer(1002.0, 3000.0), sent_ms=1002.0
+    )
+    assert outcome.took_s == 2.0
+    assert outcome.tokens_per_s == 6.0
+    assert outcome.requests_per_s == 1.5
+    assert [one.e2e_ms for one in outcome.answers] == [500.0, 999.0, 1998.0]
+
+
+def test_the_draining_rate_counts_from_when_all_had_been_sent() -> None:
+    answers = [made_answer(1000.0 + n, 1500.0 * (n + 1)) for n in range(4)]
+    assert made_outcome(*answers, sent_ms=2000.0).drained_per_s == pytest.approx(3 / 4.0)
+    with pytest.raises(UserError, match="--records: of 4 only 0 were unanswered once all had been sent; give more"):
+        made_outcome(*answers, sent_ms=7000.0).drained_per_s  # noqa: B018
+
+
+def test_operator_shares_are_of_the_load_s_time_and_add_up() -> None:
+    before, after = OperatorTimes(2, 1000.0, 0.0), OperatorTimes(2, 3000.0, 500.0)
+    assert after.shares(before, took_s=5.0) == {"busy": 20.0, "backpressured": 5.0, "idle": 75.0}
+
+
+class MadeBareEngine:
+    def facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"threads": 1, "device": "cpu"}, {"name": "made", "parameters": 1, "dtype": "float32"}
+
+    def together(self, requests: Sequence[Request]) -> tuple[int, float]:
+        return sum(request.max_new_tokens for request in requests), 0.008 * len(requests)
+
+    def alone_ms(self, requests: Sequence[Request]) -> list[float]:
+        return [4.0] * len(requests)
+
+
+def test_a_whole_run_on_a_made_job_writes_a_complete_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def bare(_job: JobConfig) -> Iterator[MadeBareEngine]:
+        yield MadeBareEngine()
+
+    for name, made in (
+        ("bare_engine", bare),
+        ("cluster", made_cluster),
+        ("running", made_running),
+        ("CpuSeconds", MadeCpuSeconds),
+    ):
+        monkeypatch.setattr(pipeline, name, made)
+    out = tmp_path / "made" / "pipeline.json"
+    monkeypatch.setattr(sys, "argv", ["pipeline", f"--out={out}", "--rounds=2", "--requests=8", "--records=500"])
+    pipeline.main()
+    report = json.loads(out.read_text())
+    figures = report["figures"]
+    # An answer each 10 ms against one each 8 ms; read back after 10 ms against 4 ms alone.
+    assert figures["saturation_ratio"] == 0.8
+    assert (figures["added_latency_p50_ms"], figures["added_latency_p95_ms"]) == (6.0, 6.0)
+    assert figures["records_per_s_zero_engine_p1"] == figures["records_per_s_zero_engine_p2"] == 100.0
+    # A second of each part for 500 records; 4 ms of each record's 10 ms.
+    assert figures["cpu_s_per_1000_python_workers_zero_engine_p2"] == 2.0
+    assert figures["operator_0_busy_percent_zero_engine_p1"] == 40.0
+    assert report["settings"]["operators"] == {"p1": ["decode", "inference"], "p2": ["decode", "inference"]}
+    assert report["rounds"] == len(report["samples"]["pipeline_tokens_per_s"]) == 2
+    assert "ratio 0.800" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--engine=simulated", "--profile=x.json"], "--engine: the pipeline is measured around a real engine"),
+        (["--rounds=0"], "--rounds: "),
+        (["--requests=1"], "--requests: "),
+        (["--records=many"], "--records: "),
+        (["--threads=0"], "--threads: "),
+        (["--model=/nonexistent/model"], "--model: no config.json in '/nonexistent/model'"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: list[str], said: str
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("started")
+
+    monkeypatch.setattr(pipeline, "cluster", never)
+    monkeypatch.setattr(pipeline, "bare_engine", never)
+    monkeypatch.setattr(sys, "argv", ["pipeline", f"--out={tmp_path / 'x.json'}", *options])
+    with pytest.raises(UserError) as refused:
+        pipeline.main()
+    assert said in str(refused.value)
+    assert not (tmp_path / "x.json").exists()
