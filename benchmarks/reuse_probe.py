@@ -7,9 +7,10 @@ from uuid import uuid4
 import torch
 
 from benchmarks.raw_redis import RawReader
-from cache import Lease, TwoLevelCache, open_cache
 from cache.codec import record_bytes
 from cache.keys import KeySchema
+from cache.manager import TwoLevelCache, open_cache
+from cache.protocol import Lease
 from core.config import CacheConfig, EngineConfig, RemoteConfig, SizingConfig
 from core.errors import UserError
 from core.records import Request

@@ -31,6 +31,9 @@ END_OF_INPUT = 2**63 - 1
 
 WARM_UP = -1
 """The partition of a row that calls a slot to warm up; the slot stands in place of the offset."""
+SPARE_TIMER_MS = 1000
+"""A timer further ahead is always set beside the next one: a checkpoint that is taken while a timer is on its way to or
+from Python has it in no state, and what is in flight would wait for ever after a restart."""
 LONGEST_POLL_S = 0.01
 """Longest wait for an answer while the stream stands still."""
 
@@ -100,6 +103,7 @@ class ContinuousFunction(KeyedProcessFunction):
         self._restored: set[int] = set()
         self._watched: set[int] = set()
         """Keys that a timer is set for."""
+        self._spare_timers: dict[int, int] = {}
 
     def close(self) -> None:
         _close(self)
@@ -135,9 +139,14 @@ class ContinuousFunction(KeyedProcessFunction):
             self._in_flight.remove(answer.ticket)
             yield _row(answer.record)
         if self._pump.outstanding(key) and key not in self._watched:
+            now_ms = int(self._clock.wall_ms())
             self._watched.add(key)
-            ctx.timer_service().register_processing_time_timer(int(self._clock.wall_ms()) + 1)
-            ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+            ctx.timer_service().register_processing_time_timer(now_ms + 1)
+            later_ms = (now_ms // SPARE_TIMER_MS + 2) * SPARE_TIMER_MS
+            if self._spare_timers.get(key) != later_ms:
+                self._spare_timers[key] = later_ms
+                ctx.timer_service().register_processing_time_timer(later_ms)
+                ctx.timer_service().register_event_time_timer(END_OF_INPUT)
 
     def _restore(self, ctx: KeyedProcessFunction.Context) -> None:
         """After a restart, what was in flight is asked again, before anything newer."""

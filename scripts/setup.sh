@@ -82,7 +82,8 @@ install_python_packages() {
             || { tail -n 15 "$pip_log" >&2; die "pip could not install uv; is the package index reachable?"; }
     fi
     working "installing the packages of requirements.txt (5.5 GB the first time)"
-    .venv/bin/uv pip sync -q --python .venv/bin/python --require-hashes requirements.txt \
+    # Compiled now: Flink's workers would each do it again at their start wherever Python is told to write no bytecode.
+    .venv/bin/uv pip sync -q --python .venv/bin/python --require-hashes --compile-bytecode requirements.txt \
         || die "uv could not install requirements.txt; see above"
 
     local site

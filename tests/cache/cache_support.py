@@ -13,7 +13,8 @@ from pathlib import Path
 import hypothesis
 import torch
 
-from cache import ChunkShape, ModelIdentity, TwoLevelCache, open_cache
+from cache.manager import TwoLevelCache, open_cache
+from cache.protocol import ChunkShape, ModelIdentity
 from core.clock import ManualClock
 from core.config import CacheConfig, RemoteConfig, SizingConfig
 

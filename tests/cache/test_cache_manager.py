@@ -15,11 +15,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from cache import open_cache
 from cache.eviction import LRU
 from cache.keys import KeySchema
 from cache.local import LocalTier
-from cache.manager import TwoLevelCache
+from cache.manager import TwoLevelCache, open_cache
 from core.clock import ManualClock
 from core.config import CacheConfig, RemoteConfig
 from core.errors import UserError

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from engine_helpers import CHUNK, MAX_LEN, answers, ask, make_engine, plain_answer, tokens_of
 
-from cache import TwoLevelCache, open_cache
+from cache.manager import TwoLevelCache, open_cache
 from core.clock import SystemClock
 from core.config import CacheConfig, RemoteConfig, SizingConfig
 from inference_service.engine import Completion

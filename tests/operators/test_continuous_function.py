@@ -141,13 +141,15 @@ def test_what_is_in_flight_is_in_state_until_it_is_answered(open_function: Open)
     assert sorted(state.of_key[KEY]) == ["0-1"]
 
 
-def test_there_is_one_timer_as_long_as_something_is_in_flight_and_none_after(open_function: Open) -> None:
+def test_timers_are_set_as_long_as_something_is_in_flight_and_not_after(open_function: Open) -> None:
     context = Context(State())
     function = open_function(context)
     process(function, context, 1, 2)
-    assert context.processing == [1001]
+    # The next one, and a spare that is still in state while that one fires.
+    assert context.processing == [1001, 3000]
     assert context.event == [END_OF_INPUT]
-    list(function.on_timer(context.processing.pop(), context))
+    context.processing = []
+    list(function.on_timer(1001, context))
     assert context.processing == [1001]
     Slot.made[0].let_go(1, 2)
     fire(function, context, 2)

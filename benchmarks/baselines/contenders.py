@@ -1,0 +1,129 @@
+"""Ours and each alternative behind one method: the same requests in, time to the last answer and answers out."""
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from benchmarks.baselines.group import Group
+from benchmarks.baselines.worker import Answers, Order
+from benchmarks.on_flink import POLL_MS, JobUnderTest
+from core.clock import SystemClock
+from core.config import JobConfig
+from core.errors import UserError
+from core.records import Request
+from experiments.config import in_own_space
+from experiments.kafka_topics import fresh_topics, reading
+from workloads.kafka_generator import KafkaLoadGenerator, connected
+from workloads.timed_request import Workload
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One load, answered."""
+
+    took_s: float
+    """First hand-over of a request until the last answer."""
+    answers: Answers
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(len(token_ids) for token_ids in self.answers.values()) / self.took_s
+
+
+class Contender(Protocol):
+    def answer(self, workload: Workload) -> Taken:
+        """Answer `workload`, offered as one backlog. Raises `UserError`."""
+        ...
+
+
+class Ours:
+    """A running job; the last answer counts once a reader of the responses topic has it."""
+
+    def __init__(self, job: JobUnderTest) -> None:
+        self._job = job
+
+    def answer(self, workload: Workload) -> Taken:
+        outcome = self._job.offer(workload, backlog=True)
+        answers = {one.response.request_id: list(one.response.token_ids) for one in outcome.answers}
+        return Taken(outcome.took_s, answers)
+
+
+class InProcess:
+    """A baseline that is given its requests and gives its answers without Kafka: the last one counts when made."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def answer(self, workload: Workload) -> Taken:
+        requests = [timed.created(0.0) for timed in workload]
+        took_s, answers = self._group.answer(orders_of(requests, len(self._group.workers)))
+        return Taken(took_s, answers)
+
+
+class OnKafka:
+    """A baseline that reads and writes the topics of Kafka, with a partition for each of its processes.
+
+    Measured as our own jobs are: by the load's own clock and a reader of the responses topic.
+    """
+
+    def __init__(self, group: Group, name: str, brokers: str, idle_timeout_s: float) -> None:
+        self._group = group
+        self._name = name
+        self._brokers = brokers
+        self._idle_timeout_s = idle_timeout_s
+
+    def answer(self, workload: Workload) -> Taken:
+        space = in_own_space(JobConfig(), f"bench-{self._name}-{time.time_ns() // 1_000_000}")
+        kafka = space.kafka.model_copy(update={"brokers": self._brokers})
+        workers = self._group.workers
+        with fresh_topics(kafka, partitions=len(workers)), reading(kafka, [kafka.responses_topic]) as consumer:
+            for partition, worker in enumerate(workers):
+                worker.prepare(
+                    Order(
+                        brokers=kafka.brokers,
+                        requests_topic=kafka.requests_topic,
+                        responses_topic=kafka.responses_topic,
+                        partitions=(partition,),
+                    )
+                )
+            for worker in workers:
+                worker.go()
+            created_ms: dict[str, float] = {}
+
+            def on_sent(request: Request) -> None:
+                created_ms[request.request_id] = request.created_at_ms
+
+            answers: Answers = {}
+            received_ms = 0.0
+            with connected(kafka) as producer, ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as pool:
+                generator = KafkaLoadGenerator(producer, kafka.requests_topic, workload, SystemClock(), backlog=True)
+                load = pool.submit(generator.run, None, on_sent)
+                last_s = time.monotonic()
+                while not load.done() or len(answers) < load.result().acknowledged:
+                    polled = consumer.poll(timeout_ms=POLL_MS)
+                    for record in (record for records in polled.values() for record in records):
+                        received_ms, last_s = SystemClock().wall_ms(), time.monotonic()
+                        answer = json.loads(record.value)
+                        answers[answer["request_id"]] = answer["token_ids"]
+                    for worker in workers:
+                        worker.require_alive()
+                    if time.monotonic() - last_s > self._idle_timeout_s:
+                        raise UserError(
+                            f"{self._name}: no answer for {self._idle_timeout_s:.0f} s, {len(answers)} of "
+                            f"{len(created_ms)} are there; allow more with --idle-timeout-s"
+                        )
+                if load.result().errors:
+                    raise UserError(f"{self._name}: Kafka did not take {load.result().errors} requests")
+            for worker in workers:
+                worker.stop()
+            for worker in workers:
+                worker.done()
+        return Taken((received_ms - min(created_ms.values())) / 1000, answers)
+
+
+def orders_of(requests: Sequence[Request], workers: int) -> list[Order]:
+    """The requests dealt out like cards."""
+    return [Order(requests=tuple(requests[worker::workers])) for worker in range(workers)]

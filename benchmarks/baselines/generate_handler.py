@@ -1,0 +1,49 @@
+"""`generate` as a model of Apache Beam's RunInference, and where its pipelines leave their answers.
+
+Beam makes its own copies of a handler. A module that is not the program's own is imported by them and not copied, so
+that they find here the one model that was loaded before the clock started.
+"""
+
+# Beam publishes types for a part of itself only.
+# mypy: disable-error-code="no-untyped-call,type-arg"
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from apache_beam.ml.inference.base import ModelHandler
+
+from benchmarks.baselines.padded import answer_together
+from benchmarks.baselines.worker import Answers
+from inference_service.model import LoadedModel
+
+Example = tuple[str, list[int], int]
+"""Request id, prompt, longest answer."""
+
+models: list[LoadedModel] = []
+answers: Answers = {}
+
+
+class GenerateHandler(ModelHandler):
+    """Beam groups requests up to `batch`; each group is one call of `generate`."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self._batch = batch
+
+    def load_model(self) -> LoadedModel:
+        return models[0]
+
+    def run_inference(
+        self, batch: Sequence[Example], model: LoadedModel, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[tuple[str, list[int]]]:
+        made = answer_together(model, [prompt for _, prompt, _ in batch], [limit for _, _, limit in batch])
+        return [(request_id, answer) for (request_id, _, _), answer in zip(batch, made, strict=True)]
+
+    def batch_elements_kwargs(self) -> Mapping[str, Any]:
+        # Full groups from the first on, instead of Beam's search for a size.
+        return {"min_batch_size": self._batch, "max_batch_size": self._batch}
+
+
+def collect(answered: tuple[str, list[int]]) -> None:
+    request_id, token_ids = answered
+    answers[request_id] = token_ids

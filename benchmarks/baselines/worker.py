@@ -1,0 +1,122 @@
+"""One process of a baseline: it loads and warms up, says that it is ready, and answers each load when it is told to.
+
+It speaks in JSON lines: `ready` once; for each order that it reads `prepared`; after `go`, `done` with its answers.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, TextIO
+
+import torch
+from pydantic import Field
+
+from benchmarks.report import device_facts, model_facts
+from core.config import Config, EngineConfig
+from core.errors import exit_on_user_error
+from core.options import Parser, add_options, from_options
+from core.records import Request
+from inference_service.model import LoadedModel, load_model
+
+GO, STOP = "go", "stop"
+
+Answers = dict[str, list[int]]
+"""Token ids by request id."""
+
+
+class Order(Config):
+    """One load: the requests themselves, or the topics that they come by."""
+
+    requests: tuple[Request, ...] = ()
+    brokers: str = ""
+    requests_topic: str = ""
+    responses_topic: str = ""
+    partitions: tuple[int, ...] = ()
+    """Of the requests topic: those that this process reads."""
+
+
+class Done(Config):
+    """What a process says of a load that it has answered."""
+
+    answers: Answers
+    ended_s: float
+    """When the last answer was made, on the clock that all processes of a machine share (`time.monotonic`)."""
+
+
+class Baseline(Protocol):
+    """A way to answer requests. Called from one thread."""
+
+    def prepare(self, order: Order) -> None:
+        """All that may happen before the clock starts."""
+        ...
+
+    def answer(self, stopped: Callable[[], bool]) -> Answers:
+        """Answer the load; one that comes by topics has no end of its own and lasts until `stopped`."""
+        ...
+
+    def close(self) -> None:
+        """End what would keep the process alive."""
+        ...
+
+
+class WorkerConfig(Config):
+    """A baseline's process."""
+
+    batch: int = Field(default=8, ge=1, le=1024, description="requests that are answered together, at most")
+    engine: EngineConfig = EngineConfig()
+
+
+def run_worker(name: str, make: Callable[[LoadedModel, WorkerConfig], Baseline]) -> None:
+    """The `main` of a baseline's module: options, model, and then orders until stdin ends."""
+    exit_on_user_error(lambda: _run(name, make))
+
+
+def _run(name: str, make: Callable[[LoadedModel, WorkerConfig], Baseline]) -> None:
+    parser = Parser(prog=f"python -m benchmarks.baselines.{name}", description=__doc__)
+    add_options(parser, WorkerConfig)
+    config = from_options(WorkerConfig, parser.parse_args())
+    # Libraries print what they like to stdout; the other side must hear nothing but us.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as out:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        if config.engine.threads:
+            torch.set_num_threads(config.engine.threads)
+        model = load_model(config.engine)
+        baseline = make(model, config)
+        try:
+            serve(baseline, {"device": device_facts(model), "model": model_facts(model)}, sys.stdin, out)
+        finally:
+            baseline.close()
+
+
+def serve(baseline: Baseline, facts: dict[str, Any], orders: TextIO, out: TextIO) -> None:
+    """Answer order after order until `orders` ends; `facts` are told with the first word."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    # A thread of its own, so that a word that comes while the baseline works can be seen without waiting for one.
+    threading.Thread(target=_read, args=(orders, lines), daemon=True).start()
+    _say(out, "ready", facts=facts)
+    while line := lines.get():
+        baseline.prepare(Order.model_validate_json(line))
+        _say(out, "prepared")
+        if lines.get() != GO:
+            return
+        answers = baseline.answer(lambda: not lines.empty())
+        ended_s = time.monotonic()
+        # What has no end of its own has been stopped; the word for that is not the next order.
+        if not lines.empty() and lines.get() != STOP:
+            return
+        _say(out, "done", done=Done(answers=answers, ended_s=ended_s).model_dump())
+
+
+def _read(orders: TextIO, lines: "queue.SimpleQueue[str]") -> None:
+    for line in orders:
+        lines.put(line.strip())
+    lines.put("")
+
+
+def _say(out: TextIO, word: str, **more: Any) -> None:
+    out.write(json.dumps({"says": word, **more}) + "\n")
+    out.flush()

@@ -1,0 +1,210 @@
+"""What a device can do at best, and what one forward pass of a model must do: both sides of a roofline.
+
+Needs PyTorch and NumPy alone, so that it runs on a machine that has nothing else.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import linear
+
+LARGEST_BUFFER_BYTES = 4 << 30
+SMALLEST_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Work:
+    """Arithmetic and memory traffic of one forward pass, of which nothing can be left out."""
+
+    flops: int
+    weight_bytes: int
+    kv_bytes: int
+    decode_rows: int = 0
+    """Rows of a decode step; 0 for a prefill."""
+
+    @property
+    def moved_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes
+
+    def floor_s(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """The roofline (Williams, Waterman and Patterson, CACM 52(4), 2009)."""
+        return max(self.flops / flops_per_s, self.moved_bytes / bytes_per_s)
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """What a decoder-only transformer computes and reads; the names and units are those of a device profile."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    flops_per_token: int
+    head_flops: int
+    attention_flops: int
+
+    def prefill(self, tokens: int, start: int) -> Work:
+        """`tokens` tokens after `start`; each attends to itself and all before it."""
+        pairs = tokens * start + tokens * (tokens + 1) // 2
+        return Work(
+            tokens * self.flops_per_token + self.head_flops + self.attention_flops * pairs,
+            self.weight_bytes,
+            self.kv_bytes_per_token * (start + tokens),
+        )
+
+    def decode(self, lengths: Sequence[int]) -> Work:
+        """One token in each row; the pool hands out every row up to the end of the longest."""
+        rows = len(lengths)
+        held = rows * (max(lengths) + 1)
+        return Work(
+            rows * (self.flops_per_token + self.head_flops) + self.attention_flops * held,
+            self.weight_bytes,
+            self.kv_bytes_per_token * held,
+            rows,
+        )
+
+
+def synchronize(device: torch.device) -> None:
+    """Return once the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Mean device time of `call`, asked for `repeats` times in a row without waiting between."""
+    synchronize(device)
+    if device.type == "cuda":
+        event: Any = torch.cuda.Event
+        began, ended = event(enable_timing=True), event(enable_timing=True)
+        began.record()
+        for _ in range(repeats):
+            call()
+        ended.record()
+        ended.synchronize()
+        return float(began.elapsed_time(ended)) / 1e3 / repeats
+    began_s = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - began_s) / repeats
+
+
+class Ceilings:
+    """The largest rates that plain kernels reach, measured anew at every call."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, products: Sequence[tuple[int, int, int]], read_bytes: int
+    ) -> None:
+        """`products`: rows, inner and outer size of each matrix product, as a layer would compute it.
+
+        `read_bytes`: what a decode step reads. The bandwidth is taken over a buffer of that size (between bounds), so
+        that it profits from the device's caches as much as the step could.
+        """
+        self._device = device
+        self._repeats = 10 if device.type == "cuda" else 1
+        self._products = {
+            f"{rows}x{inner}x{outer}": (
+                torch.randn(rows, inner, device=device).to(dtype),
+                torch.randn(outer, inner, device=device).to(dtype),
+            )
+            for rows, inner, outer in products
+        }
+        self.buffer_bytes = max(SMALLEST_BUFFER_BYTES, min(read_bytes, LARGEST_BUFFER_BYTES))
+        half = torch.randn(self.buffer_bytes // 8, device=device)
+        self._halves = half, torch.randn_like(half)
+
+    @torch.inference_mode()
+    def flops_per_s(self) -> dict[str, float]:
+        """Rate of each product, by its sizes: 2 * rows * inner * outer operations."""
+        rates = {}
+        for name, (rows, weight) in self._products.items():
+            flops = 2 * rows.numel() * weight.shape[0]
+            rates[name] = flops / seconds_of(lambda a=rows, b=weight: linear(a, b), self._repeats, self._device)  # type: ignore[misc]
+        return rates
+
+    @torch.inference_mode()
+    def bytes_per_s(self) -> dict[str, float]:
+        """`copy` of one half of the buffer over the other, read and written bytes; `read` of both (a dot product)."""
+        source, target = self._halves
+        moved = 2 * source.numel() * source.element_size()
+        kernels: dict[str, Callable[[], object]] = {
+            "copy": lambda: target.copy_(source),
+            "read": lambda: torch.dot(source, target),
+        }
+        return {name: moved / seconds_of(kernel, self._repeats, self._device) for name, kernel in kernels.items()}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            named = dict(line.split(":", 1) for line in lines)
+        return int(named["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The parameters of a device profile that are measured, and how well they tell the times again."""
+
+    flops_per_s: float
+    bytes_per_s: float
+    kv_bytes_per_s: float
+    prefill_overhead_ms: float
+    decode_overhead_ms: float
+    decode_row_overhead_ms: float
+    worst_error_percent: float
+    """Largest difference between a time of the profile and the measured one, in percent of the latter."""
+
+
+def fit(works: Sequence[Work], times_ms: Sequence[float], bytes_per_s: float) -> Fit:
+    """Least squares of the relative errors of a device profile's formula:
+
+    `overheads + max(flops / flops_per_s, weight_bytes / bytes_per_s + kv_bytes / kv_bytes_per_s)`. Every pass of one
+    model reads the same weights, so that their time cannot be told from a fixed cost: they are taken to be read at
+    `bytes_per_s`, the ceiling (or at what the fastest pass shows, where that is more), and the rest is overhead. For
+    given rates the overheads follow directly; the rates are searched on a grid, narrowed around the best of it.
+    """
+    times = np.array(times_ms)
+    # Shares of the measured time, for each operation and each byte of keys and values; and what the weights take.
+    flops, kv_bytes, weights = np.array([[work.flops, work.kv_bytes, work.weight_bytes] for work in works]).T / times
+    reached = max(bytes_per_s, 1e3 * weights.max())
+    rows = np.array([work.decode_rows for work in works])
+    fixed = {"prefill": (rows == 0) / times, "step": (rows > 0) / times, "row": rows / times}
+    # Least squares may ask for an overhead below zero: it is then left out, and the others are solved again.
+    subsets = [("prefill",), ("prefill", "step"), ("prefill", "row"), ("prefill", "step", "row")]
+
+    def solved(rates: Any) -> tuple[Any, list[tuple[tuple[str, ...], Any, Any]]]:
+        """For ms per operation and per byte `[candidates, 2]`: the least squared error, and all that was tried."""
+        base = np.maximum(rates[:, :1] * flops, 1e3 / reached * weights + rates[:, 1:] * kv_bytes)
+        tried = []
+        for names in subsets:
+            matrix = np.stack([fixed[name] for name in names], axis=1)
+            overheads = np.maximum(0.0, (1 - base) @ np.linalg.pinv(matrix).T)
+            tried.append((names, overheads, base + overheads @ matrix.T - 1))
+        return np.stack([(errors**2).sum(1) for _, _, errors in tried]), tried
+
+    # No pass can have been faster than each of its parts: the least time per unit of all bounds each rate.
+    centre, reach = -np.log([flops.max(), kv_bytes.max()]), 3.0
+    for _ in range(10):
+        axis = np.linspace(-reach, reach, 41)
+        grid = centre + np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+        centre = grid[np.argmin(solved(np.exp(grid))[0].min(axis=0))]
+        reach /= 5
+    squares, tried = solved(np.exp(centre)[None])
+    names, overheads, errors = tried[int(np.argmin(squares[:, 0]))]
+    found = dict(zip(names, overheads[0].tolist(), strict=True))
+    return Fit(
+        flops_per_s=float(1e3 / np.exp(centre[0])),
+        bytes_per_s=float(reached),
+        kv_bytes_per_s=float(1e3 / np.exp(centre[1])),
+        prefill_overhead_ms=found["prefill"],
+        decode_overhead_ms=found.get("step", 0.0),
+        decode_row_overhead_ms=found.get("row", 0.0),
+        worst_error_percent=float(100 * np.abs(errors).max()),
+    )
