@@ -20,7 +20,7 @@ from core.errors import UserError
 ENDED = frozenset({"FINISHED", "FAILED", "CANCELED"})
 REQUEST_TIMEOUT_S = 20.0
 POLL_S = 0.3
-SUBMIT_TIMEOUT_S = 180.0
+SUBMIT_TIMEOUT_S = 600.0
 CANCEL_TIMEOUT_S = 60.0
 JOB_ID = re.compile(r"JobID ([0-9a-f]{32})")
 

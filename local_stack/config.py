@@ -44,7 +44,7 @@ class StackConfig(Config):
         default=1280, ge=1024, description="memory of one TaskManager's JVM; its Python workers come on top"
     )
 
-    start_timeout_s: float = Field(default=90.0, gt=0, description="longest to wait until everything answers")
+    start_timeout_s: float = Field(default=240.0, gt=0, description="longest to wait until everything answers")
     stop_grace_s: float = Field(default=10.0, ge=0, description="time to end by itself before a process is killed")
 
     @classmethod

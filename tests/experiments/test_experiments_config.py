@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         (gpu_scaling.COMMAND, ["--parallelism", "2"], "--parallelism: every row has its own; name them with --par"),
         (gpu_scaling.COMMAND, ["--engine", "simulated"], "profile is missing"),
         (gpu_scaling.COMMAND, ["--engine", "simulated", "--profile", "p", "--cache"], "to reuse"),
-        (gpu_scaling.COMMAND, ["--profile", "p"], "profile is read by the simulated engine alone"),
+        (gpu_scaling.COMMAND, ["--profile", "p"], "--profile is only read where --engine is simulated"),
     ],
 )
 def test_what_an_experiment_cannot_be_made_of_is_named(command: Command[Any], arguments: list[str], said: str) -> None:

@@ -63,7 +63,7 @@ class Run:
         self._producer.send(self.kafka.requests_topic, raw, key=b"hostile")
         self._producer.flush()
 
-    def read_until(self, done, timeout_s: float = 90.0) -> None:
+    def read_until(self, done, timeout_s: float = 240.0) -> None:
         """Read all topics until `done(self)`; fails with what was read if that takes too long."""
         if self._consumer is None:
             self._consumer = KafkaConsumer(
@@ -93,7 +93,7 @@ class Run:
     def settle(self) -> None:
         """Read what was written until the job's end."""
         assert self.job is not None
-        self.job.wait_ended(120)
+        self.job.wait_ended(240)
         self.read_until(lambda run: True)
         assert self._consumer is not None
         ends = self._consumer.end_offsets(list(self._consumer.assignment()))

@@ -65,7 +65,7 @@ def test_a_drain_answers_what_waits_for_its_batch(run: Run) -> None:
     # Full batches are answered; what is left of 30 over two slots waits without end.
     run.read_until(lambda r: len(r.responses) >= 24)
     assert run.answered() != ids(30)
-    run.job.stop(None, 90)
+    run.job.stop(None, 240)
     run.settle()
     assert run.answered() == ids(30)
 
@@ -81,7 +81,7 @@ def test_requests_that_wait_outlive_a_killed_worker(run: Run, stack: LocalStack)
         assert time.monotonic() < deadline_s
     assert run.responses == []
     os.kill(worker(stack), signal.SIGKILL)
-    run.read_until(lambda r: len({answer.request_id for answer in r.responses}) == 5, timeout_s=120)
+    run.read_until(lambda r: len({answer.request_id for answer in r.responses}) == 5)
     assert set(run.answered()) == set(ids(5))
     assert run.job.state() == "RUNNING"
 

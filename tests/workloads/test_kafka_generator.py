@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.records import Request
 from local_stack import LocalStack
 from workloads.catalogue import make_workload
-from workloads.config import MooncakeConfig, PhasesConfig, WorkloadConfig, WorkloadKind
+from workloads.config import PhasesConfig, TraceConfig, WorkloadConfig, WorkloadKind
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connect, connected
 
 INTERVAL_MS = 100.0
@@ -176,9 +176,9 @@ def test_a_trace_that_turns_bad_is_reported_after_what_came_before_is_delivered(
     write_trace: Callable[..., Path],
 ) -> None:
     row = {"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [0]}
-    mooncake = MooncakeConfig(trace=write_trace([row, row, "broken"]))
+    replay = TraceConfig(trace=write_trace([row, row, "broken"]))
     producer = FakeProducer(ManualClock())
-    workload = make_workload(WorkloadConfig(workload=WorkloadKind.MOONCAKE, mooncake=mooncake))
+    workload = make_workload(WorkloadConfig(workload=WorkloadKind.MOONCAKE, replay=replay))
     with pytest.raises(UserError, match="line 3"):
         KafkaLoadGenerator(producer, "t", workload, producer.clock).run()
     assert (len(producer.records), producer.flushes) == (2, 1)
