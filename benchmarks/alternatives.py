@@ -13,7 +13,6 @@ something to reuse. All answers are greedy, and each is compared with ours.
 """
 
 import os
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from rich.table import Table
 from benchmarks.baselines.contenders import Contender, InProcess, OnKafka, Ours, Taken
 from benchmarks.baselines.group import Group, Worker
 from benchmarks.baselines.worker import Answers
+from benchmarks.command import carry_out
 from benchmarks.on_flink import CpuSeconds, FlinkConfig, cluster, progress, running
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from benchmarks.reuse_probe import WrongMeasurementError
@@ -37,7 +37,6 @@ from core.config import Config, JobConfig
 from core.errors import UserError, exit_on_user_error
 from core.model_path import with_model_found
 from experiments.config import Command
-from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 from workloads.catalogue import make_workload
 from workloads.config import (
     AzureConfig,
@@ -398,16 +397,7 @@ def _sizes(workload: Workload) -> dict[str, float]:
 
 
 def main() -> None:
-    config = COMMAND.parse()
-    console = Console()
-    try:
-        with interruptible():
-            report = measure(config, console)
-    except Interrupted:
-        sys.exit(EXIT_STATUS)
-    report.write(config.out)
-    show(report, console)
-    console.print(f"written to {config.out}")
+    carry_out(COMMAND.parse(), measure, show)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Kafka. At last short requests come at even gaps, without and with one very long 
 the short ones' p95 tells whether it holds them up.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,13 +21,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import carry_out, stated
 from benchmarks.on_flink import CpuSeconds, FlinkConfig, JobUnderTest, cluster, progress, running
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from core.config import Batching, BatchingConfig, CacheConfig, Config, EngineConfig, EngineKind, JobConfig
 from core.errors import UserError, exit_on_user_error
 from core.model_path import with_model_found
-from core.options import Parser, add_options, from_options
-from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 from workloads.catalogue import make_workload
 from workloads.config import Arrivals, AzureConfig, IndependentConfig, TraceConfig, WorkloadConfig, WorkloadKind
 from workloads.timed_request import TimedRequest, Workload
@@ -320,18 +318,11 @@ def _rate_of(workload: Workload) -> float:
 
 
 def main() -> None:
-    parser = Parser("python -m benchmarks.batching", description="Continuous batching against micro-batches of 8.")
-    add_options(parser, BatchingBenchmarkConfig)
-    config = from_options(BatchingBenchmarkConfig, parser.parse_args())
-    console = Console()
-    try:
-        with interruptible():
-            report = measure(config, console)
-    except Interrupted:
-        sys.exit(EXIT_STATUS)
-    report.write(config.out)
-    show(report, console)
-    console.print(f"written to {config.out}")
+    carry_out(
+        stated(BatchingBenchmarkConfig, "benchmarks.batching", "Continuous batching against micro-batches of 8."),
+        measure,
+        show,
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ tokens is checked: a measurement that is not what its name says ends the run.
 """
 
 import os
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,13 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.command import carry_out, stated
 from benchmarks.raw_redis import delete_namespace, running_redis
 from benchmarks.report import Neighbours, Report, conditions, median_noise, ratios, spread
 from benchmarks.reuse_probe import TTFTS, ReuseProbe, held_tokens
 from core.config import CacheConfig, Config, EngineConfig
 from core.errors import UserError, exit_on_user_error
-from core.options import Parser, add_options, from_options
-from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 from inference_service.engine import load_checked_model
 
 
@@ -185,18 +183,8 @@ def _progress(console: Console) -> Iterator[Progress]:
 
 
 def main() -> None:
-    parser = Parser("python -m benchmarks.kv_reuse", description="What reuse of key/value chunks saves and costs.")
-    add_options(parser, KvReuseConfig)
-    config = from_options(KvReuseConfig, parser.parse_args())
-    console = Console()
-    try:
-        with interruptible():
-            report = measure(config, console)
-    except Interrupted:
-        sys.exit(EXIT_STATUS)
-    report.write(config.out)
-    show(report, console)
-    console.print(f"written to {config.out}")
+    config = stated(KvReuseConfig, "benchmarks.kv_reuse", "What reuse of key/value chunks saves and costs.")
+    carry_out(config, measure, show)
 
 
 if __name__ == "__main__":

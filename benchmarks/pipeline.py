@@ -15,7 +15,6 @@ one slot and two from when all has been sent, the CPU time of each part, and how
 """
 
 import statistics
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,15 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bare_engine import BareEngine, bare_engine
+from benchmarks.command import carry_out, stated
 from benchmarks.on_flink import PARTS, STATES, CpuSeconds, FlinkConfig, JobUnderTest, cluster, progress, running
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from core.clock import SystemClock
 from core.config import CacheConfig, Config, EngineConfig, EngineKind, JobConfig
 from core.errors import UserError, exit_on_user_error
 from core.model_path import with_model_found
-from core.options import Parser, add_options, from_options
 from core.records import Request
-from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 from experiments.services import Services
 from inference_service.device_profile import DeviceProfile
 from workloads.config import Arrivals, IndependentConfig, WorkloadConfig, WorkloadKind
@@ -272,18 +270,8 @@ def show(report: Report, console: Console) -> None:
 
 
 def main() -> None:
-    parser = Parser("python -m benchmarks.pipeline", description="What Kafka and Flink around the engine cost.")
-    add_options(parser, PipelineConfig)
-    config = from_options(PipelineConfig, parser.parse_args())
-    console = Console()
-    try:
-        with interruptible():
-            report = measure(config, console)
-    except Interrupted:
-        sys.exit(EXIT_STATUS)
-    report.write(config.out)
-    show(report, console)
-    console.print(f"written to {config.out}")
+    config = stated(PipelineConfig, "benchmarks.pipeline", "What Kafka and Flink around the engine cost.")
+    carry_out(config, measure, show)
 
 
 if __name__ == "__main__":

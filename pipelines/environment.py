@@ -13,7 +13,7 @@ MAX_PARALLELISM = 128
 
 _SETTINGS = {
     # Elements and timers wait for the end of a bundle: with the defaults (1000 ms, 1000 elements) for a second. A
-    # bundle of one leaves at once; what that costs in records per second is far above what a model answers.
+    # bundle of one leaves at once, at a price in records per second that benchmarks/pipeline.py tells.
     "python.fn-execution.bundle.time": "10",
     "python.fn-execution.bundle.size": "1",
     # Managed memory is what lets the Python operators of a slot share one worker process.

@@ -71,7 +71,7 @@ class Watch:
     rows=st.integers(1, 5),
     cached=st.booleans(),
 )
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whoever_comes_when_every_answer_is_the_models_own(
     model: LoadedModel, seed: int, budget: int, rows: int, cached: bool
 ) -> None:

@@ -1,0 +1,45 @@
+"""What every benchmark's command does: measure, write the report, show it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rich.console import Console
+
+from benchmarks.report import Report
+from core.config import Config
+from core.options import Parser, add_options, from_options
+from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
+
+C = TypeVar("C", bound=Config)
+
+
+class Written(Protocol):
+    """A configuration that says where the report goes."""
+
+    @property
+    def out(self) -> Path: ...
+
+
+W = TypeVar("W", bound=Written)
+
+
+def stated(config: type[C], module: str, description: str) -> C:
+    """The configuration that the command line states."""
+    parser = Parser(f"python -m {module}", description=description)
+    add_options(parser, config)
+    return from_options(config, parser.parse_args())
+
+
+def carry_out(config: W, measure: Callable[[W, Console], Report], show: Callable[[Report, Console], Any]) -> None:
+    """Write and show what is measured; an interruption ends it with its own status and no report."""
+    console = Console()
+    try:
+        with interruptible():
+            report = measure(config, console)
+    except Interrupted:
+        sys.exit(EXIT_STATUS)
+    report.write(config.out)
+    show(report, console)
+    console.print(f"written to {config.out}")
