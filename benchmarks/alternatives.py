@@ -29,8 +29,8 @@ from rich.table import Table
 from benchmarks.baselines.contenders import Contender, InProcess, OnKafka, Ours, Taken
 from benchmarks.baselines.group import Group, Worker
 from benchmarks.baselines.worker import Answers
-from benchmarks.command import carry_out
-from benchmarks.on_flink import CpuSeconds, FlinkConfig, cluster, progress, running
+from benchmarks.command import carry_out, progress
+from benchmarks.on_flink import CpuSeconds, FlinkConfig, cluster, running
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from benchmarks.reuse_probe import WrongMeasurementError
 from core.config import Config, JobConfig

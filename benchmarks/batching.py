@@ -21,8 +21,8 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import carry_out, stated
-from benchmarks.on_flink import CpuSeconds, FlinkConfig, JobUnderTest, cluster, progress, running
+from benchmarks.command import carry_out, progress, stated
+from benchmarks.on_flink import CpuSeconds, FlinkConfig, JobUnderTest, cluster, running
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from core.config import Batching, BatchingConfig, CacheConfig, Config, EngineConfig, EngineKind, JobConfig
 from core.errors import UserError, exit_on_user_error

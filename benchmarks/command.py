@@ -1,11 +1,13 @@
 """What every benchmark's command does: measure, write the report, show it."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.report import Report
 from core.config import Config
@@ -43,3 +45,10 @@ def carry_out(config: W, measure: Callable[[W, Console], Report], show: Callable
     report.write(config.out)
     show(report, console)
     console.print(f"written to {config.out}")
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        yield bar

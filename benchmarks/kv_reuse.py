@@ -13,8 +13,7 @@ tokens is checked: a measurement that is not what its name says ends the run.
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -22,10 +21,9 @@ from typing import Annotated
 import torch
 from pydantic import BeforeValidator, Field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.command import carry_out, stated
+from benchmarks.command import carry_out, progress, stated
 from benchmarks.raw_redis import delete_namespace, running_redis
 from benchmarks.report import Neighbours, Report, conditions, median_noise, ratios, spread
 from benchmarks.reuse_probe import TTFTS, ReuseProbe, held_tokens
@@ -105,7 +103,7 @@ def measure(config: KvReuseConfig, console: Console) -> Report:
         cleanup.callback(probe.close)
         where = conditions(model, url)
         neighbours = Neighbours(url)
-        with _progress(console) as bar:
+        with progress(console) as bar:
             # The first round of everything is run like the others and not counted.
             task = bar.add_task("time to first token", total=(config.rounds + 1) * len(config.prompts))
             for index in range(config.rounds + 1):
@@ -173,13 +171,6 @@ def _record(samples: dict[str, list[float]], taken: dict[str, float], counted: b
     for name, value in taken.items():
         if counted:
             samples[name].append(value)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        yield bar
 
 
 def main() -> None:

@@ -4,10 +4,8 @@ Starting a job and loading its model is no part of what is measured, and jobs th
 compared round by round: an idle one costs next to nothing.
 """
 
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,6 @@ from typing import Any
 import psutil
 from kafka import KafkaConsumer
 from pydantic import Field
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from core.clock import SystemClock
 from core.config import Config, JobConfig
@@ -32,7 +28,7 @@ from experiments.records import ReadySlot
 from experiments.services import Services, services
 from local_stack import LocalStack
 from local_stack.processes import members
-from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, Producer, connected
+from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, Producer, connected, offered
 from workloads.timed_request import Workload
 
 PIPELINE = ROOT / "pipelines" / "inference.py"
@@ -130,26 +126,18 @@ class JobUnderTest:
         generator = KafkaLoadGenerator(self.producer, self.job.kafka.requests_topic, workload, clock, backlog=backlog)
         answers: dict[str, Answer] = {}
         sent_ms: float | None = None
-        stop = threading.Event()
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as pool:
-            try:
-                load = pool.submit(generator.run, stop)
-                last_s = time.monotonic()
-                while sent_ms is None or len(answers) < load.result().sent:
-                    if self._receive(answers):
-                        last_s = time.monotonic()
-                    if sent_ms is None and load.done():
-                        sent_ms, last_s = clock.wall_ms(), time.monotonic()
-                        if (report := load.result()).errors:
-                            raise UserError(
-                                f"{self.name}: Kafka did not take {report.errors} of {report.sent} requests"
-                            )
-                    if sent_ms is not None and time.monotonic() - last_s > self.flink.idle_timeout_s:
-                        self.submitted.require_alive(untouched=True)
-                        raise UserError(f"{self.name}: {load.result().sent - len(answers)} requests stay unanswered")
-            finally:
-                # Leaving the pool's block waits for its thread.
-                stop.set()
+        with offered(generator) as load:
+            last_s = time.monotonic()
+            while sent_ms is None or len(answers) < load.result().sent:
+                if self._receive(answers):
+                    last_s = time.monotonic()
+                if sent_ms is None and load.done():
+                    sent_ms, last_s = clock.wall_ms(), time.monotonic()
+                    if (report := load.result()).errors:
+                        raise UserError(f"{self.name}: Kafka did not take {report.errors} of {report.sent} requests")
+                if sent_ms is not None and time.monotonic() - last_s > self.flink.idle_timeout_s:
+                    self.submitted.require_alive(untouched=True)
+                    raise UserError(f"{self.name}: {load.result().sent - len(answers)} requests stay unanswered")
         self.submitted.require_alive(untouched=True)
         return Outcome(tuple(answers.values()), load.result(), sent_ms)
 
@@ -245,13 +233,6 @@ def _cancel_named(found: Services, name: str) -> None:
     """By its name, as a submission that was cut off may have been accepted nonetheless."""
     for accepted in found.flink.jobs_named(name):
         accepted.cancel()
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        yield bar
 
 
 class CpuSeconds:

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bare_engine import BareEngine, bare_engine
-from benchmarks.command import carry_out, stated
-from benchmarks.on_flink import PARTS, STATES, CpuSeconds, FlinkConfig, JobUnderTest, cluster, progress, running
+from benchmarks.command import carry_out, progress, stated
+from benchmarks.on_flink import PARTS, STATES, CpuSeconds, FlinkConfig, JobUnderTest, cluster, running
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from core.clock import SystemClock
 from core.config import CacheConfig, Config, EngineConfig, EngineKind, JobConfig

@@ -1,9 +1,8 @@
 """One variant, from an empty cache to its raw records: submit, ready, load, last answer, drain."""
 
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from experiments.kafka_topics import fresh_topics, reading
 from experiments.provenance import provenance, without_secrets
 from experiments.records import Load, Manifest, RunRecords
 from workloads.config import WorkloadConfig
-from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connected
+from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connected, offered
 from workloads.timed_request import Workload
 
 LATE_SUBMISSION_S = 2.0
@@ -108,18 +107,13 @@ def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords
 
 @contextmanager
 def _offered(setting: Setting, job: JobConfig, ledger: Ledger) -> "Iterator[Future[LoadReport]]":
-    """The load, sent from a thread of its own; stopped at the end of the block where it has not ended."""
-    stop = threading.Event()
+    """The load of `setting`, its requests booked in `ledger` as they leave."""
     with connected(job.kafka) as producer:
         generator = KafkaLoadGenerator(
             producer, job.kafka.requests_topic, setting.workload, SystemClock(), backlog=setting.backlog
         )
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as pool:
-            # Leaving the pool's block waits for its thread, which must have been told to stop by then.
-            try:
-                yield pool.submit(generator.run, stop, ledger.sent)
-            finally:
-                stop.set()
+        with offered(generator, ledger.sent) as load:
+            yield load
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class _Sequence:
     """Tokens that it may come to hold."""
     row: int = -1
     began_ms: float = 0.0
-    began_with: int = 0
+    began_with: int = 1
     first_token_ms: float | None = None
     local_tokens: int = 0
     remote_tokens: int = 0
@@ -407,7 +407,7 @@ class Engine:
             computed_tokens=prompt - sequence.local_tokens - sequence.remote_tokens,
             decode_steps=steps,
             decode_rows=sequence.rows_decoded / steps if steps else None,
-            began_with=max(1, sequence.began_with),
+            began_with=sequence.began_with,
             cache_capacity_chunks=sequence.capacity_chunks,
             cache_used_chunks=sequence.used_chunks,
             arrived_ms=sequence.arrived_ms,

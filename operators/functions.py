@@ -3,7 +3,8 @@
 Rows of two strings leave them, `key` and `value`, for the topic that their stream leads to.
 """
 
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -20,7 +21,7 @@ from operators.envelope import Envelope, Source, WarmUp
 from operators.load_board import LoadBoard, LoadReport, LoadView
 from operators.placement import BalancedPlacement, Placing, SessionAffinity
 from operators.pump import Pump
-from operators.slot import InferenceSlot, Ready
+from operators.slot import InferenceSlot
 
 KEY_VALUE = Types.ROW_NAMED(["key", "value"], [Types.STRING(), Types.STRING()])
 DEAD_LETTERS = OutputTag("dead-letters", KEY_VALUE)
@@ -77,13 +78,8 @@ def inference_function(config: JobConfig) -> KeyedProcessFunction:
     return kinds[config.batching.batching](config)
 
 
-class ContinuousFunction(KeyedProcessFunction):
-    """Envelopes of one slot in; each response out as soon as it is there, dead letters and the ready record aside.
-
-    What is in flight is in Flink's state as well, so that a restart loses nothing: it is asked again. Answers leave
-    under the key that their request came with, as state belongs to a key: after a restart at another parallelism a
-    subtask may hold several.
-    """
+class SlotFunction(KeyedProcessFunction):
+    """What both ways to batch share: the slot, its load report, and the answer to the call to warm up."""
 
     def __init__(self, config: JobConfig) -> None:
         self._config = config
@@ -93,32 +89,57 @@ class ContinuousFunction(KeyedProcessFunction):
         self._opened = ExitStack()
         index = runtime_context.get_index_of_this_subtask()
         self._slot = self._opened.enter_context(closing(InferenceSlot(self._config, index, self._clock)))
-        self._pump = self._opened.enter_context(closing(Pump(self._slot, self._config.batching.max_in_flight)))
-        board = LoadBoard.of(self._config)
-        if board is not None:
-            self._opened.enter_context(closing(LoadReport(board, index, lambda: self._slot.queue_ms)))
-        self._in_flight: MapState = runtime_context.get_map_state(
-            MapStateDescriptor("in-flight", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
-        )
         self._restored: set[int] = set()
-        self._watched: set[int] = set()
-        """Keys that a timer is set for."""
-        self._spare_timers: dict[int, int] = {}
 
     def close(self) -> None:
         _close(self)
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         if isinstance(value, WarmUp):
-            yield _ready_row(self._slot.ready)
-            return
+            # The model was loaded when this function was opened for its first element: this one.
+            ready = self._slot.ready
+            yield READY, Row(f"slot-{ready.slot}", ready.model_dump_json())
+        else:
+            yield from self._take_in(value, ctx)
+
+    def _report(self, queue_ms: Callable[[], float]) -> None:
+        """Tell those who place sessions of this slot's queue, until the function is closed."""
+        board = LoadBoard.of(self._config)
+        if board is not None:
+            self._opened.enter_context(closing(LoadReport(board, self._slot.index, queue_ms)))
+
+    @abstractmethod
+    def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        """Take a request in; what may leave with that."""
+
+
+class ContinuousFunction(SlotFunction):
+    """Envelopes of one slot in; each response out as soon as it is there, dead letters and the ready record aside.
+
+    What is in flight is in Flink's state as well, so that a restart loses nothing: it is asked again. Answers leave
+    under the key that their request came with, as state belongs to a key: after a restart at another parallelism a
+    subtask may hold several.
+    """
+
+    def open(self, runtime_context: RuntimeContext) -> None:
+        super().open(runtime_context)
+        self._pump = self._opened.enter_context(closing(Pump(self._slot, self._config.batching.max_in_flight)))
+        self._report(lambda: self._slot.queue_ms)
+        self._in_flight: MapState = runtime_context.get_map_state(
+            MapStateDescriptor("in-flight", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
+        )
+        self._watched: set[int] = set()
+        """Keys that a timer is set for."""
+        self._spare_timers: dict[int, int] = {}
+
+    def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         self._restore(ctx)
         # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
         while not self._pump.wait_for_room(LONGEST_POLL_S):
             yield from self._leave(ctx, 0.0)
-        ticket = f"{value.source.partition}-{value.source.offset}"
-        self._in_flight.put(ticket, value)
-        self._pump.submit(ctx.get_current_key(), ticket, value)
+        ticket = f"{envelope.source.partition}-{envelope.source.offset}"
+        self._in_flight.put(ticket, envelope)
+        self._pump.submit(ctx.get_current_key(), ticket, envelope)
         yield from self._leave(ctx, 0.0)
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
@@ -159,42 +180,26 @@ class ContinuousFunction(KeyedProcessFunction):
             self._pump.submit(key, ticket, envelope)
 
 
-class MicroBatchFunction(KeyedProcessFunction):
+class MicroBatchFunction(SlotFunction):
     """Envelopes of one slot in; responses out, dead letters and the ready record to the side.
 
     What waits for its batch is in Flink's state as well as in memory, so that a restart loses nothing.
     """
 
-    def __init__(self, config: JobConfig) -> None:
-        self._config = config
-
     def open(self, runtime_context: RuntimeContext) -> None:
-        self._clock = SystemClock()
-        self._opened = ExitStack()
-        index = runtime_context.get_index_of_this_subtask()
-        self._slot = self._opened.enter_context(closing(InferenceSlot(self._config, index, self._clock)))
+        super().open(runtime_context)
         batching = self._config.batching
         self._stood = Standing(self._clock)
-        board = LoadBoard.of(self._config)
-        if board is not None:
-            self._opened.enter_context(closing(LoadReport(board, index, lambda: self._stood.queue_ms)))
+        self._report(lambda: self._stood.queue_ms)
         self._batcher: MicroBatcher[Envelope] = MicroBatcher(batching.batch_size, batching.max_wait_ms)
         self._pending: ListState = runtime_context.get_list_state(
             ListStateDescriptor("pending", Types.PICKLED_BYTE_ARRAY())
         )
-        self._restored: set[int] = set()
 
-    def close(self) -> None:
-        _close(self)
-
-    def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        if isinstance(value, WarmUp):
-            # The model was loaded when this function was opened for its first element: this one.
-            yield _ready_row(self._slot.ready)
-            return
-        self._stood.taken(value.decoded_at_ms)
+    def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        self._stood.taken(envelope.decoded_at_ms)
         yield from self._restore(ctx)
-        yield from self._add(value, ctx)
+        yield from self._add(envelope, ctx)
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         yield from self._restore(ctx)
@@ -235,14 +240,10 @@ class MicroBatchFunction(KeyedProcessFunction):
             yield _row(answer)
 
 
-def _close(function: DecodeFunction | ContinuousFunction | MicroBatchFunction) -> None:
+def _close(function: DecodeFunction | SlotFunction) -> None:
     """Close what was opened, the last first. Flink closes what it could not open, too."""
     if hasattr(function, "_opened"):
         function._opened.close()
-
-
-def _ready_row(ready: Ready) -> tuple[OutputTag, Row]:
-    return READY, Row(f"slot-{ready.slot}", ready.model_dump_json())
 
 
 def _row(answer: Response | DeadLetter) -> Any:

@@ -120,19 +120,24 @@ class InferenceSlot:
         try:
             self._engine.submit(request, envelope.decoded_at_ms)
         except UserError as error:
-            return Finished(envelope, _dead_letter(str(error), envelope))
+            reason = str(error)
         except Exception as error:  # a tokenizer or chat template that stumbles over this one prompt
             logger.exception("request %r could not be tokenized", request.request_id)
-            return Finished(envelope, _dead_letter(f"prompt: {type(error).__name__}: {error}", envelope))
-        self._envelopes[id(request)] = envelope
-        return None
+            reason = f"prompt: {type(error).__name__}: {error}"
+        else:
+            self._envelopes[id(request)] = envelope
+            return None
+        return Finished(envelope, _dead_letter(reason, request.request_id, envelope))
 
     def step(self) -> list[Finished]:
         """One step of the engine; what has finished with it."""
         finished = []
         for result in self._engine.step():
             envelope = self._envelopes.pop(id(result.request))
-            outcome = _dead_letter(result.reason, envelope) if isinstance(result, Failure) else result
+            if isinstance(result, Failure):
+                outcome: Completion | DeadLetter = _dead_letter(result.reason, result.request.request_id, envelope)
+            else:
+                outcome = result
             finished.append(Finished(envelope, outcome))
         return finished
 
@@ -202,13 +207,13 @@ class InferenceSlot:
         )
 
 
-def _dead_letter(reason: str, envelope: Envelope) -> DeadLetter:
+def _dead_letter(reason: str, request_id: str, envelope: Envelope) -> DeadLetter:
     source = envelope.source
     return DeadLetter.of(
         envelope.raw,
         reason=reason,
         stage="inference",
-        request_id=envelope.request.request_id,
+        request_id=request_id,
         topic=source.topic,
         partition=source.partition,
         offset=source.offset,

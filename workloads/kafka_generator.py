@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -193,6 +194,20 @@ class _Deliveries:
                 lag=lag,
                 adjustments=adjustments,
             )
+
+
+@contextmanager
+def offered(
+    generator: KafkaLoadGenerator, on_sent: Callable[[Request], None] | None = None
+) -> "Iterator[Future[LoadReport]]":
+    """The load, sent from a thread of its own; stopped at the end of the block where it has not ended."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as pool:
+        # Leaving the pool's block waits for its thread, which must have been told to stop by then.
+        try:
+            yield pool.submit(generator.run, stop, on_sent)
+        finally:
+            stop.set()
 
 
 @contextmanager

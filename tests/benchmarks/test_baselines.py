@@ -22,8 +22,8 @@ from benchmarks.baselines.worker import Answers, Order, WorkerConfig, serve
 from core.config import EngineConfig
 from core.errors import UserError
 from core.records import Request
-from inference_service.default_model import byte_tokenizer
 from inference_service.model import LoadedModel, load_model
+from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 
 PROMPTS = [5, 31, 1, 12, 20]
 LIMITS = [3, 9, 6, 1, 12]
@@ -32,26 +32,7 @@ TIMEOUT_S = 200.0
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    tokenizer = byte_tokenizer()
-    config = transformers.Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        # Far above the usual 0.02, so that attention and positions show in every answer.
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.Qwen2ForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("tiny"), transformers.Qwen2Config(**LAYERS_OF_TWO))
 
 
 @pytest.fixture(scope="module")

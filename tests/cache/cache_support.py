@@ -17,6 +17,7 @@ from cache.manager import TwoLevelCache, open_cache
 from cache.protocol import ChunkShape, ModelIdentity
 from core.clock import ManualClock
 from core.config import CacheConfig, RemoteConfig, SizingConfig
+from local_stack.service import program
 
 SHAPE = ChunkShape(layers=2, kv_heads=1, chunk_tokens=4, head_dim=4, dtype=torch.float32)
 C = SHAPE.chunk_tokens
@@ -126,7 +127,9 @@ class RedisServer:
             str(directory),
         ]
         self._process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [program("redis-server"), "--port", str(self.port), *options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         self._wait_for_ping()
 

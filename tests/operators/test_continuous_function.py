@@ -13,8 +13,7 @@ from operators.envelope import Envelope, WarmUp
 from operators.functions import DEAD_LETTERS, END_OF_INPUT, READY, ContinuousFunction
 from operators.slot import Finished, Ready
 from tests.operators.test_pump import GatedSlot, envelope
-
-KEY = 7
+from tests.operators.timer_context import KEY, TimerContext
 
 
 class Slot(GatedSlot):
@@ -44,17 +43,12 @@ class State:
         self.of_key: dict[int, dict[str, Envelope]] = {}
 
 
-class Context:
-    """Runtime, timer context and keyed state in one; `key` is the current one."""
+class Context(TimerContext):
+    """With the map state of the current key."""
 
     def __init__(self, state: State) -> None:
+        super().__init__()
         self._state = state
-        self.key = KEY
-        self.processing: list[int] = []
-        self.event: list[int] = []
-
-    def get_index_of_this_subtask(self) -> int:
-        return 0
 
     def get_map_state(self, _: object) -> "Context":
         return self
@@ -70,18 +64,6 @@ class Context:
 
     def items(self) -> Iterable[tuple[str, Envelope]]:
         return self._current().items()
-
-    def get_current_key(self) -> int:
-        return self.key
-
-    def timer_service(self) -> "Context":
-        return self
-
-    def register_processing_time_timer(self, at_ms: int) -> None:
-        self.processing.append(at_ms)
-
-    def register_event_time_timer(self, at_ms: int) -> None:
-        self.event.append(at_ms)
 
 
 @pytest.fixture

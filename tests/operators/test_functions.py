@@ -13,8 +13,7 @@ from operators import functions
 from operators.envelope import Envelope, Source, WarmUp
 from operators.functions import DEAD_LETTERS, END_OF_INPUT, READY, MicroBatchFunction
 from operators.slot import Ready
-
-KEY = 7
+from tests.operators.timer_context import TimerContext
 
 
 class EchoSlot:
@@ -52,31 +51,15 @@ class State:
         self.items.clear()
 
 
-class Context:
-    """Runtime and timer context in one; collects the timers that were registered."""
+class Context(TimerContext):
+    """With a list state."""
 
     def __init__(self, state: State) -> None:
+        super().__init__()
         self._state = state
-        self.processing: list[int] = []
-        self.event: list[int] = []
-
-    def get_index_of_this_subtask(self) -> int:
-        return 0
 
     def get_list_state(self, _: object) -> State:
         return self._state
-
-    def get_current_key(self) -> int:
-        return KEY
-
-    def timer_service(self) -> "Context":
-        return self
-
-    def register_processing_time_timer(self, at_ms: int) -> None:
-        self.processing.append(at_ms)
-
-    def register_event_time_timer(self, at_ms: int) -> None:
-        self.event.append(at_ms)
 
 
 @pytest.fixture
