@@ -142,6 +142,10 @@ class Response(BaseModel):
             raise ValueError("output_tokens must equal the number of token_ids")
         return self
 
+    def leaving(self, at_ms: float) -> Self:
+        """The same answer, leaving at this time (wall time)."""
+        return self.model_copy(update={"completed_at_ms": at_ms, "e2e_ms": at_ms - self.created_at_ms})
+
     def to_json(self) -> str:
         return _ascii_json(self)
 

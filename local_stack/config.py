@@ -13,6 +13,9 @@ from core.config import Config
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent
 JARS = ROOT / ".local" / "jars"
+LIGHT_JAVA = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
+"""For a JVM that shares few cores with what it serves: the optimizing compiler and parallel collectors would take them
+for minutes, from starting jobs and from engines. What it costs is peak speed that this stack has no use for."""
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 HostPort = Annotated[str, Field(pattern=r"^[^\s:,/]+:\d{1,5}(,[^\s:,/]+:\d{1,5})*$")]

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from ruamel.yaml import YAML
 
 from core.errors import UserError
-from local_stack.config import HOST, JARS, StackConfig
+from local_stack.config import HOST, JARS, LIGHT_JAVA, StackConfig
 from local_stack.processes import Started, launch
 from local_stack.service import PROBE_TIMEOUT_S, NotReady
 
@@ -118,7 +118,7 @@ class FlinkService:
             # The virtual environment's, which can import the project.
             "python.executable": sys.executable,
             "python.client.executable": sys.executable,
-            "env.java.opts.all": _packaged_java_options(self.home),
+            "env.java.opts.all": " ".join((_packaged_java_options(self.home), *LIGHT_JAVA)),
         }
 
     def _cluster_settings(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
 
 from core.errors import UserError
-from local_stack.config import HOST, JARS, StackConfig
+from local_stack.config import HOST, JARS, LIGHT_JAVA, StackConfig
 from local_stack.processes import Started, launch
 from local_stack.service import PROBE_TIMEOUT_S, NotReady, program
 
@@ -128,7 +128,7 @@ class KafkaService:
         shutil.rmtree(self._dir / "data", ignore_errors=True)
         done = subprocess.run(
             [
-                *self._java("-XX:TieredStopAtLevel=1"),
+                *self._java(),
                 *("kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", self._properties),
             ],
             capture_output=True,
@@ -144,4 +144,4 @@ class KafkaService:
         if not jars.is_dir():
             raise UserError(f"{jars} is missing; run scripts/setup.sh")
         logging = self._dir / "log4j2.properties"
-        return [program("java"), *options, f"-Dlog4j2.configurationFile={logging}", "-cp", f"{jars}/*"]
+        return [program("java"), *LIGHT_JAVA, *options, f"-Dlog4j2.configurationFile={logging}", "-cp", f"{jars}/*"]

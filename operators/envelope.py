@@ -1,13 +1,16 @@
-"""What travels between the operators: a decoded request with where it came from, or the call to warm up."""
+"""What travels between the operators, and between them and the process of a slot."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.records import Request
+from pydantic import BaseModel, ConfigDict
+
+from core.records import DeadLetter, Request, Response
 
 
 @dataclass(frozen=True)
 class Source:
-    """Place of a record in Kafka."""
+    """Place of a record in Kafka: no other record of a job's requests has it."""
 
     topic: str
     partition: int
@@ -33,3 +36,36 @@ class WarmUp:
     """Sent once to each slot when the job starts, so that no request waits for a model to load."""
 
     slot: int
+
+
+class Ready(BaseModel):
+    """What a slot says once its model is loaded and warm."""
+
+    model_config = ConfigDict(frozen=True)
+
+    slot: int
+    device: str
+    engine: str
+    model: str
+    threads: int
+    chunk_bytes: int
+    load_s: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests for a slot that enter its engine together and leave together."""
+
+    envelopes: Sequence[Envelope]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of the request that stood at `source`."""
+
+    source: Source
+    record: Response | DeadLetter
+
+    def leaving(self, at_ms: float) -> "Answer":
+        """The same, on its way out at this time (wall time)."""
+        return self if isinstance(self.record, DeadLetter) else Answer(self.source, self.record.leaving(at_ms))

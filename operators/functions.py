@@ -4,7 +4,7 @@ Rows of two strings leave them, `key` and `value`, for the topic that their stre
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -17,11 +17,11 @@ from core.config import Batching, JobConfig
 from core.records import DeadLetter, Response
 from operators.batching import MicroBatcher, Standing
 from operators.decoding import Decoder
-from operators.envelope import Envelope, Source, WarmUp
+from operators.envelope import Answer, Envelope, Source, WarmUp
 from operators.load_board import LoadBoard, LoadReport, LoadView
 from operators.placement import BalancedPlacement, Placing, SessionAffinity
 from operators.pump import Pump
-from operators.slot import InferenceSlot
+from operators.slot_process import SlotProcess
 
 KEY_VALUE = Types.ROW_NAMED(["key", "value"], [Types.STRING(), Types.STRING()])
 DEAD_LETTERS = OutputTag("dead-letters", KEY_VALUE)
@@ -35,8 +35,10 @@ WARM_UP = -1
 SPARE_TIMER_MS = 1000
 """A timer further ahead is always set beside the next one: a checkpoint that is taken while a timer is on its way to or
 from Python has it in no state, and what is in flight would wait for ever after a restart."""
-LONGEST_POLL_S = 0.01
-"""Longest wait for an answer while the stream stands still."""
+POLL_S = 0.025
+"""Longest wait for an answer while the stream stands still: a request that comes meanwhile waits as long."""
+FULL_POLL_S = 0.1
+"""The same where every row is taken: one that comes cannot begin before another has finished, which ends the wait."""
 
 
 class DecodeFunction(ProcessFunction):
@@ -79,7 +81,7 @@ def inference_function(config: JobConfig) -> KeyedProcessFunction:
 
 
 class SlotFunction(KeyedProcessFunction):
-    """What both ways to batch share: the slot, its load report, and the answer to the call to warm up."""
+    """What both ways to batch share: the slot, and the answer to the call to warm up."""
 
     def __init__(self, config: JobConfig) -> None:
         self._config = config
@@ -88,7 +90,7 @@ class SlotFunction(KeyedProcessFunction):
         self._clock = SystemClock()
         self._opened = ExitStack()
         index = runtime_context.get_index_of_this_subtask()
-        self._slot = self._opened.enter_context(closing(InferenceSlot(self._config, index, self._clock)))
+        self._slot = self._opened.enter_context(closing(SlotProcess(self._config, index)))
         self._restored: set[int] = set()
 
     def close(self) -> None:
@@ -101,12 +103,6 @@ class SlotFunction(KeyedProcessFunction):
             yield READY, Row(f"slot-{ready.slot}", ready.model_dump_json())
         else:
             yield from self._take_in(value, ctx)
-
-    def _report(self, queue_ms: Callable[[], float]) -> None:
-        """Tell those who place sessions of this slot's queue, until the function is closed."""
-        board = LoadBoard.of(self._config)
-        if board is not None:
-            self._opened.enter_context(closing(LoadReport(board, self._slot.index, queue_ms)))
 
     @abstractmethod
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
@@ -123,8 +119,8 @@ class ContinuousFunction(SlotFunction):
 
     def open(self, runtime_context: RuntimeContext) -> None:
         super().open(runtime_context)
-        self._pump = self._opened.enter_context(closing(Pump(self._slot, self._config.batching.max_in_flight)))
-        self._report(lambda: self._slot.queue_ms)
+        most = self._config.batching.max_in_flight
+        self._pump = self._opened.enter_context(closing(Pump(self._slot, most, self._clock)))
         self._in_flight: MapState = runtime_context.get_map_state(
             MapStateDescriptor("in-flight", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
         )
@@ -135,11 +131,10 @@ class ContinuousFunction(SlotFunction):
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         self._restore(ctx)
         # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
-        while not self._pump.wait_for_room(LONGEST_POLL_S):
+        while not self._pump.wait_for_room(POLL_S):
             yield from self._leave(ctx, 0.0)
-        ticket = f"{envelope.source.partition}-{envelope.source.offset}"
-        self._in_flight.put(ticket, envelope)
-        self._pump.submit(ctx.get_current_key(), ticket, envelope)
+        self._in_flight.put(_ticket(envelope.source), envelope)
+        self._pump.submit(ctx.get_current_key(), envelope)
         yield from self._leave(ctx, 0.0)
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
@@ -147,18 +142,21 @@ class ContinuousFunction(SlotFunction):
         key = ctx.get_current_key()
         if timestamp == END_OF_INPUT:
             while self._pump.outstanding(key):
-                yield from self._leave(ctx, LONGEST_POLL_S)
+                yield from self._leave(ctx, POLL_S)
             return
         self._watched.discard(key)
-        # An answer leaves at once when it comes while this waits; what comes in meanwhile waits no longer than this.
-        yield from self._leave(ctx, LONGEST_POLL_S)
+        if not self._pump.outstanding(key):
+            return
+        full = self._pump.in_flight >= self._config.engine.max_running
+        # An answer leaves at once when it comes while this waits. The less often it looks, the more is left for engines.
+        yield from self._leave(ctx, FULL_POLL_S if full else POLL_S)
 
     def _leave(self, ctx: KeyedProcessFunction.Context, timeout_s: float) -> Iterator[Any]:
         """What has finished under the current key; as long as more is in flight there, a timer looks again."""
         key = ctx.get_current_key()
         for answer in self._pump.take(key, timeout_s):
-            self._in_flight.remove(answer.ticket)
-            yield _row(answer.record)
+            self._in_flight.remove(_ticket(answer.source))
+            yield _row(answer)
         if self._pump.outstanding(key) and key not in self._watched:
             now_ms = int(self._clock.wall_ms())
             self._watched.add(key)
@@ -175,9 +173,9 @@ class ContinuousFunction(SlotFunction):
         if key in self._restored:
             return
         self._restored.add(key)
-        in_flight = sorted(self._in_flight.items(), key=lambda item: (item[1].source.partition, item[1].source.offset))
-        for ticket, envelope in in_flight:
-            self._pump.submit(key, ticket, envelope)
+        waiting = (envelope for _, envelope in self._in_flight.items())
+        for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
+            self._pump.submit(key, envelope)
 
 
 class MicroBatchFunction(SlotFunction):
@@ -190,7 +188,9 @@ class MicroBatchFunction(SlotFunction):
         super().open(runtime_context)
         batching = self._config.batching
         self._stood = Standing(self._clock)
-        self._report(lambda: self._stood.queue_ms)
+        board = LoadBoard.of(self._config)
+        if board is not None:
+            self._opened.enter_context(closing(LoadReport(board, self._slot.ready.slot, lambda: self._stood.queue_ms)))
         self._batcher: MicroBatcher[Envelope] = MicroBatcher(batching.batch_size, batching.max_wait_ms)
         self._pending: ListState = runtime_context.get_list_state(
             ListStateDescriptor("pending", Types.PICKLED_BYTE_ARRAY())
@@ -246,10 +246,15 @@ def _close(function: DecodeFunction | SlotFunction) -> None:
         function._opened.close()
 
 
-def _row(answer: Response | DeadLetter) -> Any:
-    if isinstance(answer, Response):
-        return Row(answer.request_id, answer.to_json())
-    return DEAD_LETTERS, _dead_letter_row(answer)
+def _ticket(source: Source) -> str:
+    return f"{source.partition}-{source.offset}"
+
+
+def _row(answer: Answer) -> Any:
+    record = answer.record
+    if isinstance(record, Response):
+        return Row(record.request_id, record.to_json())
+    return DEAD_LETTERS, _dead_letter_row(record)
 
 
 def _dead_letter_row(letter: DeadLetter) -> Row:

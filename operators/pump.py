@@ -1,59 +1,63 @@
-"""Continuous batching beside a stream: the engine steps in a thread of its own while requests come and go.
+"""Continuous batching beside a stream: the slot's process steps while requests come and go here.
 
-The stream's side hands requests in without waiting and takes out what has finished. The thread takes in what has come
+The stream's side hands requests in without waiting and takes out what has finished. The process takes in what has come
 between two steps, so that a request joins the running batch one step after its arrival.
 """
 
 import threading
 from collections import defaultdict
-from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-
-from core.records import DeadLetter, Response
-from operators.envelope import Envelope
-from operators.slot import Finished, InferenceSlot
+from core.clock import Clock
+from operators.envelope import Answer, Envelope, Source
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What leaves for one ticket."""
+class Serving(Protocol):
+    """A slot that steps by itself; another thread may receive than sends."""
 
-    ticket: str
-    record: Response | DeadLetter
+    def send(self, order: Envelope) -> None: ...
+
+    def receive(self) -> list[Answer]:
+        """What has finished; waits for it, and raises once the slot has ended."""
+        ...
+
+    def end(self) -> None:
+        """End the slot, soon."""
+        ...
 
 
 class Pump:
-    """Runs a slot's engine. Owners keep their answers apart: each takes out only what it has handed in.
+    """Keeps a slot's owners apart: each takes out only what it has handed in.
 
-    All calls but those of the thread itself come from one other thread. If the engine raises, every call does.
+    All calls come from one thread. If the slot fails, every call raises `RuntimeError`.
     """
 
-    def __init__(self, slot: InferenceSlot, max_in_flight: int) -> None:
+    def __init__(self, slot: Serving, max_in_flight: int, clock: Clock) -> None:
         self._slot = slot
         self._max_in_flight = max_in_flight
+        self._clock = clock
         self._changed = threading.Condition()
-        self._inbox: list[Envelope] = []
-        self._finished: dict[int, list[Finished]] = defaultdict(list)
-        self._owners: dict[int, tuple[int, str]] = {}
-        """Owner and ticket of what is in the engine or finished, by the identity of its envelope."""
+        self._finished: dict[int, list[Answer]] = defaultdict(list)
+        self._owners: dict[Source, int] = {}
+        """Of what is in the slot."""
         self._outstanding: dict[int, int] = defaultdict(int)
         """For each owner, what it has handed in and not taken out."""
-        self._in_engine = 0
-        self._closing = False
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._receive, name="answers", daemon=True)
         self._thread.start()
 
-    def submit(self, owner: int, ticket: str, envelope: Envelope) -> None:
-        """Hand a request in; does not wait."""
+    def submit(self, owner: int, envelope: Envelope) -> None:
+        """Hand a request in; does not wait for the engine."""
         with self._changed:
             self._require_alive()
-            self._owners[id(envelope)] = (owner, ticket)
+            self._owners[envelope.source] = owner
             self._outstanding[owner] += 1
-            self._in_engine += 1
-            self._inbox.append(envelope)
-            self._changed.notify_all()
+        self._slot.send(envelope)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests of all owners that the slot has not answered yet."""
+        return len(self._owners)
 
     def outstanding(self, owner: int) -> int:
         """Requests of `owner` that it has not taken out yet."""
@@ -62,57 +66,39 @@ class Pump:
     def wait_for_room(self, timeout_s: float) -> bool:
         """Whether fewer than the most allowed are unanswered, within `timeout_s`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._in_engine < self._max_in_flight or self._error is not None, timeout_s)
+            self._changed.wait_for(lambda: self.in_flight < self._max_in_flight or self._error, timeout_s)
             self._require_alive()
-            return self._in_engine < self._max_in_flight
+            return self.in_flight < self._max_in_flight
 
     def take(self, owner: int, timeout_s: float = 0.0) -> list[Answer]:
-        """What has finished of `owner`'s; waits for a first one up to `timeout_s`."""
+        """What has finished of `owner`'s and leaves now; waits for a first one up to `timeout_s`."""
         with self._changed:
             if timeout_s > 0:
-                self._changed.wait_for(lambda: self._finished[owner] or self._error is not None, timeout_s)
+                self._changed.wait_for(lambda: self._finished[owner] or self._error, timeout_s)
             self._require_alive()
             finished = self._finished.pop(owner, [])
             self._outstanding[owner] -= len(finished)
-            tickets = [self._owners.pop(id(one.envelope))[1] for one in finished]
-        return [Answer(ticket, self._slot.written(one)) for ticket, one in zip(tickets, finished, strict=True)]
+        now_ms = self._clock.wall_ms()
+        return [answer.leaving(now_ms) for answer in finished]
 
     def close(self) -> None:
-        """End the thread after the step it is in. What is unanswered stays so."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        """End the slot after the step it is in. What is unanswered stays so."""
+        self._slot.end()
         self._thread.join()
 
-    def _run(self) -> None:
-        torch.set_num_threads(self._slot.threads)
+    def _receive(self) -> None:
         try:
-            while self._next_arrivals():
-                self._finish(self._slot.step())
+            while True:
+                answers = self._slot.receive()
+                with self._changed:
+                    for answer in answers:
+                        self._finished[self._owners.pop(answer.source)].append(answer)
+                    self._changed.notify_all()
         except BaseException as error:  # it is raised again where the stream calls
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _next_arrivals(self) -> bool:
-        """Take in what has come; wait where there is nothing to do. False once the pump is closed."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._slot.unfinished or self._closing)
-            if self._closing:
-                return False
-            arrived, self._inbox = self._inbox, []
-        self._finish([refused for one in arrived if (refused := self._slot.submit(one)) is not None])
-        return True
-
-    def _finish(self, finished: list[Finished]) -> None:
-        if not finished:
-            return
-        with self._changed:
-            for one in finished:
-                self._finished[self._owners[id(one.envelope)][0]].append(one)
-            self._in_engine -= len(finished)
-            self._changed.notify_all()
-
     def _require_alive(self) -> None:
         if self._error is not None:
-            raise RuntimeError("the engine failed") from self._error
+            raise RuntimeError(f"the slot failed: {self._error}") from self._error

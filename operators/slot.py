@@ -4,11 +4,9 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import transformers
-from pydantic import BaseModel, ConfigDict
 
 from cache.manager import open_cache
 from cache.protocol import KVCache
@@ -22,25 +20,11 @@ from inference_service.engine import Completion, Engine, Failure, load_checked_m
 from inference_service.model import resolve_model
 from inference_service.protocol import ServedModel
 from inference_service.simulated import load_simulated
-from operators.envelope import Envelope
+from operators.envelope import Answer, Envelope, Ready
 
 logger = logging.getLogger(__name__)
 
 TRANSFORMERS = f"transformers-{transformers.__version__}"
-
-
-class Ready(BaseModel):
-    """What a slot says once its model is loaded and warm."""
-
-    model_config = ConfigDict(frozen=True)
-
-    slot: int
-    device: str
-    engine: str
-    model: str
-    threads: int
-    chunk_bytes: int
-    load_s: float
 
 
 def check_before_start(config: JobConfig) -> None:
@@ -51,14 +35,6 @@ def check_before_start(config: JobConfig) -> None:
         resolve_model(config.engine.model)
     if config.cache.remote.redis_url is not None:
         RedisAddress.parse(config.cache.remote.redis_url)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An envelope that is done with, and what came of it."""
-
-    envelope: Envelope
-    outcome: Completion | DeadLetter
 
 
 class InferenceSlot:
@@ -114,7 +90,7 @@ class InferenceSlot:
         since_ms = self._engine.waiting_since_ms
         return 0.0 if since_ms is None else max(0.0, self._clock.wall_ms() - since_ms)
 
-    def submit(self, envelope: Envelope) -> Finished | None:
+    def submit(self, envelope: Envelope) -> Answer | None:
         """Queue a request; one that the model cannot answer is done with at once."""
         request = envelope.request
         try:
@@ -127,49 +103,40 @@ class InferenceSlot:
         else:
             self._envelopes[id(request)] = envelope
             return None
-        return Finished(envelope, _dead_letter(reason, request.request_id, envelope))
+        return Answer(envelope.source, _dead_letter(reason, request.request_id, envelope))
 
-    def step(self) -> list[Finished]:
-        """One step of the engine; what has finished with it."""
-        finished = []
-        for result in self._engine.step():
-            envelope = self._envelopes.pop(id(result.request))
-            if isinstance(result, Failure):
-                outcome: Completion | DeadLetter = _dead_letter(result.reason, result.request.request_id, envelope)
-            else:
-                outcome = result
-            finished.append(Finished(envelope, outcome))
-        return finished
+    def step(self) -> list[Answer]:
+        """One step of the engine; what has finished with it, each request by itself."""
+        return [
+            self._answer(envelope, result, next(self._batch_ids), _began_with(result))
+            for envelope, result in self._results()
+        ]
 
-    def answer(self, batch: Sequence[Envelope]) -> list[Response | DeadLetter]:
+    def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
         """Answer a closed group: one response or dead letter for each envelope, in the order in which they finish.
 
         Records of one batch may carry the same request id: each is answered.
         """
-        batch_id = next(self._batch_ids)
-        finished = [refused for envelope in batch if (refused := self.submit(envelope)) is not None]
+        refused = [answer for envelope in batch if (answer := self.submit(envelope)) is not None]
+        results = []
         while self.unfinished:
-            finished += self.step()
-        left_ms = self._clock.wall_ms()
-        return [self._written(one.outcome, batch_id, len(batch), left_ms) for one in finished]
-
-    def written(self, finished: Finished) -> Response | DeadLetter:
-        """What came of a request that leaves now, by itself."""
-        outcome = finished.outcome
-        size = outcome.began_with if isinstance(outcome, Completion) else 1
-        return self._written(outcome, next(self._batch_ids), size, self._clock.wall_ms())
+            results += self._results()
+        batch_id, left_ms = next(self._batch_ids), self._clock.wall_ms()
+        answers = [self._answer(envelope, result, batch_id, len(batch)) for envelope, result in results]
+        return refused + [answer.leaving(left_ms) for answer in answers]
 
     def close(self) -> None:
         self._engine.close()
 
-    def _written(
-        self, outcome: Completion | DeadLetter, batch_id: str, batch_size: int, left_ms: float
-    ) -> Response | DeadLetter:
-        if isinstance(outcome, DeadLetter):
-            return outcome
-        return self._response(outcome, batch_id, batch_size, left_ms)
+    def _results(self) -> list[tuple[Envelope, Completion | Failure]]:
+        return [(self._envelopes.pop(id(result.request)), result) for result in self._engine.step()]
 
-    def _response(self, done: Completion, batch_id: str, batch_size: int, left_ms: float) -> Response:
+    def _answer(self, envelope: Envelope, result: Completion | Failure, batch_id: str, batch_size: int) -> Answer:
+        if isinstance(result, Failure):
+            return Answer(envelope.source, _dead_letter(result.reason, result.request.request_id, envelope))
+        return Answer(envelope.source, self._response(result, batch_id, batch_size))
+
+    def _response(self, done: Completion, batch_id: str, batch_size: int) -> Response:
         request, model = done.request, self._engine.model
         tpot_ms = None
         if done.first_token_ms is not None and done.decode_steps > 0:
@@ -194,17 +161,21 @@ class InferenceSlot:
             computed_tokens=done.computed_tokens,
             output_tokens=len(done.token_ids),
             created_at_ms=request.created_at_ms,
-            completed_at_ms=left_ms,
+            completed_at_ms=done.finished_ms,
             # Clocks may be set back between two readings; a wait is never less than nothing.
             wait_ms=max(0.0, done.began_ms - done.arrived_ms),
             ttft_ms=None if done.first_token_ms is None else done.first_token_ms - request.created_at_ms,
             tpot_ms=tpot_ms,
             inference_ms=max(0.0, done.finished_ms - done.began_ms),
-            e2e_ms=left_ms - request.created_at_ms,
+            e2e_ms=done.finished_ms - request.created_at_ms,
             cache_capacity_chunks=done.cache_capacity_chunks,
             cache_used_chunks=done.cache_used_chunks,
             chunk_bytes=self._engine.chunk_shape.size_bytes,
         )
+
+
+def _began_with(result: Completion | Failure) -> int:
+    return result.began_with if isinstance(result, Completion) else 1
 
 
 def _dead_letter(reason: str, request_id: str, envelope: Envelope) -> DeadLetter:

@@ -1,0 +1,102 @@
+"""The process of a slot: loads it, takes in what comes between two steps of its engine, sends out what has finished.
+
+`operators.slot_process` starts it, with the number of the socket that they speak by. It ends when the other side does.
+"""
+
+import logging
+import signal
+import sys
+import threading
+import traceback
+from contextlib import ExitStack, closing
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Connection
+from typing import Any
+
+from core.clock import SystemClock
+from core.config import Batching, JobConfig
+from core.errors import UserError
+from operators.envelope import Group
+from operators.load_board import LoadBoard, LoadReport
+from operators.slot import InferenceSlot
+from operators.slot_process import Broken, Refused, Start
+
+
+class Line:
+    """The way to the worker; any thread may send."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+
+    def send(self, what: Any) -> None:
+        with self._sending:
+            self._connection.send(what)
+
+    def receive(self) -> Any:
+        return self._connection.recv()
+
+    def speaks(self, wait: bool) -> bool:
+        """Whether something has come, or the other side has ended; `wait` until then."""
+        return self._connection.poll(None if wait else 0.0)
+
+
+class LogOnLine(QueueHandler):
+    """Hands log records to the worker, whose log is Flink's."""
+
+    def __init__(self, line: Line) -> None:
+        super().__init__(queue=line)  # type: ignore[arg-type]
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.queue.send(record)  # type: ignore[attr-defined]
+
+
+def serve(line: Line, slot: InferenceSlot) -> None:
+    """Answer what comes; returns by an error once the other side has ended."""
+    while True:
+        while line.speaks(wait=slot.unfinished == 0):
+            order = line.receive()
+            if isinstance(order, Group):
+                line.send(slot.answer(order.envelopes))
+            elif (refused := slot.submit(order)) is not None:
+                line.send([refused])
+        if answers := slot.step():
+            line.send(answers)
+
+
+def run(line: Line) -> None:
+    start: Start = line.receive()
+    logging.basicConfig(level=start.log_level, handlers=[LogOnLine(line)])
+    with ExitStack() as opened:
+        try:
+            slot = opened.enter_context(closing(InferenceSlot(start.config, start.slot, SystemClock())))
+        except UserError as error:
+            line.send(Refused(str(error)))
+            return
+        _report(opened, start.config, slot)
+        line.send(slot.ready)
+        serve(line, slot)
+
+
+def _report(opened: ExitStack, config: JobConfig, slot: InferenceSlot) -> None:
+    """Tell those who place sessions what waits before the engine. Micro-batches wait before the slot instead."""
+    board = LoadBoard.of(config) if config.batching.batching is Batching.CONTINUOUS else None
+    if board is not None:
+        opened.enter_context(closing(LoadReport(board, slot.index, lambda: slot.queue_ms)))
+
+
+def main() -> None:
+    # A person's Ctrl-C is for the worker, whose end is this process's end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    line = Line(Connection(int(sys.argv[1])))
+    try:
+        run(line)
+    except (EOFError, ConnectionError):
+        return
+    except Exception:
+        line.send(Broken(traceback.format_exc()))
+        raise
+
+
+if __name__ == "__main__":
+    main()
