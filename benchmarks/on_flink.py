@@ -25,6 +25,7 @@ from experiments.config import ROOT, RunConfig, in_own_space, with_addresses
 from experiments.flink_job import FlinkJob
 from experiments.kafka_topics import fresh_topics, reading
 from experiments.records import ReadySlot
+from experiments.run import delete_keys
 from experiments.services import Services, services
 from local_stack import LocalStack
 from local_stack.processes import members
@@ -200,19 +201,21 @@ def _times(vertex: Mapping[str, Any]) -> OperatorTimes:
 
 
 @contextmanager
-def cluster(flink: FlinkConfig, slots: int) -> Iterator[Services]:
-    """Kafka and Flink with at least `slots` slots. Raises `UserError`."""
-    run = RunConfig(stack_dir=flink.stack_dir, remote=False)
+def cluster(flink: FlinkConfig, slots: int, *, remote: bool = False) -> Iterator[Services]:
+    """Kafka and Flink with at least `slots` slots, and a Redis for its jobs if `remote`. Raises `UserError`."""
+    run = RunConfig(stack_dir=flink.stack_dir, remote=remote)
     with services(run, JobConfig(parallelism=slots)) as found:
         yield found
 
 
 @contextmanager
 def running(flink: FlinkConfig, found: Services, name: str, job: JobConfig) -> Iterator[JobUnderTest]:
-    """`job`, its slots ready; cancelled in the end and its topics deleted. Raises `UserError`."""
+    """`job`, its slots ready; in the end it is cancelled, its topics and keys are deleted. Raises `UserError`."""
     space = f"bench-{name}-{time.time_ns() // 1_000_000}"
-    job = in_own_space(with_addresses(job, brokers=found.brokers, redis_url=None), space)
+    job = in_own_space(with_addresses(job, brokers=found.brokers, redis_url=found.redis_url), space)
     with ExitStack() as cleanup:
+        if found.redis_url is not None:
+            cleanup.callback(delete_keys, found.redis_url, space)
         cleanup.enter_context(fresh_topics(job.kafka, partitions=job.parallelism))
         cleanup.callback(_cancel_named, found, space)
         submitted = found.flink.submit(PIPELINE, to_options(job))

@@ -7,8 +7,10 @@ engine in a process of its own; same model, rows, threads and admission, no cach
 runs from the first hand-over to the last answer, at the reader of the responses topic for the pipeline. While the bare
 engine is measured the pipeline stands idle, as the engine's process does in the other turn.
 
-Added latency: requests at even gaps at a tenth of that rate, so that none waits for another, and each alone on the
-bare engine. Added is the difference of the two, request by request, with the answer read back from Kafka.
+Added latency: requests at even gaps that keep the engine busy for a tenth of the time, so that none waits for another.
+Between two of them the bare engine answers the same request, before the pipeline and after it: added is the difference
+to the mean of the two, request by request, with the answer read back from Kafka. Computing takes some percent more or
+less each time, and that is in the difference too; so the requests are short, and what two bare runs differ by is told.
 
 Zero-time engine: the simulated engine on a device that takes no time. All that is left is the pipeline: its rate in
 one slot and two from when all has been sent, the CPU time of each part, and how busy Flink's threads were.
@@ -16,6 +18,7 @@ one slot and two from when all has been sent, the CPU time of each part, and how
 
 import statistics
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -44,10 +47,11 @@ from workloads.timed_request import Workload
 Samples = dict[str, list[float]]
 
 LIGHT_LOAD = 0.1
-"""Share of the saturating rate at which added latency is measured."""
+"""Share of the time that the engine is busy while added latency is measured."""
 ZERO_SLOTS = (1, 2)
-ZERO_WARM_RECORDS = 500
-LATENCY_SEED, ZERO_SEED, WARM_SEED = 1 << 40, 1 << 41, 1 << 42
+WARM_RECORDS = 500
+"""Java compiles what runs often: what is measured finds that done."""
+LATENCY_SEED, ZERO_SEED, WARM_SEED, WARM_ZERO_SEED = 1 << 40, 1 << 41, 1 << 42, 1 << 43
 """Added to the seed, so that no two loads of one job share a request id."""
 
 
@@ -63,7 +67,9 @@ class PipelineConfig(Config):
     out: Path = Field(default=Path("results/benchmarks/pipeline.json"), description="where the result is written")
     rounds: int = Field(default=3, ge=1, description="measured rounds of saturation")
     requests: int = Field(default=64, ge=2, description="requests of one saturating backlog")
-    latency_requests: int = Field(default=30, ge=2, description="requests of the paced load at 10 %")
+    latency_requests: int = Field(default=60, ge=2, description="requests of the paced load at 10 %")
+    latency_prompt_tokens: int = Field(default=32, ge=1, description="mean length of their prompts")
+    latency_answer_tokens: int = Field(default=4, ge=1, description="mean length of their answers")
     prompt_tokens: int = Field(default=128, ge=1, description="mean length of a prompt")
     answer_tokens: int = Field(default=32, ge=1, description="mean length of an answer")
     length_cv: float = Field(default=0.5, ge=0, le=10, description="deviation of both lengths over their mean")
@@ -116,7 +122,15 @@ def figures_of(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
     figures |= spread("pipeline_requests_per_s", samples["pipeline_requests_per_s"])
     alone = [(one + two) / 2 for one, two in zip(samples["alone_ms"], samples["alone_again_ms"], strict=True)]
     added = [e2e - own for e2e, own in zip(samples["e2e_ms"], alone, strict=True)]
-    for name, values in (("added_latency", added), ("e2e_at_10_percent", samples["e2e_ms"]), ("alone", alone)):
+    outside = [e2e - inference for e2e, inference in zip(samples["e2e_ms"], samples["inference_ms"], strict=True)]
+    noise = [abs(one - two) for one, two in zip(samples["alone_ms"], samples["alone_again_ms"], strict=True)]
+    for name, values in (
+        ("added_latency", added),
+        ("outside_engine", outside),
+        ("e2e_at_10_percent", samples["e2e_ms"]),
+        ("alone", alone),
+        ("alone_difference", noise),
+    ):
         figures |= {f"{name}_p50_ms": percentile(values, 50), f"{name}_p95_ms": percentile(values, 95)}
     for name, (value, *_) in samples.items():
         if "_zero_engine_" in name:
@@ -148,9 +162,10 @@ def measure(config: PipelineConfig, console: Console) -> Report:
                 if round_ == 0:
                     warm_up(config, pipeline, bare)
                 saturate(config, round_, pipeline, bare, samples)
-            task = bar.add_task("added latency", total=3)
-            for _ in added_latency(config, pipeline, bare, samples):
-                bar.advance(task)
+            loads = light_loads(config)
+            latency = added_latency(loads, pipeline, bare, samples)
+            for _ in bar.track(latency, total=len(loads), description="added latency"):
+                pass
         operators = {}
         for slots in bar.track(ZERO_SLOTS, description="zero-time engine"):
             operators[f"p{slots}"] = zero_engine(config, found, slots, cpu, samples)
@@ -170,6 +185,7 @@ def warm_up(config: PipelineConfig, pipeline: JobUnderTest, bare: BareEngine) ->
     few = load(config, max(2, config.requests // 4), WARM_SEED)
     pipeline.offer(few, backlog=True)
     bare.together(requests_of(few))
+    pipeline.offer(zero_load(config, 1, WARM_RECORDS, WARM_ZERO_SEED), backlog=True)
 
 
 def saturate(config: PipelineConfig, round_: int, pipeline: JobUnderTest, bare: BareEngine, samples: Samples) -> None:
@@ -192,23 +208,34 @@ def saturate(config: PipelineConfig, round_: int, pipeline: JobUnderTest, bare: 
         turn()
 
 
-def added_latency(config: PipelineConfig, pipeline: JobUnderTest, bare: BareEngine, samples: Samples) -> Iterator[None]:
-    """The same requests alone, through the pipeline, and alone again: what drifts meanwhile falls out."""
-    rate_per_s = LIGHT_LOAD * statistics.median(samples["pipeline_requests_per_s"])
-    work = load(config, config.latency_requests, LATENCY_SEED, rate_per_s)
-    samples["alone_ms"] += bare.alone_ms(requests_of(work))
-    yield
-    outcome = pipeline.offer(work, backlog=False)
-    answers = {answer.response.request_id: answer for answer in outcome.answers}
-    for timed in work:
-        answer = answers[timed.request_id]
-        samples["e2e_ms"].append(answer.e2e_ms)
-        samples["arrival_to_prefill_ms"].append(answer.response.wait_ms)
-        samples["answer_to_reader_ms"].append(answer.received_ms - answer.response.completed_at_ms)
-    samples["sender_lag_max_ms"].append(outcome.load.lag.max_ms)
-    yield
-    samples["alone_again_ms"] += bare.alone_ms(requests_of(work))
-    yield
+def light_loads(config: PipelineConfig) -> list[IndependentWorkload]:
+    """Loads of one short request each."""
+    short = config.model_copy(
+        update={"prompt_tokens": config.latency_prompt_tokens, "answer_tokens": config.latency_answer_tokens}
+    )
+    return [load(short, 1, LATENCY_SEED + number) for number in range(config.latency_requests)]
+
+
+def added_latency(
+    loads: Sequence[Workload], pipeline: JobUnderTest, bare: BareEngine, samples: Samples
+) -> Iterator[None]:
+    """Each request alone, through the pipeline, and alone again: what drifts meanwhile falls out."""
+    alone_ms = statistics.mean(time_ms for one in loads for time_ms in bare.alone_ms(requests_of(one)))
+    gap_s = alone_ms / LIGHT_LOAD / 3 / 1000
+    due_s = time.monotonic()
+    for one in loads:
+        for turn in ("alone_ms", "pipeline", "alone_again_ms"):
+            time.sleep(max(0.0, due_s - time.monotonic()))  # the load's own pace
+            due_s += gap_s
+            if turn != "pipeline":
+                samples[turn] += bare.alone_ms(requests_of(one))
+                continue
+            (answer,) = pipeline.offer(one, backlog=False).answers
+            samples["e2e_ms"].append(answer.e2e_ms)
+            samples["inference_ms"].append(answer.response.inference_ms)
+            samples["arrival_to_prefill_ms"].append(answer.response.wait_ms)
+            samples["answer_to_reader_ms"].append(answer.received_ms - answer.response.completed_at_ms)
+        yield
 
 
 def zero_engine(config: PipelineConfig, found: Services, slots: int, cpu: CpuSeconds, samples: Samples) -> list[str]:
@@ -219,11 +246,10 @@ def zero_engine(config: PipelineConfig, found: Services, slots: int, cpu: CpuSec
         engine = EngineConfig(engine=EngineKind.SIMULATED, profile=profile, threads=1)
         job = JobConfig(parallelism=slots, engine=engine, cache=CacheConfig(cache=False))
         with running(config.flink, found, f"zero-p{slots}", job) as pipeline:
-            # Java compiles what runs often: the measured load finds that done.
-            pipeline.offer(zero_load(config, slots, ZERO_WARM_RECORDS, WARM_SEED), backlog=True)
-            before, cpu_before = pipeline.operators(ZERO_WARM_RECORDS), cpu.by_part()
+            pipeline.offer(zero_load(config, slots, WARM_RECORDS, WARM_SEED), backlog=True)
+            before, cpu_before = pipeline.operators(WARM_RECORDS), cpu.by_part()
             outcome = pipeline.offer(zero_load(config, slots, config.records, ZERO_SEED), backlog=True)
-            cpu_after, after = cpu.by_part(), pipeline.operators(ZERO_WARM_RECORDS + config.records)
+            cpu_after, after = cpu.by_part(), pipeline.operators(WARM_RECORDS + config.records)
     suffix = f"zero_engine_p{slots}"
     samples[f"records_per_s_{suffix}"].append(outcome.drained_per_s)
     samples[f"records_per_s_with_sender_{suffix}"].append(outcome.requests_per_s)
@@ -252,7 +278,9 @@ def show(report: Report, console: Console) -> None:
     )
     console.print(
         f"added latency at {LIGHT_LOAD:.0%} load: p50 {figures['added_latency_p50_ms']:.1f} ms, "
-        f"p95 {figures['added_latency_p95_ms']:.1f} ms"
+        f"p95 {figures['added_latency_p95_ms']:.1f} ms; outside of the engine p50 "
+        f"{figures['outside_engine_p50_ms']:.1f} ms, p95 {figures['outside_engine_p95_ms']:.1f} ms; two bare runs "
+        f"differ by p50 {figures['alone_difference_p50_ms']:.1f} ms, p95 {figures['alone_difference_p95_ms']:.1f} ms"
     )
     table = Table("zero-time engine", *(f"{slots} slots" for slots in ZERO_SLOTS))
     rows = {"records/s": "records_per_s_zero_engine"}

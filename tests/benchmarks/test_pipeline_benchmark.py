@@ -24,6 +24,7 @@ SAMPLES = {
     "alone_ms": [100.0, 200.0],
     "alone_again_ms": [110.0, 210.0],
     "e2e_ms": [125.0, 245.0],
+    "inference_ms": [105.0, 215.0],
     "records_per_s_zero_engine_p1": [1500.0],
     "operator_0_busy_percent_zero_engine_p1": [40.0],
 }
@@ -41,6 +42,16 @@ def test_added_latency_is_the_difference_of_each_request_to_itself_alone() -> No
     assert figures["added_latency_p50_ms"] == 30.0
     assert figures["added_latency_p95_ms"] == 39.0
     assert figures["alone_p50_ms"] == 155.0
+    assert figures["outside_engine_p50_ms"] == 25.0
+    assert figures["alone_difference_p95_ms"] == 10.0
+
+
+def test_light_loads_are_short_and_share_no_request_with_another() -> None:
+    loads = pipeline.light_loads(pipeline.PipelineConfig(latency_requests=30))
+    timed = [one for load in loads for one in load]
+    assert len({one.request_id for one in timed}) == len(loads) == 30
+    assert 20 < sum(len(one.prompt_token_ids or ()) for one in timed) / 30 < 45
+    assert sum(one.max_new_tokens for one in timed) / 30 < 7
 
 
 def test_what_the_zero_time_engine_gave_stands_among_the_figures() -> None:
