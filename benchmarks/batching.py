@@ -5,9 +5,11 @@
 Three jobs of one slot stand ready side by side: continuous batching in 32 rows, in 8 rows, and micro-batches of 8. One
 at a time is offered a load, in an order that alternates from round to round: the same requests, with the lengths of an
 Azure trace scaled down (without `--trace`: lognormal lengths of its means), at first as one backlog, then paced at a
-share of the rate that the micro-batches reached. Latency is the request's creation until its answer was read from
-Kafka. At last short requests come at even gaps, without and with one very long prompt in their midst: what it does to
-the short ones' p95 tells whether it holds them up.
+share of the rate that the micro-batches reached. Prompts are scaled down more than answers: on a CPU a prompt's token
+costs about a twentieth of a decode step and on a GPU a hundredth or less, so that equal scales would make a load of
+another kind, nearly all prefill. Latency is the request's creation until its answer was read from Kafka. At last short
+requests come at even gaps, without and with one very long prompt in their midst: what it does to the short ones' p95
+tells whether it holds them up.
 """
 
 from collections import defaultdict
@@ -60,8 +62,9 @@ class BatchingBenchmarkConfig(Config):
     out: Path = Field(default=Path("results/benchmarks/batching.json"), description="where the result is written")
     trace: Path | None = Field(default=None, description="Azure trace, CSV; none: made lengths of the same means")
     rounds: int = Field(default=2, ge=1, description="measured rounds")
-    requests: int = Field(default=40, ge=8, description="requests of the backlog, and as many of the paced load")
-    length_scale: float = Field(default=0.125, gt=0, le=1, description="the trace's lengths are multiplied by this")
+    requests: int = Field(default=48, ge=8, description="requests of the backlog, and as many of the paced load")
+    prompt_scale: float = Field(default=1 / 16, gt=0, le=1, description="the trace's prompts are multiplied by this")
+    answer_scale: float = Field(default=1 / 4, gt=0, le=1, description="the trace's answers are multiplied by this")
     paced_share: float = Field(default=0.6, gt=0, lt=1, description="paced load, of the rate that micro-batches reach")
     short_requests: int = Field(default=30, ge=4, description="short requests around the long one")
     short_rate_per_s: float = Field(default=4.0, gt=0, description="rate of the short requests")
@@ -118,19 +121,18 @@ def load(config: BatchingBenchmarkConfig, seed: int, rate_per_s: float | None = 
         "max_prompt_tokens": prompt,
         "max_new_tokens": answer,
     }
-    scale = config.length_scale
     if config.trace is None:
         made = IndependentConfig(
             rate_per_s=rate_per_s or 1.0,
             arrivals=Arrivals.POISSON,
-            prompt_tokens=max(1, round(AZURE_PROMPT_TOKENS * scale)),
-            answer_tokens=max(1, round(AZURE_ANSWER_TOKENS * scale)),
+            prompt_tokens=max(1, round(AZURE_PROMPT_TOKENS * config.prompt_scale)),
+            answer_tokens=max(1, round(AZURE_ANSWER_TOKENS * config.answer_scale)),
             length_cv=AZURE_LENGTH_CV,
         )
         return make_workload(WorkloadConfig(workload=WorkloadKind.INDEPENDENT, independent=made, **common))
-    replay = TraceConfig(trace=config.trace, output_scale=scale)
+    replay = TraceConfig(trace=config.trace, output_scale=config.answer_scale)
     azure = WorkloadConfig(
-        workload=WorkloadKind.AZURE, replay=replay, azure=AzureConfig(prompt_scale=scale), **common
+        workload=WorkloadKind.AZURE, replay=replay, azure=AzureConfig(prompt_scale=config.prompt_scale), **common
     )  # fmt: skip
     if rate_per_s is not None:
         paced = replay.model_copy(update={"time_scale": rate_per_s / _rate_of(make_workload(azure))})

@@ -134,6 +134,11 @@ class EngineConfig(Config):
     step_prefill_tokens: int = Field(
         default=256, ge=0, description="continuous: prompt tokens prefilled between two decode steps; 0: no limit"
     )
+    step_prefill_ms: float = Field(
+        default=50.0,
+        ge=0,
+        description="continuous: longest that a prompt above step_prefill_tokens holds running ones; 0: no limit",
+    )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of one slot; 0: cores / parallelism")
 
     @model_validator(mode="after")

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MOST_PARTIAL = 4
 """Prompts that may be computed in pieces at a time; more would only finish later."""
+LONG_SHARE = 1 / 3
+"""Of the engine's time, for prompts that do not fit into a step, while others decode."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class _Sequence:
     rows_decoded: int = 0
     """Sum, over its decode steps, of the sequences that decoded in them."""
 
+    long: bool = False
+    """Whether what was missing of its prompt at the beginning is more than a step computes."""
+
     @property
     def missing(self) -> int:
         """Prompt tokens that are still to be computed."""
@@ -112,6 +117,7 @@ class Engine:
         self._runner = model.make_runner(config.max_running, chunk_tokens)
         self._most_tokens = config.max_running_tokens or config.max_running * model.max_len
         self._step_tokens = config.step_prefill_tokens or math.inf
+        self._piece_ms = config.step_prefill_ms or math.inf
         self._waiting: list[tuple[int, int, _Sequence]] = []
         self._arrivals = itertools.count()
         self._prefilling: list[_Sequence] = []
@@ -120,6 +126,8 @@ class Engine:
         """The sequence at index i owns row i."""
         self._next_expiry_ms = math.inf
         self._prefill_ms_per_token: float | None = None
+        self._long_debt_ms = 0.0
+        """Time that long prompts have had beyond their share."""
 
     @property
     def unfinished(self) -> int:
@@ -144,10 +152,12 @@ class Engine:
 
     def step(self) -> list[Completion | Failure]:
         """Compute pieces of prompts within the step's budget, decode one token of all that runs; what has finished."""
+        began_ms, owed_ms = self._clock.monotonic_ms(), self._long_debt_ms
         done: list[Completion | Failure] = [*self._expire(), *self._prefill()]
         if self._running:
             done += self._decode()
             done += self._leave()
+        self._pay(self._clock.monotonic_ms() - began_ms - (self._long_debt_ms - owed_ms))
         return done
 
     def run(self, requests: Iterable[Request]) -> list[Completion | Failure]:
@@ -200,7 +210,7 @@ class Engine:
         done: list[Completion | Failure] = []
         left = self._step_tokens
         oldest = self._prefilling[0] if self._prefilling else None
-        kept = min(left // 2, oldest.missing) if oldest is not None else 0.0
+        kept = min(left // 2, self._most_of(oldest)) if oldest is not None else 0.0
         for sequence in sorted(self._prefilling[1:], key=lambda s: (-s.request.priority, s.missing)):
             left -= self._advance(sequence, left - kept, done)
         while left > kept and self._waiting and self._has_room(self._waiting[0][2]):
@@ -236,6 +246,7 @@ class Engine:
         sequence.row = len(self._running)
         self._clear(sequence.row)
         sequence.held = self._reuse(sequence)
+        sequence.long = sequence.missing > self._step_tokens
 
     def _clear(self, row: int) -> None:
         """Move the prompt in pieces that stands in `row`, if any, to the last free row: there is one."""
@@ -248,9 +259,11 @@ class Engine:
 
     def _advance(self, sequence: _Sequence, most: float, done: list[Completion | Failure]) -> int:
         """Compute at most `most` tokens of its prompt; after the last it runs, or is done. How many that were."""
-        count = int(min(most, sequence.missing))
+        count = int(min(most, self._most_of(sequence)))
         if count <= 0:
             return 0
+        if self._is_held_back(sequence):
+            self._long_debt_ms += count * (self._prefill_ms_per_token or 0.0)
         try:
             began_ms = self._clock.monotonic_ms()
             piece = sequence.prompt[sequence.held : sequence.held + count]
@@ -274,6 +287,27 @@ class Engine:
                 self._prefilling.remove(sequence)
             done.append(_failure(sequence, "prefill", error))
         return count
+
+    def _most_of(self, sequence: _Sequence) -> int:
+        """Tokens that the time of this step allows of its prompt: all, unless it would hold sequences that decode.
+
+        A token budget alone means milliseconds on one device and a second on another.
+        """
+        if not self._is_held_back(sequence):
+            return sequence.missing
+        if self._long_debt_ms > 0:
+            return 0
+        cost = self._prefill_ms_per_token
+        in_time = sequence.missing if not cost else int(self._piece_ms / cost)
+        return min(sequence.missing, max(in_time, self.chunk_shape.chunk_tokens))
+
+    def _is_held_back(self, sequence: _Sequence) -> bool:
+        return sequence.long and bool(self._running) and not math.isinf(self._piece_ms)
+
+    def _pay(self, others_ms: float) -> None:
+        """A step in which others took so long earns long prompts their share."""
+        earned_ms = others_ms * LONG_SHARE / (1 - LONG_SHARE)
+        self._long_debt_ms = max(0.0, self._long_debt_ms - earned_ms) if self._running else 0.0
 
     def _join(self, sequence: _Sequence) -> None:
         """Move it to the row after the running ones, which it then belongs to."""

@@ -147,8 +147,9 @@ class ContinuousFunction(SlotFunction):
         self._watched.discard(key)
         if not self._pump.outstanding(key):
             return
-        full = self._pump.in_flight >= self._config.engine.max_running
-        # An answer leaves at once when it comes while this waits. The less often it looks, the more is left for engines.
+        # An answer under another key, as there may be after a restart, would not end the wait.
+        full = self._pump.outstanding(key) >= self._config.engine.max_running
+        # An answer that comes while this waits leaves at once. Fewer looks leave more of the cores to engines.
         yield from self._leave(ctx, FULL_POLL_S if full else POLL_S)
 
     def _leave(self, ctx: KeyedProcessFunction.Context, timeout_s: float) -> Iterator[Any]:

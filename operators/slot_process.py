@@ -48,7 +48,7 @@ class Broken:
     traceback: str
 
 
-class SlotDiedError(Exception):
+class SlotDiedError(RuntimeError):
     """The process has ended though nobody told it to."""
 
 

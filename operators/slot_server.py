@@ -22,8 +22,12 @@ from operators.slot import InferenceSlot
 from operators.slot_process import Broken, Refused, Start
 
 
+class HungUpError(EOFError):
+    """The worker has ended."""
+
+
 class Line:
-    """The way to the worker; any thread may send."""
+    """The way to the worker; any thread may send. Raises `HungUpError` once the worker has ended."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -31,10 +35,16 @@ class Line:
 
     def send(self, what: Any) -> None:
         with self._sending:
-            self._connection.send(what)
+            try:
+                self._connection.send(what)
+            except ConnectionError as error:
+                raise HungUpError from error
 
     def receive(self) -> Any:
-        return self._connection.recv()
+        try:
+            return self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise HungUpError from error
 
     def speaks(self, wait: bool) -> bool:
         """Whether something has come, or the other side has ended; `wait` until then."""
@@ -52,7 +62,7 @@ class LogOnLine(QueueHandler):
 
 
 def serve(line: Line, slot: InferenceSlot) -> None:
-    """Answer what comes; returns by an error once the other side has ended."""
+    """Answer what comes, until `HungUpError` is raised."""
     while True:
         while line.speaks(wait=slot.unfinished == 0):
             order = line.receive()
@@ -66,7 +76,8 @@ def serve(line: Line, slot: InferenceSlot) -> None:
 
 def run(line: Line) -> None:
     start: Start = line.receive()
-    logging.basicConfig(level=start.log_level, handlers=[LogOnLine(line)])
+    # The worker's log adds level and name.
+    logging.basicConfig(level=start.log_level, format="%(message)s", handlers=[LogOnLine(line)])
     with ExitStack() as opened:
         try:
             slot = opened.enter_context(closing(InferenceSlot(start.config, start.slot, SystemClock())))
@@ -91,7 +102,7 @@ def main() -> None:
     line = Line(Connection(int(sys.argv[1])))
     try:
         run(line)
-    except (EOFError, ConnectionError):
+    except HungUpError:
         return
     except Exception:
         line.send(Broken(traceback.format_exc()))

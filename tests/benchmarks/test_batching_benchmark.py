@@ -63,7 +63,7 @@ def test_the_jobs_differ_in_batching_and_rows_only() -> None:
 
 
 def test_the_trace_s_lengths_are_scaled_and_its_gaps_stretched_to_the_rate(trace: Path) -> None:
-    config = BatchingBenchmarkConfig(trace=trace, requests=11)
+    config = BatchingBenchmarkConfig(trace=trace, requests=11, prompt_scale=1 / 8, answer_scale=1 / 8)
     load = list(batching.load(config, 0, rate_per_s=2.0))
     assert [len(timed.prompt_token_ids or ()) for timed in load] == [10 * n for n in range(1, 12)]
     assert [timed.max_new_tokens for timed in load] == list(range(1, 12))
@@ -73,8 +73,8 @@ def test_the_trace_s_lengths_are_scaled_and_its_gaps_stretched_to_the_rate(trace
 def test_without_a_trace_lengths_are_made_of_its_means() -> None:
     config = BatchingBenchmarkConfig(requests=2000)
     load = list(batching.load(config, 0, rate_per_s=2.0))
-    assert sum(len(timed.prompt_token_ids or ()) for timed in load) / 2000 == pytest.approx(1155 / 8, rel=0.1)
-    assert sum(timed.max_new_tokens for timed in load) / 2000 == pytest.approx(211 / 8, rel=0.1)
+    assert sum(len(timed.prompt_token_ids or ()) for timed in load) / 2000 == pytest.approx(1155 / 16, rel=0.1)
+    assert sum(timed.max_new_tokens for timed in load) / 2000 == pytest.approx(211 / 4, rel=0.1)
 
 
 def test_loads_of_one_job_share_no_request() -> None:

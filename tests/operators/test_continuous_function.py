@@ -7,32 +7,35 @@ from typing import Any
 import pytest
 
 from core.clock import ManualClock
-from core.config import BatchingConfig, JobConfig
+from core.config import BatchingConfig, EngineConfig, JobConfig
+from core.records import Response
 from operators import functions
-from operators.envelope import Envelope, WarmUp
-from operators.functions import DEAD_LETTERS, END_OF_INPUT, READY, ContinuousFunction
-from operators.slot import Finished, Ready
+from operators.envelope import Answer, Envelope, Ready, WarmUp
+from operators.functions import DEAD_LETTERS, END_OF_INPUT, FULL_POLL_S, POLL_S, READY, ContinuousFunction
+from operators.pump import Pump
+from tests.experiments.experiment_samples import response
 from tests.operators.test_pump import GatedSlot, envelope
 from tests.operators.timer_context import KEY, TimerContext
 
 
 class Slot(GatedSlot):
-    """Remembers what it was handed, in order."""
+    """Is found by the test, and tells whether it was closed."""
 
     made: "list[Slot]" = []  # noqa: RUF012 - the function makes its slot itself; the test finds it here
 
     def __init__(self, *_: object) -> None:
         super().__init__()
-        self.handed: list[int] = []
+        self.ended = False
         self.closed = False
         self.ready = Ready(slot=0, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
         Slot.made.append(self)
 
-    def submit(self, envelope: Envelope) -> Finished | None:
-        self.handed.append(envelope.source.offset)
-        return super().submit(envelope)
+    def end(self) -> None:
+        self.ended = True
+        super().end()
 
     def close(self) -> None:
+        assert self.ended, "somebody may still receive"
         self.closed = True
 
 
@@ -69,11 +72,12 @@ class Context(TimerContext):
 @pytest.fixture
 def open_function(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Context], ContinuousFunction]]:
     monkeypatch.setattr(functions, "SystemClock", lambda: ManualClock(1000.0))
-    monkeypatch.setattr(functions, "InferenceSlot", Slot)
+    monkeypatch.setattr(functions, "SlotProcess", Slot)
     opened: list[ContinuousFunction] = []
 
     def make(context: Context) -> ContinuousFunction:
-        function = ContinuousFunction(JobConfig(parallelism=1, batching=BatchingConfig(max_in_flight=3)))
+        config = JobConfig(parallelism=1, engine=EngineConfig(max_running=2), batching=BatchingConfig(max_in_flight=3))
+        function = ContinuousFunction(config)
         function.open(context)
         opened.append(function)
         return function
@@ -83,6 +87,20 @@ def open_function(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Context
         function.close()
     assert all(slot.closed for slot in Slot.made)
     Slot.made.clear()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """For how long each look for answers would wait; none does."""
+    found: list[float] = []
+
+    def take(pump: Pump, owner: int, timeout_s: float = 0.0) -> list[Answer]:
+        found.append(timeout_s)
+        return plain(pump, owner)
+
+    plain = Pump.take
+    monkeypatch.setattr(Pump, "take", take)
+    return found
 
 
 Open = Callable[[Context], ContinuousFunction]
@@ -138,6 +156,34 @@ def test_timers_are_set_as_long_as_something_is_in_flight_and_not_after(open_fun
     assert context.processing == []
 
 
+def test_a_timer_waits_only_where_something_of_its_key_is_outstanding(open_function: Open, waits: list[float]) -> None:
+    context = Context(State())
+    function = open_function(context)
+    process(function, context, 1)
+    waits.clear()
+    context.key = KEY + 1
+    context.processing = []
+    assert list(function.on_timer(1001, context)) == []
+    assert list(function.on_timer(3000, context)) == []
+    assert list(function.on_timer(END_OF_INPUT, context)) == []
+    assert waits == []
+    assert context.processing == []
+    context.key = KEY
+    assert list(function.on_timer(1001, context)) == []
+    assert waits == [POLL_S]
+
+
+def test_a_timer_waits_for_longer_where_every_row_of_the_engine_is_taken(
+    open_function: Open, waits: list[float]
+) -> None:
+    context = Context(State())
+    function = open_function(context)
+    process(function, context, 1, 2)
+    waits.clear()
+    assert list(function.on_timer(1001, context)) == []
+    assert waits == [FULL_POLL_S]
+
+
 def test_at_the_cap_the_stream_waits_and_lets_out_what_is_done(open_function: Open) -> None:
     context = Context(State())
     function = open_function(context)
@@ -146,7 +192,7 @@ def test_at_the_cap_the_stream_waits_and_lets_out_what_is_done(open_function: Op
     out = process(function, context, 4)
     out += fire(function, context, 1 - len(out)) if not out else []
     assert out == [1]
-    assert Slot.made[0].handed[:3] == [1, 2, 3]
+    assert Slot.made[0].sent[:3] == [1, 2, 3]
 
 
 def test_the_end_of_input_answers_all_that_is_in_flight(open_function: Open) -> None:
@@ -168,7 +214,7 @@ def test_after_a_restart_what_was_in_flight_is_asked_again_before_anything_newer
     Slot.made[1].let_go(1, 2, 3, 9)
     out = process(restarted, context, 9)
     out += fire(restarted, context, 4 - len(out))
-    assert Slot.made[1].handed == [1, 2, 3, 9]
+    assert Slot.made[1].sent == [1, 2, 3, 9]
     assert sorted(out) == [1, 2, 3, 9]
     assert state.of_key[KEY] == {}
 
@@ -195,6 +241,28 @@ def test_keys_that_met_at_one_subtask_keep_their_state_apart(open_function: Open
     context.key = KEY
     assert offsets(function.on_timer(END_OF_INPUT, context)) == [1]
     assert state.of_key == {KEY: {}, KEY + 1: {}}
+
+
+def test_a_response_leaves_under_its_id_with_the_time_of_leaving(open_function: Open) -> None:
+    context = Context(State())
+    function = open_function(context)
+    finished = response(request_id="good", created_at_ms=400.0)
+    Slot.made[0].responses[1] = finished
+    list(function.process_element(envelope(1), context))
+    Slot.made[0].let_go(1)
+    (row,) = function.on_timer(END_OF_INPUT, context)
+    assert row[0] == "good"
+    stamped = finished.model_copy(update={"completed_at_ms": 1000.0, "e2e_ms": 600.0})
+    assert Response.model_validate_json(row[1]) == stamped
+
+
+def test_a_slot_that_fails_fails_the_job(open_function: Open) -> None:
+    context = Context(State())
+    function = open_function(context)
+    process(function, context, 1)
+    Slot.made[0].fail(OSError("device lost"))
+    with pytest.raises(RuntimeError, match="device lost"):
+        list(function.on_timer(END_OF_INPUT, context))
 
 
 def test_a_call_to_warm_up_is_answered_by_the_ready_record(open_function: Open) -> None:

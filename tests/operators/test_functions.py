@@ -1,38 +1,38 @@
 """The micro-batch function without a cluster: its state, its timers, and what it lets out."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 
 from core.clock import ManualClock
 from core.config import BatchingConfig, JobConfig
-from core.records import DeadLetter
+from core.records import DeadLetter, Response
 from operators import functions
-from operators.envelope import Envelope, Source, WarmUp
+from operators.envelope import Answer, Envelope, Ready, Source, WarmUp
 from operators.functions import DEAD_LETTERS, END_OF_INPUT, READY, MicroBatchFunction
-from operators.slot import Ready
+from tests.experiments.experiment_samples import response
 from tests.operators.timer_context import TimerContext
 
 
 class EchoSlot:
-    """Answers each envelope with a letter that carries its bytes."""
+    """Answers each envelope with a letter that carries its bytes, and a good one with a response."""
 
     def __init__(self, *_: object) -> None:
-        self.batches: list[int] = []
         self.ready = Ready(slot=0, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
 
-    def answer(self, batch: Iterable[Envelope]) -> list[DeadLetter]:
-        batch = list(batch)
-        self.batches.append(len(batch))
-        return [
-            DeadLetter.of(one.raw, "echo", stage="inference", topic="t", partition=0, offset=one.source.offset)
-            for one in batch
-        ]
+    def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
+        return [Answer(one.source, echo(one)) for one in batch]
 
     def close(self) -> None:
         pass
+
+
+def echo(envelope: Envelope) -> DeadLetter | Response:
+    if envelope.raw == b"good":
+        return response(request_id="good")
+    return DeadLetter.of(envelope.raw, "echo", stage="inference", topic="t", partition=0, offset=envelope.source.offset)
 
 
 class State:
@@ -66,7 +66,7 @@ class Context(TimerContext):
 def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     made = ManualClock(1000.0)
     monkeypatch.setattr(functions, "SystemClock", lambda: made)
-    monkeypatch.setattr(functions, "InferenceSlot", EchoSlot)
+    monkeypatch.setattr(functions, "SlotProcess", EchoSlot)
     return made
 
 
@@ -147,6 +147,14 @@ def test_a_timer_alone_restores_what_waited(clock: ManualClock) -> None:
     context = Context(state)
     list(opened(context).process_element(envelope(0), context))
     assert offsets(opened(context).on_timer(END_OF_INPUT, context)) == [0]
+
+
+def test_responses_leave_as_the_slot_stamped_them_and_not_to_the_side(clock: ManualClock) -> None:
+    context = Context(State())
+    function = opened(context)
+    list(function.process_element(Envelope(0, b"good", Source("t", 0, 1), 0.0), context))
+    (row,) = function.on_timer(END_OF_INPUT, context)
+    assert tuple(row) == ("good", response(request_id="good").to_json())
 
 
 def test_a_call_to_warm_up_is_answered_by_the_ready_record(clock: ManualClock) -> None:

@@ -1,60 +1,61 @@
-"""Requests come and go while the engine steps; each answer reaches whoever handed its request in, once."""
+"""Requests come and go while the slot steps; each answer reaches whoever handed its request in, once."""
 
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from core.records import DeadLetter
-from operators.envelope import Envelope, Source
+from core.clock import ManualClock
+from core.records import DeadLetter, Response
+from operators.envelope import Answer, Envelope, Source
 from operators.pump import Pump
-from operators.slot import Finished
+from tests.experiments.experiment_samples import response
 
 WAIT_S = 20.0
 """Never reached unless something is wrong."""
 
 
 class GatedSlot:
-    """Finishes, in a step, what it was told to let go; `refuse` are answered when they are handed in."""
-
-    threads = 1
+    """Answers what it was told to let go, with a letter unless `responses` has something for it."""
 
     def __init__(self) -> None:
-        self.running: dict[int, Envelope] = {}
-        self.refuse: set[int] = set()
-        self.fault: Exception | None = None
-        self.steps = 0
-        self._gate = threading.Condition()
+        self.sent: list[int] = []
+        self.responses: dict[int, Response] = {}
+        self._changed = threading.Condition()
+        self._running: dict[int, Envelope] = {}
         self._let_go: set[int] = set()
+        self._fault: Exception | None = None
 
-    @property
-    def unfinished(self) -> int:
-        return len(self.running)
+    def send(self, order: Envelope) -> None:
+        with self._changed:
+            self.sent.append(order.source.offset)
+            self._running[order.source.offset] = order
+            self._changed.notify_all()
 
-    def submit(self, envelope: Envelope) -> Finished | None:
-        if envelope.source.offset in self.refuse:
-            return Finished(envelope, letter(envelope))
-        self.running[envelope.source.offset] = envelope
-        return None
+    def receive(self) -> list[Answer]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._fault or self._let_go & set(self._running))
+            if self._fault is not None:
+                raise self._fault
+            gone = self._let_go & set(self._running)
+            self._let_go -= gone
+            return [self._answer(self._running.pop(offset)) for offset in sorted(gone)]
 
     def let_go(self, *offsets: int) -> None:
-        with self._gate:
+        with self._changed:
             self._let_go.update(offsets)
-            self._gate.notify_all()
+            self._changed.notify_all()
 
-    def step(self) -> list[Finished]:
-        with self._gate:
-            self._gate.wait(0.005)
-            if self.fault is not None:
-                raise self.fault
-            self.steps += 1
-            gone = self._let_go & set(self.running)
-            self._let_go -= gone
-        return [Finished(one, letter(one)) for one in (self.running.pop(offset) for offset in sorted(gone))]
+    def fail(self, fault: Exception) -> None:
+        with self._changed:
+            self._fault = fault
+            self._changed.notify_all()
 
-    def written(self, finished: Finished) -> DeadLetter:
-        assert isinstance(finished.outcome, DeadLetter)
-        return finished.outcome
+    def end(self) -> None:
+        self.fail(EOFError("the slot was ended"))
+
+    def _answer(self, envelope: Envelope) -> Answer:
+        return Answer(envelope.source, self.responses.get(envelope.source.offset) or letter(envelope))
 
 
 def letter(envelope: Envelope) -> DeadLetter:
@@ -71,47 +72,51 @@ def slot() -> GatedSlot:
 
 
 @pytest.fixture
-def pump(slot: GatedSlot) -> Iterator[Pump]:
-    made = Pump(slot, max_in_flight=3)  # type: ignore[arg-type]
+def clock() -> ManualClock:
+    return ManualClock(1000.0)
+
+
+@pytest.fixture
+def pump(slot: GatedSlot, clock: ManualClock) -> Iterator[Pump]:
+    made = Pump(slot, max_in_flight=3, clock=clock)
     yield made
     made.close()
 
 
 def hand_in(pump: Pump, *numbers: int, owner: int = 1) -> None:
     for number in numbers:
-        pump.submit(owner, f"t{number}", envelope(number))
+        pump.submit(owner, envelope(number))
 
 
-def taken(pump: Pump, count: int, owner: int = 1) -> list[str]:
-    found: list[str] = []
+def taken(pump: Pump, count: int, owner: int = 1) -> list[int]:
+    found: list[int] = []
     while len(found) < count:
         answers = pump.take(owner, WAIT_S)
         assert answers, f"only {found} came"
         for answer in answers:
-            assert isinstance(answer.record, DeadLetter)
-            assert answer.ticket == f"t{answer.record.offset}"
-            found.append(answer.ticket)
+            assert answer == Answer(answer.source, letter(envelope(answer.source.offset)))
+            found.append(answer.source.offset)
     return found
 
 
 def test_each_leaves_when_it_is_done_and_not_with_the_others(pump: Pump, slot: GatedSlot) -> None:
     hand_in(pump, 1, 2, 3)
     slot.let_go(2)
-    assert taken(pump, 1) == ["t2"]
+    assert taken(pump, 1) == [2]
     assert pump.outstanding(1) == 2
     slot.let_go(1, 3)
-    assert sorted(taken(pump, 2)) == ["t1", "t3"]
+    assert sorted(taken(pump, 2)) == [1, 3]
     assert pump.outstanding(1) == 0
     assert pump.take(1) == []
 
 
-def test_a_request_joins_while_others_run(pump: Pump, slot: GatedSlot) -> None:
+def test_a_request_reaches_the_slot_at_once_while_others_run(pump: Pump, slot: GatedSlot) -> None:
     hand_in(pump, 1)
-    while slot.steps < 3:
-        assert pump.take(1) == []
+    assert pump.take(1) == []
     hand_in(pump, 2)
+    assert slot.sent == [1, 2]
     slot.let_go(2)
-    assert taken(pump, 1) == ["t2"]
+    assert taken(pump, 1) == [2]
 
 
 def test_there_is_no_room_at_the_cap_until_one_is_done(pump: Pump, slot: GatedSlot) -> None:
@@ -125,36 +130,68 @@ def test_there_is_no_room_at_the_cap_until_one_is_done(pump: Pump, slot: GatedSl
     assert not pump.wait_for_room(0.0)
 
 
+def test_in_flight_is_what_is_unanswered_and_outstanding_what_is_not_taken_out(pump: Pump, slot: GatedSlot) -> None:
+    assert (pump.in_flight, pump.outstanding(1)) == (0, 0)
+    hand_in(pump, 1, 2)
+    hand_in(pump, 3, owner=2)
+    assert (pump.in_flight, pump.outstanding(1), pump.outstanding(2)) == (3, 2, 1)
+    slot.let_go(2)
+    assert pump.wait_for_room(WAIT_S)
+    assert (pump.in_flight, pump.outstanding(1), pump.outstanding(2)) == (2, 2, 1)
+    assert taken(pump, 1) == [2]
+    assert (pump.in_flight, pump.outstanding(1), pump.outstanding(2)) == (2, 1, 1)
+
+
 def test_answers_are_kept_apart_by_owner(pump: Pump, slot: GatedSlot) -> None:
     hand_in(pump, 1, owner=7)
     hand_in(pump, 2, owner=8)
     slot.let_go(1, 2)
-    assert taken(pump, 1, owner=8) == ["t2"]
+    assert taken(pump, 1, owner=8) == [2]
     assert (pump.outstanding(7), pump.outstanding(8)) == (1, 0)
-    assert taken(pump, 1, owner=7) == ["t1"]
+    assert taken(pump, 1, owner=7) == [1]
 
 
-def test_what_the_model_cannot_answer_leaves_though_nothing_runs(pump: Pump, slot: GatedSlot) -> None:
-    slot.refuse.add(5)
-    hand_in(pump, 5)
-    assert taken(pump, 1) == ["t5"]
-    assert pump.wait_for_room(0.0)
+def test_an_answer_bears_the_time_at_which_it_is_taken_out(pump: Pump, slot: GatedSlot, clock: ManualClock) -> None:
+    finished = response(created_at_ms=400.0, e2e_ms=500.0)
+    slot.responses = {1: finished, 2: finished}
+    hand_in(pump, 1, 2, 3)
+    slot.let_go(1)
+    assert pump.wait_for_room(WAIT_S)
+    clock.advance(250.0)
+    (first,) = pump.take(1)
+    assert first == Answer(Source("t", 0, 1), finished.model_copy(update={"completed_at_ms": 1250.0, "e2e_ms": 850.0}))
+    clock.advance(50.0)
+    slot.let_go(2)
+    (second,) = pump.take(1, WAIT_S)
+    assert second == Answer(Source("t", 0, 2), finished.model_copy(update={"completed_at_ms": 1300.0, "e2e_ms": 900.0}))
 
 
-def test_an_engine_that_raises_is_told_to_every_caller(pump: Pump, slot: GatedSlot) -> None:
+def test_a_slot_that_fails_is_told_to_every_caller(pump: Pump, slot: GatedSlot) -> None:
     hand_in(pump, 1)
-    slot.fault = OSError("device lost")
-    with pytest.raises(RuntimeError, match="the engine failed") as raised:
+    slot.fail(OSError("device lost"))
+    with pytest.raises(RuntimeError, match="the slot failed: device lost") as raised:
         pump.take(1, WAIT_S)
     assert isinstance(raised.value.__cause__, OSError)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="device lost"):
         hand_in(pump, 2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="device lost"):
         pump.wait_for_room(WAIT_S)
+    assert slot.sent == [1]
 
 
-def test_closing_ends_the_thread_in_the_midst_of_work(slot: GatedSlot) -> None:
-    pump = Pump(slot, max_in_flight=3)  # type: ignore[arg-type]
+def test_who_waits_at_the_cap_is_told_that_the_slot_failed(pump: Pump, slot: GatedSlot) -> None:
+    hand_in(pump, 1, 2, 3)
+    failing = threading.Timer(0.05, slot.fail, [OSError("device lost")])
+    failing.start()
+    with pytest.raises(RuntimeError, match="device lost"):
+        pump.wait_for_room(WAIT_S)
+    failing.join()
+
+
+def test_closing_ends_the_slot_and_the_thread_in_the_midst_of_work(slot: GatedSlot, clock: ManualClock) -> None:
+    pump = Pump(slot, max_in_flight=3, clock=clock)
     hand_in(pump, 1, 2)
     pump.close()
     assert not pump._thread.is_alive()
+    with pytest.raises(RuntimeError, match="the slot was ended"):
+        pump.take(1, WAIT_S)

@@ -1,6 +1,7 @@
 """A slot answers every envelope of a batch: with a response, or with a dead letter that says why."""
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from core.clock import SystemClock
 from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig
 from core.errors import UserError
 from core.records import DeadLetter, Response
-from operators.envelope import Envelope, Source
+from operators.envelope import Answer, Envelope, Source
 from operators.slot import InferenceSlot, check_before_start
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 
@@ -41,6 +42,19 @@ def envelope(number: int, **changes: object) -> Envelope:
     return Envelope(0, raw, Source("t", 0, number), SystemClock().wall_ms())
 
 
+def responses_of(answers: Iterable[Answer]) -> Iterator[Response]:
+    for answer in answers:
+        assert isinstance(answer.record, Response), answer
+        yield answer.record
+
+
+def answered(slot: InferenceSlot, one: Envelope) -> Response:
+    (answer,) = slot.answer([one])
+    assert answer.source == one.source
+    (response,) = responses_of([answer])
+    return response
+
+
 def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
     batch = [
         envelope(0),
@@ -50,8 +64,12 @@ def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
         envelope(4, max_new_tokens=1),
     ]
     answers = slot.answer(batch)
-    letters = {answer.request_id: answer for answer in answers if isinstance(answer, DeadLetter)}
-    responses = {answer.request_id: answer for answer in answers if isinstance(answer, Response)}
+    records = [answer.record for answer in answers]
+    letters = {record.request_id: record for record in records if isinstance(record, DeadLetter)}
+    responses = {record.request_id: record for record in records if isinstance(record, Response)}
+    assert {answer.source: answer.record.request_id for answer in answers} == {
+        one.source: one.request.request_id for one in batch
+    }
     assert sorted(responses) == ["r0", "r4"]
     assert sorted(letters) == ["r1", "r2", "r3"]
     assert "64" in letters["r1"].reason
@@ -64,6 +82,7 @@ def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
     assert one.completed_at_ms == responses["r4"].completed_at_ms
     assert one.batch_id == responses["r4"].batch_id
     assert one.prompt_tokens == len("a prompt of some tokens")
+    assert one.e2e_ms == one.completed_at_ms - one.created_at_ms
     assert one.e2e_ms >= one.inference_ms > 0
     assert one.ttft_ms is not None
     assert one.e2e_ms >= one.ttft_ms
@@ -71,22 +90,45 @@ def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
 
 
 def test_records_with_one_id_are_each_answered(slot: InferenceSlot) -> None:
-    answers = slot.answer([envelope(7), envelope(7), envelope(7)])
-    assert [answer.request_id for answer in answers] == ["r7"] * 3
+    answers = slot.answer([envelope(number, request_id="r7") for number in (7, 8, 9)])
+    assert [answer.record.request_id for answer in answers] == ["r7"] * 3
+    assert sorted(answer.source.offset for answer in answers) == [7, 8, 9]
+
+
+def test_requests_that_step_together_leave_each_by_itself(slot: InferenceSlot) -> None:
+    short, long = envelope(1, max_new_tokens=2), envelope(2, max_new_tokens=6)
+    began_ms = SystemClock().wall_ms()
+    assert [slot.submit(short), slot.submit(long)] == [None, None]
+    left: list[list[Answer]] = []
+    while slot.unfinished:
+        left += [answers] if (answers := slot.step()) else []
+    assert [[answer.source for answer in answers] for answers in left] == [[short.source], [long.source]]
+    first, second = responses_of(answer for answers in left for answer in answers)
+    assert (first.output_tokens, second.output_tokens) == (2, 6)
+    assert (first.batch_size, second.batch_size) == (1, 2)
+    assert first.batch_id != second.batch_id
+    assert began_ms <= first.completed_at_ms <= second.completed_at_ms <= SystemClock().wall_ms()
+    assert second.e2e_ms == second.completed_at_ms - second.created_at_ms
+
+
+def test_a_request_that_cannot_be_answered_is_done_with_when_it_is_handed_in(slot: InferenceSlot) -> None:
+    bad = envelope(5, model="another")
+    answer = slot.submit(bad)
+    assert answer is not None
+    assert isinstance(answer.record, DeadLetter)
+    assert (answer.source, answer.record.raw, answer.record.stage) == (bad.source, bad.raw, "inference")
+    assert (slot.unfinished, slot.step()) == (0, [])
 
 
 def test_a_conversation_is_reused_from_batch_to_batch(slot: InferenceSlot) -> None:
-    first = slot.answer([envelope(1, prompt="q" * 24)])[0]
-    second = slot.answer([envelope(2, prompt="q" * 24 + "r" * 8)])[0]
-    assert isinstance(first, Response)
-    assert isinstance(second, Response)
+    first = answered(slot, envelope(1, prompt="q" * 24))
+    second = answered(slot, envelope(2, prompt="q" * 24 + "r" * 8))
     assert (first.local_tokens, second.local_tokens) == (0, 24)
     assert first.batch_id != second.batch_id
 
 
 def test_a_request_past_its_deadline_is_answered_so(slot: InferenceSlot) -> None:
-    answer = slot.answer([envelope(1, created_at_ms=1.0, deadline_ms=10.0)])[0]
-    assert isinstance(answer, Response)
+    answer = answered(slot, envelope(1, created_at_ms=1.0, deadline_ms=10.0))
     assert answer.finish_reason == "deadline"
     assert answer.output_tokens == 0
     assert answer.ttft_ms is None

@@ -1,0 +1,313 @@
+"""A slot in a process of its own answers as it would in this one, and neither of the two outlives the other."""
+
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import Qwen2Config
+
+from core.clock import SystemClock
+from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig
+from core.errors import UserError
+from core.records import DeadLetter, Response
+from operators import slot_process
+from operators.envelope import Answer, Envelope, Group
+from operators.slot import InferenceSlot
+from operators.slot_process import END_TIMEOUT_S, SlotDiedError, SlotProcess
+from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
+from tests.operators.test_slot import envelope
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 60.0
+"""Never reached unless something is wrong."""
+LONG = 30_000
+"""Tokens of an answer that would take most of a minute."""
+WORKER = """
+import pickle, sys
+from operators.slot_process import SlotProcess
+
+config, requests = pickle.load(sys.stdin.buffer)
+process = SlotProcess(config, 0)
+for request in requests:
+    process.send(request)
+print(process._process.pid, [answer.source.offset for answer in process.receive()], flush=True)
+process.receive()
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
+    """Of a model that never ends an answer by itself, and whose chat template stumbles over any message."""
+    layers = LAYERS_OF_TWO | {"max_position_embeddings": 1 << 15, "eos_token_id": None}
+    path = save_tiny(tmp_path_factory.mktemp("process") / "tiny-qwen2", Qwen2Config(**layers))
+    (path / "chat_template.jinja").write_text("{{ messages[0]['content'] + 1 }}")
+    return JobConfig(
+        parallelism=1,
+        engine=EngineConfig(model=str(path), device="cpu", threads=1, max_running=4, max_model_len=1 << 15),
+        cache=CacheConfig(chunk_tokens=8),
+        batching=BatchingConfig(batch_size=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def slot(config: JobConfig) -> InferenceSlot:
+    return InferenceSlot(config, 0, SystemClock())
+
+
+@pytest.fixture(scope="module")
+def process(config: JobConfig) -> Iterator[SlotProcess]:
+    made = SlotProcess(config, 0)
+    yield made
+    made.close()
+    assert made._process.returncode == 0
+
+
+Start = Callable[[JobConfig], SlotProcess]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a process that the test may end as it likes."""
+    made: list[SlotProcess] = []
+
+    def one(config: JobConfig) -> SlotProcess:
+        made.append(SlotProcess(config, 0))
+        return made[-1]
+
+    yield one
+    for process in made:
+        process.close()
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> JobConfig:
+    """Of an engine that is a stand-in."""
+    monkeypatch.setattr(slot_process, "SERVER", "tests.operators.stand_in_server")
+    return JobConfig()
+
+
+def prompts(*max_new_tokens: int) -> list[Envelope]:
+    return [
+        envelope(number, prompt=f"prompt {number} of some tokens", max_new_tokens=most)
+        for number, most in enumerate(max_new_tokens)
+    ]
+
+
+def tokens(answers: Iterable[Answer]) -> dict[int, tuple[int, ...]]:
+    """By the place of the request."""
+    return {answer.source.offset: response(answer).token_ids for answer in answers}
+
+
+def response(answer: Answer) -> Response:
+    assert isinstance(answer.record, Response), answer
+    return answer.record
+
+
+def letter(answer: Answer) -> DeadLetter:
+    assert isinstance(answer.record, DeadLetter), answer
+    return answer.record
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """It may stay a zombie, where nobody takes in orphans."""
+    with suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+def test_requests_sent_one_by_one_come_back_each_by_itself(process: SlotProcess, slot: InferenceSlot) -> None:
+    requests = prompts(30, 10, 20)
+    for request in requests:
+        process.send(request)
+    answers: list[Answer] = []
+    while len(answers) < len(requests):
+        answers += process.receive()
+    assert tokens(answers) == tokens(slot.answer(requests))
+    assert [len(tokens(answers)[number]) for number in range(3)] == [30, 10, 20]
+    assert len({response(answer).batch_id for answer in answers}) == len(requests)
+    for request in requests:
+        process.send(request)
+        (answer,) = process.receive()
+        assert tokens([answer]).items() <= tokens(answers).items()
+        assert response(answer).batch_size == 1
+
+
+def test_a_group_comes_back_whole(process: SlotProcess, slot: InferenceSlot) -> None:
+    requests = prompts(3, 12, 1, 7)
+    process.send(Group(requests))
+    answers = process.receive()
+    assert tokens(answers) == tokens(slot.answer(requests))
+    responses = [response(answer) for answer in answers]
+    assert {one.batch_size for one in responses} == {len(requests)}
+    assert len({one.batch_id for one in responses}) == 1
+    assert len({one.completed_at_ms for one in responses}) == 1
+
+
+def test_what_the_model_cannot_answer_comes_back_as_a_dead_letter(process: SlotProcess) -> None:
+    bad = envelope(4, model="another")
+    process.send(bad)
+    (answer,) = process.receive()
+    assert answer.source == bad.source
+    assert "'another'" in letter(answer).reason
+    assert (letter(answer).raw, letter(answer).offset) == (bad.raw, 4)
+
+
+def test_a_group_is_answered_though_one_of_it_cannot_be(process: SlotProcess) -> None:
+    answers = process.answer([envelope(0), envelope(1, prompt=None, prompt_token_ids=[10**6]), envelope(2)])
+    by_place = {answer.source.offset: answer for answer in answers}
+    assert sorted(by_place) == [0, 1, 2]
+    assert "vocabulary" in letter(by_place[1]).reason
+    assert response(by_place[0]).token_ids == response(by_place[2]).token_ids
+
+
+def test_the_process_says_what_serves(process: SlotProcess, slot: InferenceSlot) -> None:
+    assert process.ready.model_copy(update={"load_s": 0.0}) == slot.ready.model_copy(update={"load_s": 0.0})
+    assert process._process.pid != os.getpid()
+
+
+def test_what_the_process_logs_is_in_this_ones_log(process: SlotProcess, caplog: pytest.LogCaptureFixture) -> None:
+    process.send(envelope(9, prompt=None, messages=[{"role": "user", "content": "hello"}]))
+    (answer,) = process.receive()
+    assert letter(answer).reason.startswith("prompt: TypeError")
+    (record,) = caplog.records
+    assert (record.name, record.levelno, record.process) == ("operators.slot", logging.ERROR, process._process.pid)
+    first, *rest = record.getMessage().splitlines()
+    assert first.endswith("request 'r9' could not be tokenized")
+    assert rest[0].startswith("Traceback")
+    assert rest[-1].startswith("TypeError: ")
+
+
+def test_what_the_process_logs_bears_its_level_and_name_once(
+    process: SlotProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    process.send(envelope(9, prompt=None, messages=[{"role": "user", "content": "hello"}]))
+    process.receive()
+    assert caplog.messages[0].splitlines()[0] == "request 'r9' could not be tokenized"
+
+
+def test_the_process_logs_from_this_ones_level_on(
+    stand_in: JobConfig, start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for level, expected in ((logging.INFO, ["stand-in"]), (logging.WARNING, [])):
+        caplog.clear()
+        monkeypatch.setattr(logging.getLogger(), "level", level)
+        start(stand_in)
+        assert [record.name for record in caplog.records] == expected
+
+
+def test_a_model_that_cannot_be_served_is_told_in_a_line(config: JobConfig, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    engine = config.engine.model_copy(update={"model": str(tmp_path)})
+    before = psutil.Process().children()
+    with pytest.raises(UserError, match=r"^model: cannot load ") as raised:
+        SlotProcess(config.model_copy(update={"engine": engine}), 0)
+    assert "\n" not in str(raised.value)
+    assert psutil.Process().children() == before
+
+
+def test_a_slot_that_fails_to_load_is_told_with_its_traceback(stand_in: JobConfig) -> None:
+    before = psutil.Process().children()
+    with pytest.raises(SlotDiedError, match="disk lost") as raised:
+        SlotProcess(stand_in.model_copy(update={"engine": EngineConfig(model="broken")}), 0)
+    assert "Traceback" in str(raised.value)
+    assert "in __init__" in str(raised.value)
+    assert psutil.Process().children() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "RuntimeError",
+        "OSError",
+        "EOFError",
+        "ConnectionResetError",
+    ],
+)
+def test_an_engine_that_raises_is_told_with_its_traceback(stand_in: JobConfig, start: Start, error: str) -> None:
+    process = start(stand_in.model_copy(update={"job_name": error}))
+    process.send(envelope(1))
+    with pytest.raises(SlotDiedError, match=f"{error}: device lost") as raised:
+        process.receive()
+    assert "Traceback" in str(raised.value)
+    assert "in step" in str(raised.value)
+    with pytest.raises(SlotDiedError, match="with status 1"):
+        process.receive()
+    with pytest.raises(SlotDiedError, match="with status 1"):
+        process.send(envelope(2))
+
+
+def test_a_killed_process_is_told_by_its_signal(stand_in: JobConfig, start: Start) -> None:
+    process = start(stand_in)
+    process.send(Group([envelope(1)]))
+    os.kill(process._process.pid, signal.SIGKILL)
+    with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
+        process.receive()
+    with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
+        process.send(envelope(2))
+    with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
+        process.answer([envelope(3)])
+
+
+def test_ending_does_not_wait_for_a_long_answer(config: JobConfig, start: Start) -> None:
+    process = start(config)
+    process.send(envelope(1, max_new_tokens=LONG))
+    process.send(envelope(2, max_new_tokens=1))
+    # Left by itself, so the long one runs.
+    assert [answer.source.offset for answer in process.receive()] == [2]
+    with ThreadPoolExecutor(1) as threads:
+        receiving = threads.submit(process.receive)
+        began_s = time.monotonic()
+        process.end()
+        took_s = time.monotonic() - began_s
+        with pytest.raises(SlotDiedError, match="was ended with status 0"):
+            receiving.result(WAIT_S)
+    assert took_s < END_TIMEOUT_S / 2
+    assert process._process.returncode == 0
+
+
+def test_a_process_that_does_not_end_in_time_is_killed(
+    stand_in: JobConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = start(stand_in)
+    process.send(Group([envelope(1)]))
+    monkeypatch.setattr(slot_process, "END_TIMEOUT_S", 0.1)
+    process.end()
+    assert process._process.returncode == -signal.SIGKILL
+    with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
+        process.receive()
+
+
+def test_the_process_ends_when_its_worker_is_killed(config: JobConfig) -> None:
+    requests = [envelope(1, max_new_tokens=LONG), envelope(2, max_new_tokens=1)]
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            worker.stdin.write(pickle.dumps((config, requests)))
+            worker.stdin.close()
+            pid, finished = worker.stdout.readline().decode().split(maxsplit=1)
+            assert finished == "[2]\n"
+            process = psutil.Process(int(pid))
+            assert process.ppid() == worker.pid
+        finally:
+            worker.kill()
+    try:
+        deadline_s = time.monotonic() + END_TIMEOUT_S
+        while not has_ended(process):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
