@@ -67,7 +67,7 @@ class BatchingBenchmarkConfig(Config):
     answer_scale: float = Field(default=1 / 4, gt=0, le=1, description="the trace's answers are multiplied by this")
     paced_share: float = Field(default=0.6, gt=0, lt=1, description="paced load, of the rate that micro-batches reach")
     short_requests: int = Field(default=30, ge=4, description="short requests around the long one")
-    short_rate_per_s: float = Field(default=4.0, gt=0, description="rate of the short requests")
+    short_rate_per_s: float = Field(default=3.0, gt=0, description="rate of the short requests")
     long_prompt_tokens: int = Field(default=1900, ge=1, description="prompt of the long request")
     long_answer_tokens: int = Field(default=64, ge=1, description="answer of the long request")
     seed: int = Field(default=0, ge=0, lt=1 << 32, description="of the requests")

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MOST_PARTIAL = 4
 """Prompts that may be computed in pieces at a time; more would only finish later."""
-LONG_SHARE = 1 / 3
+LONG_SHARE = 0.25
 """Of the engine's time, for prompts that do not fit into a step, while others decode."""
 
 
@@ -93,6 +93,8 @@ class _Sequence:
 
     long: bool = False
     """Whether what was missing of its prompt at the beginning is more than a step computes."""
+    ms_per_token: float = 0.0
+    """Of a long one's latest piece."""
 
     @property
     def missing(self) -> int:
@@ -262,13 +264,13 @@ class Engine:
         count = int(min(most, self._most_of(sequence)))
         if count <= 0:
             return 0
-        if self._is_held_back(sequence):
-            self._long_debt_ms += count * (self._prefill_ms_per_token or 0.0)
         try:
             began_ms = self._clock.monotonic_ms()
             piece = sequence.prompt[sequence.held : sequence.held + count]
             logits = self._runner.prefill(sequence.row, piece, sequence.held)
             sequence.held += count
+            if self._is_timed(sequence):
+                self._account(sequence, count, began_ms)
             if sequence.missing:
                 return count
             self._prefilling.remove(sequence)
@@ -289,20 +291,29 @@ class Engine:
         return count
 
     def _most_of(self, sequence: _Sequence) -> int:
-        """Tokens that the time of this step allows of its prompt: all, unless it would hold sequences that decode.
+        """Tokens that the time of this step allows of its prompt: of one that fits into a step's budget, all.
 
-        A token budget alone means milliseconds on one device and a second on another.
+        A budget of tokens alone means milliseconds on one device and a second on another.
         """
-        if not self._is_held_back(sequence):
+        if not self._is_timed(sequence):
             return sequence.missing
-        if self._long_debt_ms > 0:
+        if self._running and self._long_debt_ms > 0:
             return 0
-        cost = self._prefill_ms_per_token
-        in_time = sequence.missing if not cost else int(self._piece_ms / cost)
+        # While nothing runs, only what may come meanwhile would wait; longer pieces read the weights less often.
+        time_ms = self._piece_ms if self._running else 2 * self._piece_ms
+        cost = sequence.ms_per_token or self._prefill_ms_per_token
+        in_time = int(time_ms / cost) if cost else sequence.missing
         return min(sequence.missing, max(in_time, self.chunk_shape.chunk_tokens))
 
-    def _is_held_back(self, sequence: _Sequence) -> bool:
-        return sequence.long and bool(self._running) and not math.isinf(self._piece_ms)
+    def _is_timed(self, sequence: _Sequence) -> bool:
+        return sequence.long and not math.isinf(self._piece_ms)
+
+    def _account(self, sequence: _Sequence, tokens: int, began_ms: float) -> None:
+        """What a piece took: its tokens cost the more the more stand before them."""
+        self.model.wait_for_device()
+        took_ms = self._clock.monotonic_ms() - began_ms
+        sequence.ms_per_token = took_ms / tokens
+        self._long_debt_ms += took_ms
 
     def _pay(self, others_ms: float) -> None:
         """A step in which others took so long earns long prompts their share."""
@@ -340,7 +351,7 @@ class Engine:
                 else:
                     sequence.remote_tokens += counted
             # The lease's memory may change once it is released.
-            self.model.wait_for_copies()
+            self.model.wait_for_device()
         return sequence.local_tokens + sequence.remote_tokens
 
     def _store(self, sequence: _Sequence) -> None:

@@ -48,7 +48,7 @@ class LoadedModel:
         """A runner over a pool of `rows` rows."""
         return Runner(self, KVPool(self.chunk_shape(chunk_tokens), rows, self.max_len, self.device))
 
-    def wait_for_copies(self) -> None:
+    def wait_for_device(self) -> None:
         """On a GPU the copies into a pool may still be under way when the call that asked for them is back."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -77,6 +77,6 @@ class ServedModel(Protocol):
         """A runner with memory for `rows` sequences of up to `max_len` tokens."""
         ...
 
-    def wait_for_copies(self) -> None:
-        """Return once every copy into the rows has ended, so that its source may change."""
+    def wait_for_device(self) -> None:
+        """Return once the device has computed, and copied, all it was asked to: what was copied may then change."""
         ...

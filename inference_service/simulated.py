@@ -130,7 +130,7 @@ class SimulatedModel:
         letters = self.tokenizer(string.ascii_lowercase)["input_ids"]
         return SimulatedRunner(self.profile, rows, letters, len(self.tokenizer), self._timeline)
 
-    def wait_for_copies(self) -> None:
+    def wait_for_device(self) -> None:
         """No copy is ever under way."""
 
 

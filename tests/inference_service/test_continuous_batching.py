@@ -131,6 +131,66 @@ def test_a_short_prompt_overtakes_a_long_one_which_still_gets_half(model: Loaded
     assert steps_until_done(engine, "long") == 9
 
 
+class Timed(Watch):
+    """Each prompt token takes 1 ms and each decode step 10 ms of the engine's clock; what each call took, in order."""
+
+    def __init__(self, engine: Engine, clock: ManualClock) -> None:
+        super().__init__(engine)
+        self._clock = clock
+        self.took: list[tuple[str, float]] = []
+
+    def prefill(self, row: int, tokens: list[int], start: int) -> torch.Tensor:
+        logits = super().prefill(row, tokens, start)
+        return self._pass("prefill", float(len(tokens)), logits)
+
+    def decode(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
+        return self._pass("decode", 10.0, super().decode(tokens, lengths))
+
+    def _pass(self, kind: str, took_ms: float, logits: torch.Tensor) -> torch.Tensor:
+        self._clock.advance(took_ms)
+        self.took.append((kind, took_ms))
+        return logits
+
+
+def test_a_long_prompt_takes_its_share_of_the_time_in_pieces_of_the_time_allowed(model: LoadedModel) -> None:
+    clock = ManualClock()
+    engine = make_engine(model, clock=clock, step_prefill_tokens=10, step_prefill_ms=9)
+    engine.submit(ask("running", tokens_of(1, 4), 50), 0.0)
+    engine.step()
+    watch = Timed(engine, clock)
+    engine.submit(ask("long", tokens_of(2, 60), 1), 0.0)
+    steps_until_done(engine, "long")
+    # The first piece is of unknown cost. A quarter of the time: three decode steps of 10 ms after each.
+    assert [took for kind, took in watch.took if kind == "prefill"] == [10.0, *[9.0] * 5, 5.0]
+    kinds = "".join(kind[0] for kind, _ in watch.took)
+    assert kinds == "pddd" * 6 + "pd"
+
+
+def test_what_comes_while_a_long_prompt_is_alone_waits_for_twice_that_time(model: LoadedModel) -> None:
+    clock = ManualClock()
+    engine = make_engine(model, clock=clock, step_prefill_tokens=20, step_prefill_ms=8)
+    watch = Timed(engine, clock)
+    engine.submit(ask("long", tokens_of(2, 60), 1), 0.0)
+    engine.step()
+    engine.step()
+    assert [took for _, took in watch.took] == [20.0, 16.0]
+    engine.submit(ask("short", tokens_of(3, 4), 1), 0.0)
+    assert [one.request.request_id for one in engine.step()] == ["short"]
+    assert watch.took[2] == ("prefill", 4.0)
+    assert steps_until_done(engine, "long") <= 2
+
+
+def test_without_a_time_limit_the_budget_of_tokens_alone_counts(model: LoadedModel) -> None:
+    clock = ManualClock()
+    engine = make_engine(model, clock=clock, step_prefill_tokens=20, step_prefill_ms=0)
+    engine.submit(ask("running", tokens_of(1, 4), 30), 0.0)
+    engine.step()
+    watch = Timed(engine, clock)
+    engine.submit(ask("long", tokens_of(2, 60), 1), 0.0)
+    assert steps_until_done(engine, "long") == 3
+    assert [took for kind, took in watch.took if kind == "prefill"] == [20.0] * 3
+
+
 def test_several_long_prompts_all_end(model: LoadedModel) -> None:
     engine = make_engine(model, max_running=3, step_prefill_tokens=6)
     requests = [ask(f"r{number}", tokens_of(number, 40 + number), 4) for number in range(7)]
