@@ -100,9 +100,10 @@ class AlternativesConfig(Config):
     trace: Path | None = Field(
         default=None, description="CSV of an Azure trace: their lengths, scaled; none: lognormal of the same means"
     )
-    trace_scale: float = Field(default=0.125, gt=0, le=1, description="prompts and answers of the trace, times this")
-    prompt_tokens: int = Field(default=144, ge=1, description="without a trace: mean length of a prompt")
-    answer_tokens: int = Field(default=26, ge=1, description="without a trace: mean length of an answer")
+    prompt_scale: float = Field(default=1 / 16, gt=0, le=1, description="the trace's prompts are multiplied by this")
+    answer_scale: float = Field(default=1 / 4, gt=0, le=1, description="the trace's answers are multiplied by this")
+    prompt_tokens: int = Field(default=72, ge=1, description="without a trace: mean length of a prompt")
+    answer_tokens: int = Field(default=53, ge=1, description="without a trace: mean length of an answer")
     length_cv: float = Field(default=0.9, ge=0, le=10, description="without a trace: deviation over mean of both")
     max_answer_tokens: int = Field(default=192, ge=1, description="longest answer of those")
     turns: int = Field(default=64, ge=1, description="requests of a round of conversations")
@@ -161,8 +162,8 @@ def load_of(config: AlternativesConfig, load: str, requests: int, seed: int) -> 
             seed=seed,
             max_new_tokens=config.max_answer_tokens,
             max_prompt_tokens=config.max_prompt_tokens,
-            replay=TraceConfig(trace=config.trace, output_scale=config.trace_scale, long_prompts=LongPrompts.CUT),
-            azure=AzureConfig(prompt_scale=config.trace_scale),
+            replay=TraceConfig(trace=config.trace, output_scale=config.answer_scale, long_prompts=LongPrompts.CUT),
+            azure=AzureConfig(prompt_scale=config.prompt_scale),
             independent=IndependentConfig(
                 prompt_tokens=config.prompt_tokens, answer_tokens=config.answer_tokens, length_cv=config.length_cv
             ),
