@@ -126,7 +126,7 @@ def test_a_trace_gives_its_lengths_scaled(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     rows = ["2023-11-16 18:15:46.6805900,800,80", "2023-11-16 18:15:50.9951690,400,8000"]
     trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
-    config = config_of(f"--trace={trace}", "--trace-scale=0.1")
+    config = config_of(f"--trace={trace}", "--prompt-scale=0.1", "--answer-scale=0.1")
     found = [(len(one.prompt_token_ids or ()), one.max_new_tokens) for one in load_of(config, NO_REUSE, 2, 0)]
     assert found == [(80, 8), (40, config.max_answer_tokens)]
 
@@ -158,7 +158,7 @@ def test_a_bad_option_is_one_line(option: str, line: str) -> None:
     [
         (["--device=cuda"], "--device: "),
         (["--trace=/nowhere.csv"], "--trace: /nowhere.csv is not a file"),
-        (["--max-prompt-tokens=100"], "--prompt-tokens: "),
+        (["--prompt-tokens=144", "--max-prompt-tokens=100"], "--prompt-tokens: "),
         (["--max-prompt-tokens=1900", "--max-answer-tokens=500"], "--max-prompt-tokens: "),
     ],
 )
