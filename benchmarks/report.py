@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 from redis import Redis
 
 from core.config import Config
+from experiments.config import ROOT
 from experiments.provenance import provenance
 from inference_service.model import LoadedModel
 
@@ -64,12 +65,18 @@ def conditions_of(device: dict[str, Any], model: dict[str, Any], redis_url: str 
         with Redis.from_url(redis_url) as client:
             versions["redis-server"] = str(client.info("server")["redis_version"])
     return {
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": shlex.join(["python", *map(_without_folder, sys.orig_argv[1:])]),
         "started_at": here.started_at,
         "machine": here.machine | device,
         "versions": versions | {"git_commit": here.git_commit, "git_dirty": here.git_dirty},
         "model": model,
     }
+
+
+def _without_folder(argument: str) -> str:
+    """A file of somebody's own by its name alone: where it lies on this machine says nothing on another."""
+    path = Path(argument)
+    return argument if path.resolve().is_relative_to(ROOT) or not path.is_file() else path.name
 
 
 def device_facts(model: LoadedModel) -> dict[str, Any]:
