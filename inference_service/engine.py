@@ -21,6 +21,7 @@ from core.config import EngineConfig
 from core.errors import UserError
 from core.records import FinishReason, Request
 from inference_service.model import LoadedModel, load_model
+from inference_service.packed_linear import pack_linears
 from inference_service.prompts import prompt_tokens
 from inference_service.protocol import ServedModel
 from inference_service.sampling import Sampler
@@ -476,5 +477,6 @@ def _failure(sequence: _Sequence, stage: str, error: Exception) -> Failure:
 def load_checked_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
     """A loaded model that the pool is known to run as the model alone would. Raises `UserError`."""
     model = load_model(config, slot)
+    pack_linears(model.model)
     check_supported(model)
     return model

@@ -1,0 +1,44 @@
+"""Linear layers on a CPU with their weights in the layout of oneDNN's kernels, packed once at load.
+
+`torch.nn.functional.linear` hands float32 products to a general matrix product that lays the weights out anew in each
+call: for the few rows of a decode step that is most of the work. Packed, products of 8 rows take half the time on an
+AMD EPYC core, those of 256 rows three quarters. Sums are taken in another order, so that logits differ by rounding.
+"""
+
+import torch
+
+ROWS = 256
+"""What the layout is chosen for; it serves any number of rows, the few of a step included."""
+
+
+class PackedLinear(torch.nn.Module):
+    """`linear` with packed weights. What it held is freed, unless an embedding shares it."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        return result
+
+
+def pack_linears(model: torch.nn.Module) -> int:
+    """Pack the float32 linear layers on a CPU, in place; how many those were. Sub-classes of `Linear` stay."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return 0
+    packed = 0
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is torch.nn.Linear and _is_float32_on_cpu(child.weight):
+                setattr(module, name, PackedLinear(child))
+                packed += 1
+    return packed
+
+
+def _is_float32_on_cpu(weight: torch.Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu"
