@@ -1,1 +1,1 @@
-"""Measurements of the engine and its cache by themselves, outside Flink, with real tensors and a real Redis."""
+"""Speed, side by side in one run: engine, cache, batching, placement and pipeline, and what others use today."""
