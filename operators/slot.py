@@ -107,10 +107,7 @@ class InferenceSlot:
 
     def step(self) -> list[Answer]:
         """One step of the engine; what has finished with it, each request by itself."""
-        return [
-            self._answer(envelope, result, next(self._batch_ids), _began_with(result))
-            for envelope, result in self._results()
-        ]
+        return [self._answer(envelope, result, next(self._batch_ids)) for envelope, result in self._results()]
 
     def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
         """Answer a closed group: one response or dead letter for each envelope, in the order in which they finish.
@@ -131,10 +128,13 @@ class InferenceSlot:
     def _results(self) -> list[tuple[Envelope, Completion | Failure]]:
         return [(self._envelopes.pop(id(result.request)), result) for result in self._engine.step()]
 
-    def _answer(self, envelope: Envelope, result: Completion | Failure, batch_id: str, batch_size: int) -> Answer:
+    def _answer(
+        self, envelope: Envelope, result: Completion | Failure, batch_id: str, batch_size: int | None = None
+    ) -> Answer:
+        """`batch_size`: of its group; without one it is what ran in the engine when the request began."""
         if isinstance(result, Failure):
             return Answer(envelope.source, _dead_letter(result.reason, result.request.request_id, envelope))
-        return Answer(envelope.source, self._response(result, batch_id, batch_size))
+        return Answer(envelope.source, self._response(result, batch_id, batch_size or result.began_with))
 
     def _response(self, done: Completion, batch_id: str, batch_size: int) -> Response:
         request, model = done.request, self._engine.model
@@ -172,10 +172,6 @@ class InferenceSlot:
             cache_used_chunks=done.cache_used_chunks,
             chunk_bytes=self._engine.chunk_shape.size_bytes,
         )
-
-
-def _began_with(result: Completion | Failure) -> int:
-    return result.began_with if isinstance(result, Completion) else 1
 
 
 def _dead_letter(reason: str, request_id: str, envelope: Envelope) -> DeadLetter:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from core.errors import UserError
 from core.records import Request
 from experiments.config import in_own_space
 from experiments.kafka_topics import fresh_topics, reading
-from workloads.kafka_generator import KafkaLoadGenerator, connected
+from workloads.kafka_generator import KafkaLoadGenerator, connected, offered
 from workloads.timed_request import Workload
 
 
@@ -98,9 +98,10 @@ class OnKafka:
 
             answers: Answers = {}
             received_ms = 0.0
-            with connected(kafka) as producer, ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as pool:
+            with ExitStack() as sending:
+                producer = sending.enter_context(connected(kafka))
                 generator = KafkaLoadGenerator(producer, kafka.requests_topic, workload, SystemClock(), backlog=True)
-                load = pool.submit(generator.run, None, on_sent)
+                load = sending.enter_context(offered(generator, on_sent))
                 last_s = time.monotonic()
                 while not load.done() or len(answers) < load.result().acknowledged:
                     polled = consumer.poll(timeout_ms=POLL_MS)
