@@ -30,72 +30,13 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
-from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers import Qwen2Config
 
-from benchmarks.ceilings import Ceilings, Fit, ModelCosts, Work, fit, free_bytes, synchronize
-from cache.protocol import ChunkShape
-from inference_service.kv_pool import KVPool
-from inference_service.runner import Runner
+from benchmarks.ceilings import Ceilings, Fit, Work, fit, free_bytes, synchronize
+from benchmarks.random_models import SHAPES, RandomModel, build, costs_of, make_runner, shape_bytes
+from inference_service.pieces import Piece
 
 ROOT = Path(__file__).resolve().parents[1]
-QWEN2_5: dict[str, Any] = {"vocab_size": 151_936, "max_position_embeddings": 32_768, "rope_theta": 1e6}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2.5-0.5b": (
-        "Qwen2.5-0.5B",
-        QWEN2_5
-        | {
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen2.5-7b": (
-        "Qwen2.5-7B",
-        QWEN2_5
-        | {
-            "vocab_size": 152_064,
-            "hidden_size": 3584,
-            "intermediate_size": 18_944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "default": (
-        "random-qwen2-30m",
-        {
-            "vocab_size": 258,
-            "hidden_size": 512,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "tiny": (
-        "tiny",
-        {
-            "vocab_size": 258,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": False,
-        },
-    ),
-}
-"""Name in results and configuration of each shape. Those of Qwen2.5 are the published ones (config.json); `default` is
-the model of `inference_service/default_model.py`; `tiny` is for trying this program."""
-
 PIECE_TOKENS = 256
 """The engine's usual piece of a prompt between two decode steps."""
 LEAST_SAMPLE_S = 0.02
@@ -115,81 +56,6 @@ class WrongMeasurementError(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
-
-
-@dataclass(frozen=True)
-class RandomModel:
-    """A model of some shape with random weights: what `Runner` needs of a loaded one."""
-
-    name: str
-    model: Any
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-
-def build(shape: str, device: torch.device, dtype: torch.dtype) -> RandomModel:
-    """The weights are made on the device in their type, so that no second copy needs room."""
-    name, settings = SHAPES[shape]
-    config = Qwen2Config(**settings)
-    with torch.device("meta"):
-        model: Any = Qwen2ForCausalLM(config)
-    model = model.to(dtype).to_empty(device=device)
-    model.tie_weights()
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(std=config.initializer_range, generator=generator)
-            else:
-                weight.fill_(0.0)
-        for module_name, module in model.named_modules():
-            if module_name.endswith("norm"):
-                module.weight.fill_(1.0)
-    # The table of angles is no weight, and was lost with the emptiness it was made in.
-    with device:
-        model.model.rotary_emb = Qwen2RotaryEmbedding(config)
-    return RandomModel(name, model.eval().requires_grad_(False), device, dtype)
-
-
-def costs_of(config: Any, dtype: torch.dtype) -> ModelCosts:
-    """What every pass must compute and read, counted from the configuration.
-
-    The embedding table is looked up, not multiplied, and only a row for each token is read; where it is the output
-    matrix too, it is read as that. The output matrix is multiplied for the last token of a row alone. Each pair of
-    tokens costs a product with a key and one with a value in every attention head.
-    """
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    head_dim = hidden // config.num_attention_heads
-    kv_size = config.num_key_value_heads * head_dim
-    matrices = layers * (2 * hidden * hidden + 2 * hidden * kv_size + 3 * hidden * inner)
-    vectors = layers * (hidden + 2 * kv_size + 2 * hidden) + hidden
-    head = hidden * config.vocab_size
-    return ModelCosts(
-        weight_bytes=(matrices + vectors + head) * dtype.itemsize,
-        kv_bytes_per_token=2 * layers * kv_size * dtype.itemsize,
-        flops_per_token=2 * matrices,
-        head_flops=2 * head,
-        attention_flops=4 * layers * hidden,
-    )
-
-
-def shape_bytes(shape: str, dtype: torch.dtype) -> int:
-    """Size of all weights of a shape, a table that stands apart from the output matrix included."""
-    config = Qwen2Config(**SHAPES[shape][1])
-    table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
-    return costs_of(config, dtype).weight_bytes + table
-
-
-def make_runner(model: RandomModel, rows: int, max_len: int, chunk_tokens: int) -> Runner:
-    """Our runner over our pool, as a loaded model would make it."""
-    config = model.config
-    head_dim = config.hidden_size // config.num_attention_heads
-    shape = ChunkShape(config.num_hidden_layers, config.num_key_value_heads, chunk_tokens, head_dim, model.dtype)
-    return Runner(model, KVPool(shape, rows, max_len, model.device))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -255,11 +121,12 @@ class Probe:
 
     def _prefill_point(self, name: str, tokens: int, start: int) -> Point:
         piece = self._tokens[start : start + tokens]
-        run = partial(self._runner.prefill, 0, piece, start)
+        run = partial(self._runner.forward, [Piece(0, start, piece)])
         return Point(name, run, self.costs.prefill(tokens, start))
 
     def _decode_point(self, name: str, lengths: list[int]) -> Point:
-        run = partial(self._runner.decode, self._tokens[: len(lengths)], lengths)
+        pieces = [Piece(row, length, self._tokens[row : row + 1]) for row, length in enumerate(lengths)]
+        run = partial(self._runner.forward, pieces)
         return Point(name, run, self.costs.decode(lengths))
 
     def _ms(self, name: str, run: Callable[[], object]) -> float:
@@ -297,12 +164,12 @@ class Probe:
     def _check_reuse(self) -> None:
         """The chunks that are reused must answer as the recomputed prompt does."""
         reuse = self._options.reuse_tokens
-        computed = self._runner.prefill(0, self._tokens[:reuse], 0).float().cpu()
+        computed = self._runner.forward([Piece(0, 0, self._tokens[:reuse])]).float().cpu()
         for index, chunk in enumerate(self._chunks):
             self._pool.read_chunk(0, index, chunk)
         self._fill(torch.ones_like(self._chunks[0]))
         self._load()
-        reused = self._runner.prefill(0, [self._tokens[reuse - 1]], reuse - 1).float().cpu()
+        reused = self._runner.forward([Piece(0, reuse - 1, self._tokens[reuse - 1 : reuse])]).float().cpu()
         difference = float((computed - reused).abs().max() / computed.abs().max())
         if not difference <= TOLERANCE[self._model.dtype]:
             raise WrongMeasurementError(f"reuse and recompute of {reuse} tokens differ by {difference:.2g}")

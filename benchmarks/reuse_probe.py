@@ -17,6 +17,7 @@ from core.records import Request
 from inference_service.engine import Completion, Engine
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel
+from inference_service.pieces import Piece
 from inference_service.runner import Runner
 
 FLUSH_TIMEOUT_S = 60.0
@@ -163,7 +164,7 @@ class ReuseProbe:
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize(self.model.device)
         began_s = time.perf_counter()
-        token = int(self._runner.prefill(0, prompt[-1:], len(prompt) - 1).argmax())
+        token = int(self._runner.forward([Piece(0, len(prompt) - 1, prompt[-1:])]).argmax())
         return transfer_ms, (time.perf_counter() - began_s) * 1000, token
 
     def _new_cache(self) -> TwoLevelCache:

@@ -45,33 +45,36 @@ class DeviceProfile(Config):
     decode_overhead_ms: float = Field(ge=0, description="fixed cost of a decode step")
     decode_row_overhead_ms: float = Field(ge=0, description="fixed cost of each row in a decode step")
 
-    def prefill_ms(self, tokens: int, start: int) -> float:
-        """Time to compute `tokens` tokens of a row that already holds `start`.
+    def pass_ms(self, lengths: Sequence[int], spans: Sequence[tuple[int, int]] = ()) -> float:
+        """Time of one pass over one token in each of the first rows, which hold `lengths` tokens, and over `spans`.
 
-        `prefill_overhead_ms + max(flops / flops_per_s, weight_bytes / bytes_per_s + kv_bytes / kv_bytes_per_s)`, where
-        token i of the pass attends to `start + i + 1` tokens, the logits of the last one alone are made, and the
-        weights and the row are read once:
-        flops = tokens * flops_per_token + head_flops + attention_flops * (tokens * start + tokens * (tokens + 1) / 2),
-        kv_bytes = kv_bytes_per_token * (start + tokens).
-        """
-        pairs = tokens * start + tokens * (tokens + 1) // 2
-        flops = tokens * self.flops_per_token + self.head_flops + self.attention_flops * pairs
-        return self.prefill_overhead_ms + self._slower_ms(flops, self.kv_bytes_per_token * (start + tokens))
+        Each of the spans, `(tokens, start)`, is of `tokens` tokens of a further row that already holds `start`.
 
-    def decode_ms(self, lengths: Sequence[int]) -> float:
-        """Time of one token in each of the rows, which hold `lengths` tokens.
-
-        `decode_overhead_ms + rows * decode_row_overhead_ms + max(flops / flops_per_s, weight_bytes / bytes_per_s +
-        kv_bytes / kv_bytes_per_s)`. The pool hands out all rows up to the end of the longest, masked: that many
-        positions are read, `held = rows * (max(lengths) + 1)`:
-        flops = rows * (flops_per_token + head_flops) + attention_flops * held,
-        kv_bytes = kv_bytes_per_token * held.
+        `overhead_ms + max(flops / flops_per_s, weight_bytes / bytes_per_s + kv_bytes / kv_bytes_per_s)`: the weights
+        are read once, and each row once. The pool hands out all of the first rows up to the end of the longest,
+        masked: `held = rows * (max(lengths) + 1)` positions. Token i of a span attends to `start + i + 1`. Logits are
+        made of the last token of each row:
+        flops = all tokens * flops_per_token + all rows * head_flops + attention_flops * (held + the spans' pairs),
+        kv_bytes = kv_bytes_per_token * (held + the spans' start + tokens),
+        overhead_ms = the greater of `prefill_overhead_ms`, with spans, and `decode_overhead_ms`, with rows, and
+        `decode_row_overhead_ms` for each of the rows.
         """
         rows = len(lengths)
-        held = rows * (max(lengths) + 1)
-        flops = rows * (self.flops_per_token + self.head_flops) + self.attention_flops * held
-        fixed_ms = self.decode_overhead_ms + rows * self.decode_row_overhead_ms
-        return fixed_ms + self._slower_ms(flops, self.kv_bytes_per_token * held)
+        held = rows * (max(lengths, default=0) + 1)
+        tokens = rows + sum(count for count, _ in spans)
+        pairs = held + sum(count * start + count * (count + 1) // 2 for count, start in spans)
+        read = held + sum(count + start for count, start in spans)
+        flops = tokens * self.flops_per_token + (rows + len(spans)) * self.head_flops + self.attention_flops * pairs
+        fixed_ms = max(self.decode_overhead_ms if rows else 0.0, self.prefill_overhead_ms if spans else 0.0)
+        return fixed_ms + rows * self.decode_row_overhead_ms + self._slower_ms(flops, self.kv_bytes_per_token * read)
+
+    def prefill_ms(self, tokens: int, start: int) -> float:
+        """Time to compute `tokens` tokens of a row that already holds `start`."""
+        return self.pass_ms((), [(tokens, start)])
+
+    def decode_ms(self, lengths: Sequence[int]) -> float:
+        """Time of one token in each of the rows, which hold `lengths` tokens."""
+        return self.pass_ms(lengths)
 
     def _slower_ms(self, flops: int, kv_bytes: int) -> float:
         memory_s = _seconds(self.weight_bytes, self.bytes_per_s) + _seconds(kv_bytes, self.kv_bytes_per_s)

@@ -1,8 +1,8 @@
 """The step loop: requests enter, are prefilled over what the cache has, decode together, and leave.
 
-Prefill is bound by computation and decode by memory bandwidth. A step computes pieces of prompts, each alone and only
-what is not reused, up to a budget of tokens; then it decodes one token of every running sequence together (iteration
-level scheduling: Orca, OSDI 2022; chunked prefill under a token budget: Sarathi-Serve, OSDI 2024). Sequences enter and
+Prefill is bound by computation and decode by memory bandwidth. A step is one forward pass: one token of every running
+sequence, and pieces of prompts, of which only what is not reused, up to a budget of tokens (iteration level scheduling:
+Orca, OSDI 2022; chunked prefill and hybrid batches under a token budget: Sarathi-Serve, OSDI 2024). Sequences enter and
 leave between steps, so that no long prompt or answer holds the others.
 """
 
@@ -22,10 +22,11 @@ from core.errors import UserError
 from core.records import FinishReason, Request
 from inference_service.model import LoadedModel, load_model
 from inference_service.packed_linear import pack_linears
+from inference_service.pieces import Piece
 from inference_service.prompts import prompt_tokens
 from inference_service.protocol import ServedModel
 from inference_service.sampling import Sampler
-from inference_service.support import check_supported
+from inference_service.support import check_supported, with_packing
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ class _Sequence:
     """Whether what was missing of its prompt at the beginning is more than a step computes."""
     ms_per_token: float = 0.0
     """Of a long one's latest piece."""
+    piece_tokens: int = 0
+    """Of its prompt, in the step that is under way."""
 
     @property
     def missing(self) -> int:
@@ -103,8 +106,30 @@ class _Sequence:
         return len(self.prompt) - self.held
 
     @property
+    def ends_prompt(self) -> bool:
+        """Whether the step that is under way computes the rest of its prompt."""
+        return self.piece_tokens == self.missing
+
+    @property
     def tokens(self) -> list[int]:
         return self.prompt + self.output
+
+    @property
+    def piece(self) -> Piece:
+        """What the step that is under way computes of it: of its prompt, or the token that it sampled last."""
+        tokens = self.output[-1:] or self.prompt[self.held : self.held + self.piece_tokens]
+        return Piece(self.row, self.held, tokens)
+
+
+@dataclass(frozen=True)
+class _Logits:
+    row: torch.Tensor
+    """`[vocabulary]`"""
+    best: int
+
+
+_Outcome = _Logits | Exception
+"""Of one piece in a pass."""
 
 
 class Engine:
@@ -129,6 +154,8 @@ class Engine:
         """The sequence at index i owns row i."""
         self._next_expiry_ms = math.inf
         self._prefill_ms_per_token: float | None = None
+        self._decode_ms: float | None = None
+        """Of a pass without pieces of prompts."""
         self._long_debt_ms = 0.0
         """Time that long prompts have had beyond their share."""
 
@@ -154,12 +181,16 @@ class Engine:
         heapq.heappush(self._waiting, (-request.priority, next(self._arrivals), sequence))
 
     def step(self) -> list[Completion | Failure]:
-        """Compute pieces of prompts within the step's budget, decode one token of all that runs; what has finished."""
+        """One token of all that runs, and pieces of prompts within the step's budget; what has finished."""
         began_ms, owed_ms = self._clock.monotonic_ms(), self._long_debt_ms
-        done: list[Completion | Failure] = [*self._expire(), *self._prefill()]
-        if self._running:
-            done += self._decode()
-            done += self._leave()
+        done: list[Completion | Failure] = list(self._expire())
+        chosen, failed = self._choose()
+        done += failed
+        self._compute([sequence for sequence in chosen if not self._is_timed(sequence)], done)
+        for sequence in chosen:
+            if self._is_timed(sequence):
+                self._compute_timed(sequence, done)
+        done += self._leave()
         self._pay(self._clock.monotonic_ms() - began_ms - (self._long_debt_ms - owed_ms))
         return done
 
@@ -178,10 +209,9 @@ class Engine:
     def warm_up(self) -> None:
         """Run each kind of forward pass once, in an idle engine: first calls allocate and choose kernels."""
         prompt = [0] * min(self.chunk_shape.chunk_tokens, self.model.max_len - 1)
-        rows = self._runner.rows
-        for row in range(rows):
-            self._runner.prefill(row, prompt, 0)
-        self._runner.decode([0] * rows, [len(prompt)] * rows)
+        rows = range(self._runner.rows)
+        self._runner.forward([Piece(row, 0, prompt) for row in rows])
+        self._runner.forward([Piece(row, len(prompt), [0]) for row in rows])
 
     def close(self) -> None:
         if self._cache is not None:
@@ -204,79 +234,145 @@ class Engine:
         for sequence in (*late, *partial):
             yield self._complete(sequence, FinishReason.DEADLINE)
 
-    def _prefill(self) -> list[Completion | Failure]:
-        """Spend the step's budget on prompts.
+    def _choose(self) -> tuple[list[_Sequence], list[Failure]]:
+        """Spend the step's budget on prompts: whose pieces to compute, and who could not begin.
 
         Half of it belongs to the prompt that has been in pieces for longest, so that it ends; the rest first goes to
         those that began later, the shortest first, and to new ones, so that a long prompt does not hold short ones.
         """
-        done: list[Completion | Failure] = []
-        left = self._step_tokens
+        chosen: list[_Sequence] = []
+        failed: list[Failure] = []
         oldest = self._prefilling[0] if self._prefilling else None
+        left = self._step_tokens
         kept = min(left // 2, self._most_of(oldest)) if oldest is not None else 0.0
+
+        def take(sequence: _Sequence, most: float) -> int:
+            sequence.piece_tokens = int(min(most, self._most_of(sequence)))
+            if sequence.piece_tokens > 0:
+                chosen.append(sequence)
+            return sequence.piece_tokens
+
         for sequence in sorted(self._prefilling[1:], key=lambda s: (-s.request.priority, s.missing)):
-            left -= self._advance(sequence, left - kept, done)
-        while left > kept and self._waiting and self._has_room(self._waiting[0][2]):
-            sequence = heapq.heappop(self._waiting)[2]
+            left -= take(sequence, left - kept)
+        while left > kept and self._waiting:
+            sequence = self._waiting[0][2]
+            if not self._has_room(sequence, chosen) or self._may_reuse(sequence, chosen):
+                break
+            heapq.heappop(self._waiting)
             try:
                 self._begin(sequence)
             except Exception as error:  # one failing request fails alone; the others' rows are untouched
-                done.append(_failure(sequence, "cache", error))
+                failed.append(_failure(sequence, "cache", error))
                 continue
             self._prefilling.append(sequence)
-            left -= self._advance(sequence, left - kept, done)
+            left -= take(sequence, left - kept)
         if oldest is not None:
-            self._advance(oldest, left, done)
-        return done
+            take(oldest, left)
+        return chosen, failed
 
-    def _has_room(self, sequence: _Sequence) -> bool:
+    def _has_room(self, sequence: _Sequence, chosen: Sequence[_Sequence]) -> bool:
         """Whether a row is free and the tokens that all may come to hold stay within their bound.
 
         A sequence that is alone always has room, however heavy it is.
         """
         active = len(self._running) + len(self._prefilling)
         held = sum(other.weight for other in (*self._running, *self._prefilling))
+        partial = len(self._prefilling) - sum(other.ends_prompt for other in chosen)
         return active == 0 or (
-            active < self._runner.rows
-            and len(self._prefilling) < MOST_PARTIAL
-            and held + sequence.weight <= self._most_tokens
+            active < self._runner.rows and partial < MOST_PARTIAL and held + sequence.weight <= self._most_tokens
         )
 
+    def _may_reuse(self, sequence: _Sequence, chosen: Sequence[_Sequence]) -> bool:
+        """Whether this step computes a chunk that the sequence begins with as well: a step later it need not."""
+        if self._cache is None:
+            return False
+        for other in chosen:
+            end = (other.held // self.chunk_shape.chunk_tokens + 1) * self.chunk_shape.chunk_tokens
+            stored = other.ends_prompt and end <= len(other.prompt)
+            shared = other.request.cache_salt == sequence.request.cache_salt and end < len(sequence.prompt)
+            if stored and shared and sequence.prompt[:end] == other.prompt[:end]:
+                return True
+        return False
+
     def _begin(self, sequence: _Sequence) -> None:
-        """Give the sequence the row after the running ones, filled with what the cache has."""
+        """Give the sequence a free row, filled with what the cache has.
+
+        The lowest, where it may run soon; a long prompt the highest, so that it stands in nobody's way.
+        """
         sequence.began_ms = self._clock.wall_ms()
         sequence.began_with = len(self._running) + len(self._prefilling) + 1
-        sequence.row = len(self._running)
-        self._clear(sequence.row)
+        taken = {other.row for other in self._prefilling}
+        free = [row for row in range(len(self._running), self._runner.rows) if row not in taken]
+        sequence.row = free[-1] if len(sequence.prompt) > self._step_tokens else free[0]
         sequence.held = self._reuse(sequence)
         sequence.long = sequence.missing > self._step_tokens
 
-    def _clear(self, row: int) -> None:
-        """Move the prompt in pieces that stands in `row`, if any, to the last free row: there is one."""
-        for sequence in self._prefilling:
-            if sequence.row == row:
-                taken = {row, *(other.row for other in self._prefilling)}
-                free = max(place for place in range(len(self._running), self._runner.rows) if place not in taken)
-                self._runner.pool.move_row(row, free, sequence.held)
-                sequence.row = free
+    def _compute_timed(self, sequence: _Sequence, done: list[Completion | Failure]) -> None:
+        """A piece of a long prompt, in a pass of its own: what it takes decides how much comes next."""
+        began_ms = self._clock.monotonic_ms()
+        tokens = sequence.piece_tokens
+        (outcome,) = self._forward([sequence])
+        took_ms = self._clock.monotonic_ms() - began_ms
+        sequence.ms_per_token = took_ms / tokens
+        self._long_debt_ms += took_ms
+        self._learn_prefill_cost(tokens, took_ms)
+        self._advance(sequence, outcome, done)
 
-    def _advance(self, sequence: _Sequence, most: float, done: list[Completion | Failure]) -> int:
-        """Compute at most `most` tokens of its prompt; after the last it runs, or is done. How many that were."""
-        count = int(min(most, self._most_of(sequence)))
-        if count <= 0:
-            return 0
+    def _compute(self, chosen: Sequence[_Sequence], done: list[Completion | Failure]) -> None:
+        """A pass over all that runs and the pieces of those chosen."""
+        running = tuple(self._running)
+        if not running and not chosen:
+            return
+        began_ms = self._clock.monotonic_ms()
+        outcomes = self._forward([*running, *chosen])
+        took_ms = self._clock.monotonic_ms() - began_ms
+        tokens = sum(sequence.piece_tokens for sequence in chosen)
+        if not chosen:
+            self._decode_ms = _averaged(self._decode_ms, took_ms)
+        elif not running or self._decode_ms is not None:
+            self._learn_prefill_cost(tokens, took_ms - (self._decode_ms or 0.0) * bool(running))
+        for sequence, outcome in zip(running, outcomes, strict=False):
+            self._append(sequence, outcome, len(running), done)
+        for sequence, outcome in zip(chosen, outcomes[len(running) :], strict=True):
+            self._advance(sequence, outcome, done)
+
+    def _forward(self, sequences: Sequence[_Sequence]) -> list[_Outcome]:
+        """What a pass gives to each. Where it fails each is tried alone, so that one failing request fails alone.
+
+        All of them hold what was computed before anything is moved from row to row.
+        """
+        pieces = [sequence.piece for sequence in sequences]
         try:
-            began_ms = self._clock.monotonic_ms()
-            piece = sequence.prompt[sequence.held : sequence.held + count]
-            logits = self._runner.prefill(sequence.row, piece, sequence.held)
-            sequence.held += count
-            if self._is_timed(sequence):
-                self._account(sequence, count, began_ms)
+            logits = self._runner.forward(pieces)
+            best = logits.argmax(dim=-1).tolist()
+        except Exception as error:
+            if len(sequences) == 1:
+                return [error]
+            logger.exception("a pass over %d sequences failed; each is tried alone", len(sequences))
+            return [self._forward([sequence])[0] for sequence in sequences]
+        for sequence, piece in zip(sequences, pieces, strict=True):
+            sequence.held = piece.end
+        return [_Logits(row, token) for row, token in zip(logits, best, strict=True)]
+
+    def _append(self, sequence: _Sequence, outcome: _Outcome, rows: int, done: list[Completion | Failure]) -> None:
+        """Give a running sequence its next token, of a pass of so many rows; one that fails leaves."""
+        try:
+            token = _sampled(sequence, _checked(outcome))
+        except Exception as error:  # one failing request fails alone
+            done.append(_failure(sequence, "decode", error))
+            self._take_out(sequence)
+            return
+        sequence.output.append(token)
+        sequence.rows_decoded += rows
+
+    def _advance(self, sequence: _Sequence, outcome: _Outcome, done: list[Completion | Failure]) -> None:
+        """A piece of its prompt is computed. After the last it runs, or is done."""
+        try:
+            logits = _checked(outcome)
             if sequence.missing:
-                return count
+                return
+            token = _sampled(sequence, logits)
             self._prefilling.remove(sequence)
-            token = sequence.sampler.sample(logits)
-            self._learn_prefill_cost(count, self._clock.monotonic_ms() - began_ms)
             sequence.first_token_ms = self._clock.wall_ms()
             sequence.output.append(token)
             self._store(sequence)
@@ -289,7 +385,6 @@ class Engine:
             if sequence in self._prefilling:
                 self._prefilling.remove(sequence)
             done.append(_failure(sequence, "prefill", error))
-        return count
 
     def _most_of(self, sequence: _Sequence) -> int:
         """Tokens that the time of this step allows of its prompt: of one that fits into a step's budget, all.
@@ -308,13 +403,6 @@ class Engine:
 
     def _is_timed(self, sequence: _Sequence) -> bool:
         return sequence.long and not math.isinf(self._piece_ms)
-
-    def _account(self, sequence: _Sequence, tokens: int, began_ms: float) -> None:
-        """What a piece took: its tokens cost the more the more stand before them."""
-        self.model.wait_for_device()
-        took_ms = self._clock.monotonic_ms() - began_ms
-        sequence.ms_per_token = took_ms / tokens
-        self._long_debt_ms += took_ms
 
     def _pay(self, others_ms: float) -> None:
         """A step in which others took so long earns long prompts their share."""
@@ -367,40 +455,6 @@ class Engine:
             )
         except Exception:
             logger.exception("chunks of request %r could not be stored", sequence.request.request_id)
-
-    def _decode(self) -> list[Failure]:
-        """One token of every running sequence. Those that fail leave."""
-        running = tuple(self._running)
-        failed: list[Failure] = []
-        logits, best = self._decode_together(running)
-        for index, sequence in enumerate(running):
-            try:
-                if best is not None and sequence.sampler.greedy:
-                    token = best[index]
-                else:
-                    token = sequence.sampler.sample(self._decode_alone(sequence, logits, index))
-            except Exception as error:  # one failing request fails alone
-                failed.append(_failure(sequence, "decode", error))
-                self._take_out(sequence)
-                continue
-            sequence.output.append(token)
-            sequence.held += 1
-            sequence.rows_decoded += len(running)
-        return failed
-
-    def _decode_together(self, running: Sequence[_Sequence]) -> tuple[torch.Tensor, list[int]] | tuple[None, None]:
-        """Logits of all and the best token of each; nothing where the step fails, whoever's fault that is."""
-        try:
-            logits = self._runner.decode([one.output[-1] for one in running], [one.held for one in running])
-            return logits, logits.argmax(dim=-1).tolist()
-        except Exception:
-            logger.exception("a step of %d sequences failed; each is tried alone", len(running))
-            return None, None
-
-    def _decode_alone(self, sequence: _Sequence, logits: torch.Tensor | None, index: int) -> torch.Tensor:
-        if logits is not None:
-            return logits[index]
-        return self._runner.prefill(sequence.row, sequence.output[-1:], sequence.held)
 
     def _leave(self) -> list[Completion | Failure]:
         """Take out what has finished."""
@@ -463,11 +517,25 @@ class Engine:
         )
 
     def _learn_prefill_cost(self, tokens: int, took_ms: float) -> None:
-        """Online average over long prefills; a short one is mostly the fixed cost of a step."""
-        if tokens >= self.chunk_shape.chunk_tokens:
-            cost = took_ms / tokens
-            average = self._prefill_ms_per_token
-            self._prefill_ms_per_token = cost if average is None else 0.8 * average + 0.2 * cost
+        """Online average over long prefills; a short one is mostly the fixed cost of a pass."""
+        if tokens >= self.chunk_shape.chunk_tokens and took_ms > 0:
+            self._prefill_ms_per_token = _averaged(self._prefill_ms_per_token, took_ms / tokens)
+
+
+def _checked(outcome: _Outcome) -> _Logits:
+    """Raises what the pass raised."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _sampled(sequence: _Sequence, logits: _Logits) -> int:
+    """The token that follows."""
+    return logits.best if sequence.sampler.greedy else sequence.sampler.sample(logits.row)
+
+
+def _averaged(average: float | None, value: float) -> float:
+    return value if average is None else 0.8 * average + 0.2 * value
 
 
 def _failure(sequence: _Sequence, stage: str, error: Exception) -> Failure:
@@ -479,4 +547,4 @@ def load_checked_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
     model = load_model(config, slot)
     pack_linears(model.model)
     check_supported(model)
-    return model
+    return with_packing(model)

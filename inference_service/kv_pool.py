@@ -58,17 +58,12 @@ class KVPool:
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the new tokens' `[batch, kv_heads, tokens, head_dim]`; views of all tokens so far come back."""
-        keys, values = self._memory[layer_idx, 0], self._memory[layer_idx, 1]
         if self._prefill is not None:
             row, start, end = self._prefill
-            keys[row, :, start:end] = key[0]
-            values[row, :, start:end] = value[0]
-            return keys[row : row + 1, :, :end], values[row : row + 1, :, :end]
-        running = len(self._positions)
-        rows = self._rows[:running]
-        keys[rows, :, self._positions] = key[:, :, 0]
-        values[rows, :, self._positions] = value[:, :, 0]
-        return keys[:running, :, : self._length], values[:running, :, : self._length]
+            self.write(layer_idx, row, start, key[0], value[0])
+            return self.read(layer_idx, row, end)
+        self.write_rows(layer_idx, self._positions, key[:, :, 0], value[:, :, 0])
+        return self.read_rows(layer_idx, len(self._positions), self._length)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._prefill[1] if self._prefill is not None else self._length - 1
@@ -78,6 +73,28 @@ class KVPool:
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.get_seq_length(layer_idx) + query_length, 0
+
+    # Keys and values of one layer.
+
+    def write(self, layer: int, row: int, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write `[kv_heads, tokens, head_dim]` of each to `row`, from position `start` on."""
+        end = start + key.shape[1]
+        self._memory[layer, 0, row, :, start:end] = key
+        self._memory[layer, 1, row, :, start:end] = value
+
+    def write_rows(self, layer: int, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write one token, `[rows, kv_heads, head_dim]` of each, to the first rows, each at its own position."""
+        rows = self._rows[: len(positions)]
+        self._memory[layer, 0][rows, :, positions] = key
+        self._memory[layer, 1][rows, :, positions] = value
+
+    def read(self, layer: int, row: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the first `end` positions of `row`, `[1, kv_heads, end, head_dim]` of each."""
+        return self._memory[layer, 0, row : row + 1, :, :end], self._memory[layer, 1, row : row + 1, :, :end]
+
+    def read_rows(self, layer: int, rows: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the first `end` positions of the first `rows` rows, `[rows, kv_heads, end, head_dim]` of each."""
+        return self._memory[layer, 0, :rows, :, :end], self._memory[layer, 1, :rows, :, :end]
 
     # Chunks and rows.
 

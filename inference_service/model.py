@@ -33,6 +33,8 @@ class LoadedModel:
     max_len: int
     """Longest sequence the engine may hold: `max_model_len`, or the model's own limit where that is less."""
     eos_token_ids: frozenset[int]
+    packs: bool = False
+    """Whether it is known to compute pieces of several sequences in one pass."""
 
     @property
     def vocab_size(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from cache.protocol import ChunkShape
+from inference_service.pieces import Piece
 
 
 class Rows(Protocol):
@@ -37,12 +38,11 @@ class ModelRunner(Protocol):
     @property
     def pool(self) -> Rows: ...
 
-    def prefill(self, row: int, tokens: Sequence[int], start: int) -> torch.Tensor:
-        """Compute `tokens` of `row` from position `start` on; the logits after the last, `[vocabulary]`."""
-        ...
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Compute the pieces, each of another row; the logits after the last token of each, `[pieces, vocabulary]`.
 
-    def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """One token in each of the first rows, which hold `lengths` tokens; logits `[running, vocabulary]`."""
+        Single tokens of the first rows, in the rows' order and before all other pieces, cost least.
+        """
         ...
 
 

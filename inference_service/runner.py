@@ -1,4 +1,4 @@
-"""Forward passes over the pool: prefill of one row, decode of all rows."""
+"""Forward passes over the pool: pieces of prompts and single tokens of running sequences, in one pass."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -6,17 +6,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from inference_service.kv_pool import KVPool
+from inference_service.packed_pass import PackedPass
+from inference_service.pieces import Piece, leading_rows
 
 if TYPE_CHECKING:
     from inference_service.model import LoadedModel
 
 
 class Runner:
-    """Runs a model's forward passes with the pool as its key/value memory. Holds no request."""
+    """Runs a model's forward passes with the pool as its key/value memory. Holds no request.
+
+    A model that takes packed passes computes all pieces in one, so that its weights are read once; any other computes
+    the running rows together and each other piece alone.
+    """
 
     def __init__(self, model: "LoadedModel", pool: KVPool) -> None:
         self._model = model.model
         self._device = model.device
+        self._packs = model.packs
         self.pool = pool
         # Eager attention adds the mask to the scores, SDPA takes a boolean one.
         self._additive = model.model.config._attn_implementation == "eager"
@@ -28,28 +35,44 @@ class Runner:
         return self.pool.rows
 
     @torch.inference_mode()
-    def prefill(self, row: int, tokens: Sequence[int], start: int) -> torch.Tensor:
-        """Compute `tokens` of `row` from position `start` on, over what the row already holds.
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Compute the pieces, each of another row, over what their rows already hold.
 
-        Returns the logits after the last token, `[vocabulary]`.
+        Single tokens of the first rows, in the rows' order and before all other pieces, attend together.
+        Returns the logits after the last token of each, `[pieces, vocabulary]`.
         """
-        end = start + len(tokens)
-        self.pool.begin_prefill(row, start, len(tokens))
-        positions = torch.arange(start, end, device=self._device)
-        mask = torch.arange(end, device=self._device)[None, :] <= positions[:, None]
-        return self._forward(torch.tensor([tokens], device=self._device), positions[None], mask[None, None])[0]
+        rows = leading_rows(pieces)
+        if self._packs:
+            return self._packed(pieces, rows)
+        logits = [self._prefill(piece) for piece in pieces[rows:]]
+        return torch.cat([self._decode(pieces[:rows]), *logits] if rows else logits)
 
-    @torch.inference_mode()
-    def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """One token in each of the first `len(tokens)` rows, which hold `lengths` tokens.
+    def _packed(self, pieces: Sequence[Piece], rows: int) -> torch.Tensor:
+        packed = PackedPass(self.pool, pieces, rows)
+        output = self._model(
+            input_ids=torch.tensor([packed.tokens], device=self._device),
+            attention_mask=packed.no_mask,
+            position_ids=packed.positions[None],
+            past_key_values=packed,
+            use_cache=True,
+            logits_to_keep=packed.last_tokens,
+            packed_pass=packed,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
-        Returns the logits, `[running, vocabulary]`.
-        """
-        positions = torch.tensor(lengths, device=self._device)
-        length = max(lengths) + 1
+    def _prefill(self, piece: Piece) -> torch.Tensor:
+        self.pool.begin_prefill(piece.row, piece.start, len(piece.tokens))
+        positions = torch.arange(piece.start, piece.end, device=self._device)
+        mask = torch.arange(piece.end, device=self._device)[None, :] <= positions[:, None]
+        return self._forward(torch.tensor([piece.tokens], device=self._device), positions[None], mask[None, None])
+
+    def _decode(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        positions = torch.tensor([piece.start for piece in pieces], device=self._device)
+        length = max(piece.end for piece in pieces)
         self.pool.begin_decode(positions, length)
         mask = torch.arange(length, device=self._device)[None, :] <= positions[:, None]
-        input_ids = torch.tensor(tokens, device=self._device)[:, None]
+        input_ids = torch.tensor([piece.tokens for piece in pieces], device=self._device)
         return self._forward(input_ids, positions[:, None], mask[:, None, None])
 
     def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from core.config import EngineConfig
 from core.errors import UserError
 from inference_service.default_model import byte_tokenizer
 from inference_service.device_profile import DeviceProfile
+from inference_service.pieces import Piece, leading_rows
 
 MOST_LATE_MS = 10.0
 """Longest delay of waking that is taken off later waits: a process that stood still must not catch up at once."""
@@ -85,16 +86,12 @@ class SimulatedRunner:
         self._certain[torch.arange(len(letters)), torch.tensor(letters)] = 0.0
         self._timeline = timeline
 
-    def prefill(self, row: int, tokens: Sequence[int], start: int) -> torch.Tensor:
-        """Take the time of `tokens` tokens from position `start` on; logits `[vocabulary]`."""
-        logits = self._logits([tokens[-1]], [start + len(tokens)])
-        self._timeline.spend(self._profile.prefill_ms(len(tokens), start))
-        return logits[0]
-
-    def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """Take the time of one token in each of the rows, which hold `lengths` tokens; logits `[rows, vocabulary]`."""
-        logits = self._logits(tokens, [length + 1 for length in lengths])
-        self._timeline.spend(self._profile.decode_ms(lengths))
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Take the time of the pieces in one pass; logits `[pieces, vocabulary]`."""
+        logits = self._logits([piece.tokens[-1] for piece in pieces], [piece.end for piece in pieces])
+        rows = leading_rows(pieces)
+        spans = [(len(piece.tokens), piece.start) for piece in pieces[rows:]]
+        self._timeline.spend(self._profile.pass_ms([piece.start for piece in pieces[:rows]], spans))
         return logits
 
     def _logits(self, before: Sequence[int], positions: Sequence[int]) -> torch.Tensor:

@@ -4,6 +4,8 @@ The pool holds keys and values of one shape in every layer, for all positions, u
 tells of most models that need something else; a self-test against the model's own forward pass finds the rest.
 """
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +13,11 @@ import torch
 from core.errors import UserError
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel
+from inference_service.packed_pass import ATTENTION
+from inference_service.pieces import Piece
 from inference_service.runner import Runner
+
+logger = logging.getLogger(__name__)
 
 SELF_TEST_TOKENS = 40
 _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
@@ -68,39 +74,70 @@ def _window(config: Any) -> int | None:
     return min((int(span) for span in spans if span), default=None)
 
 
-@torch.inference_mode()
-def _self_test(model: LoadedModel) -> None:
-    """One short prompt must give the same logits by the model alone and in pieces, with reuse, over the pool."""
-    tokens = [(7 * index + 3) % model.vocab_size for index in range(max(3, min(SELF_TEST_TOKENS, model.max_len)))]
-    chunk = max(1, len(tokens) // 4)
+def with_packing(model: LoadedModel) -> LoadedModel:
+    """The model, set to packed passes where those give its own logits; else as it is: slower, and as right."""
+    attention = model.model.config._attn_implementation
+    if attention != "sdpa":
+        return model
+    packing = replace(model, packs=True)
     try:
-        ids = torch.tensor([tokens], device=model.device)
-        expected = model.model(input_ids=ids, use_cache=False).logits[0].float()
-        shape = model.chunk_shape(chunk)
-        pool = KVPool(shape, rows=2, max_len=len(tokens), device=model.device)
-        runner = Runner(model, pool)
-        # Row 0 computes two chunks; row 1 gets the first by reuse and stands one token behind row 0 when both decode.
-        first = runner.prefill(0, tokens[: 2 * chunk], 0)
-        copy = torch.empty(shape.size, dtype=shape.dtype)
-        pool.read_chunk(0, 0, copy)
-        pool.load_chunk(1, 0, copy)
-        second = runner.prefill(1, tokens[chunk : 2 * chunk - 1], chunk) if chunk > 1 else None
-        lengths = [2 * chunk, 2 * chunk - 1]
-        both = runner.decode([tokens[length] for length in lengths], lengths)
+        model.model.set_attn_implementation(ATTENTION)
+        _self_test(packing)
+    except Exception as error:  # whatever it raises, it is served without
+        logger.info("%s takes no packed passes: %s", model.name, " ".join(str(error).split())[:400])
+        model.model.set_attn_implementation(attention)
+        return model
+    return packing
+
+
+def _self_test(model: LoadedModel) -> None:
+    try:
+        compared = _logits_both_ways(model)
     except Exception as error:  # whatever a model of unknown make raises, the answer is the same: not this one
         raise _refusal(model, f"it does not run over the pool: {type(error).__name__}: {error}") from error
-    found = {2 * chunk - 1: first, 2 * chunk: both[0]}
-    if second is not None:
-        found[2 * chunk - 2] = second
-    tolerance = _TOLERANCE[model.dtype] * float(expected.abs().max().clamp(min=1e-6))
-    for position, logits in (*found.items(), (2 * chunk - 1, both[1])):
-        error_size = float((logits.float() - expected[position]).abs().max())
+    for position, found, expected in compared:
+        tolerance = _TOLERANCE[model.dtype] * float(expected.abs().max().clamp(min=1e-6))
+        error_size = float((found.float() - expected).abs().max())
         if not error_size <= tolerance:
             raise _refusal(
                 model,
                 f"its logits at position {position} differ by {error_size:.2g} between the pool and the model alone "
                 f"(allowed {tolerance:.2g}); its attention is of a kind that the pool does not hold",
             )
+
+
+@torch.inference_mode()
+def _logits_both_ways(model: LoadedModel) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Of short prompts in pieces, with reuse and together: position, logits over the pool, logits by the model alone.
+
+    Logits are `[vocabulary]`.
+    """
+    count = max(3, min(SELF_TEST_TOKENS, model.max_len))
+    one, other = ([(step * index + 3) % model.vocab_size for index in range(count)] for step in (7, 11))
+    prompts = (one, one, other)  # of each row
+    chunk = max(1, count // 4)
+    alone = [model.model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False) for prompt in prompts]
+    shape = model.chunk_shape(chunk)
+    pool = KVPool(shape, rows=len(prompts), max_len=count, device=model.device)
+    runner = Runner(model, pool)
+    compared: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def run(*spans: tuple[int, int, int]) -> None:
+        """A pass over what stands in `row` from `start` to before `end`, of each of the spans."""
+        pieces = [Piece(row, start, prompts[row][start:end]) for row, start, end in spans if end > start]
+        for piece, found in zip(pieces, runner.forward(pieces), strict=True):
+            compared.append((piece.end - 1, found, alone[piece.row].logits[0, piece.end - 1].float()))
+
+    # Row 0 computes two chunks; row 1 gets the first by reuse, goes on from there while row 0 decodes and row 2 begins,
+    # and stands two tokens behind row 0 when all decode.
+    run((0, 0, 2 * chunk))
+    copy = torch.empty(shape.size, dtype=shape.dtype)
+    pool.read_chunk(0, 0, copy)
+    pool.load_chunk(1, 0, copy)
+    last = min(2 * chunk + 1, count - 1)
+    run((0, 2 * chunk, last), (1, chunk, 2 * chunk - 1), (2, 0, chunk))
+    run((0, last, last + 1), (1, 2 * chunk - 1, 2 * chunk), (2, chunk, chunk + 1))
+    return compared
 
 
 def _refusal(model: LoadedModel, reason: str) -> UserError:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, Qwen2Config
+from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import engine as benchmark
 from benchmarks.ceilings import ModelCosts, fit
@@ -138,7 +138,7 @@ def test_the_default_shape_is_that_of_the_default_model() -> None:
 def test_flops_are_those_that_the_library_itself_counts() -> None:
     config = Qwen2Config(**benchmark.SHAPES["tiny"][1], attn_implementation="eager")
     costs = benchmark.costs_of(config, torch.float32)
-    model = benchmark.Qwen2ForCausalLM(config).eval()
+    model = Qwen2ForCausalLM(config).eval()
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.zeros((1, 24), dtype=torch.long), logits_to_keep=1)
     # Eager attention multiplies every pair of tokens, masked or not.

@@ -1,5 +1,6 @@
 """Tiny models with random weights, made once and loaded by the ordinary code."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ CONFIGS = {
     "llama": lambda: LlamaConfig(**LAYERS_OF_TWO, tie_word_embeddings=True),
     "gpt2": lambda: GPT2Config(**GPT2),
 }
+ONE_BY_ONE = "qwen2 one by one"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,12 +32,13 @@ def tiny_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def tiny_models(tiny_paths: dict[str, Path]) -> dict[str, LoadedModel]:
-    return {name: load_tiny(path) for name, path in tiny_paths.items()}
+    models = {name: load_tiny(path) for name, path in tiny_paths.items()}
+    return models | {ONE_BY_ONE: replace(models["qwen2"], packs=False)}
 
 
-@pytest.fixture(params=sorted(CONFIGS))
+@pytest.fixture(params=[*sorted(CONFIGS), ONE_BY_ONE])
 def model(request: pytest.FixtureRequest, tiny_models: dict[str, LoadedModel]) -> LoadedModel:
-    """Each architecture in turn."""
+    """Each architecture in turn, and one as if it took no packed passes."""
     return tiny_models[request.param]
 
 

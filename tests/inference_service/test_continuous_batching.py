@@ -1,8 +1,7 @@
 """Between two steps anything may come or go: answers stay those of the model alone, and nobody waits for long."""
 
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from core.clock import ManualClock
 from core.records import FinishReason
 from inference_service.engine import Completion, Engine, Failure
 from inference_service.model import LoadedModel
+from inference_service.pieces import Piece
 from tests.inference_service.engine_helpers import (
     CHUNK,
     MemoryCache,
@@ -41,28 +41,26 @@ def steps_until_done(engine: Engine, request_id: str) -> int:
 
 
 class Watch:
-    """The tokens that each call to the runner computed; `poison`, once it decodes, fails the call."""
+    """What each pass computed: its rows that decode, and the tokens of its pieces of prompts. `poison` fails a pass."""
 
-    def __init__(self, engine: Engine, poison: Callable[[list[int], list[int]], bool] | None = None) -> None:
-        self.prefills: list[int] = []
-        self.decodes: list[int] = []
-        self._runner = engine._runner
-        self._prefill, self._decode = self._runner.prefill, self._runner.decode
+    def __init__(self, engine: Engine, poison: Callable[[Sequence[Piece]], bool] | None = None) -> None:
+        self.passes: list[tuple[int, list[int]]] = []
+        self._forward = engine._runner.forward
         self._poison = poison
-        engine._runner.prefill = self.prefill
-        engine._runner.decode = self.decode
+        self._engine = engine
+        engine._runner.forward = self.forward
 
-    def prefill(self, row: int, tokens: list[int], start: int) -> torch.Tensor:
-        if self._poison is not None and len(tokens) == 1 and self._poison([start], [row]):
-            raise RuntimeError("CUDA out of memory")
-        self.prefills.append(len(tokens))
-        return self._prefill(row, tokens, start)
+    @property
+    def prefills(self) -> list[int]:
+        return [tokens for _, pieces in self.passes for tokens in pieces]
 
-    def decode(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
-        if self._poison is not None and self._poison(lengths, list(range(len(lengths)))):
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        if self._poison is not None and self._poison(pieces):
             raise RuntimeError("CUDA out of memory")
-        self.decodes.append(len(tokens))
-        return self._decode(tokens, lengths)
+        running = {sequence.row for sequence in self._engine._running}
+        prompts = [len(piece.tokens) for piece in pieces if piece.row not in running]
+        self.passes.append((len(pieces) - len(prompts), prompts))
+        return self._forward(pieces)
 
 
 @given(
@@ -102,21 +100,21 @@ def test_a_step_computes_no_more_prompt_tokens_than_its_budget(model: LoadedMode
         engine.submit(ask(f"r{number}", tokens_of(number, 5 + 7 * number), 3), 0.0)
     watch = Watch(engine)
     while engine.unfinished:
-        watch.prefills.clear()
+        watch.passes.clear()
         engine.step()
         assert sum(watch.prefills) <= 10
 
 
 def test_running_sequences_decode_in_every_step_of_a_long_prompt(model: LoadedModel) -> None:
-    engine = make_engine(model, step_prefill_tokens=4)
+    engine = make_engine(model, step_prefill_tokens=4, step_prefill_ms=0)
     engine.submit(ask("running", tokens_of(1, 4), 30), 0.0)
     engine.step()
     watch = Watch(engine)
     engine.submit(ask("long", tokens_of(2, 40), 2), 0.0)
     for _ in range(9):
         engine.step()
-    assert watch.decodes == [1] * 9
-    assert watch.prefills == [4] * 9
+    # The long prompt's time is unlimited here, so that its pieces share the passes of what runs.
+    assert watch.passes == [(1, [4])] * 9
 
 
 def test_a_short_prompt_overtakes_a_long_one_which_still_gets_half(model: LoadedModel) -> None:
@@ -132,23 +130,16 @@ def test_a_short_prompt_overtakes_a_long_one_which_still_gets_half(model: Loaded
 
 
 class Timed(Watch):
-    """Each prompt token takes 1 ms and each decode step 10 ms of the engine's clock; what each call took, in order."""
+    """Each prompt token takes 1 ms, and the rows that decode 10 ms together, of the engine's clock."""
 
     def __init__(self, engine: Engine, clock: ManualClock) -> None:
         super().__init__(engine)
         self._clock = clock
-        self.took: list[tuple[str, float]] = []
 
-    def prefill(self, row: int, tokens: list[int], start: int) -> torch.Tensor:
-        logits = super().prefill(row, tokens, start)
-        return self._pass("prefill", float(len(tokens)), logits)
-
-    def decode(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
-        return self._pass("decode", 10.0, super().decode(tokens, lengths))
-
-    def _pass(self, kind: str, took_ms: float, logits: torch.Tensor) -> torch.Tensor:
-        self._clock.advance(took_ms)
-        self.took.append((kind, took_ms))
+    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        logits = super().forward(pieces)
+        rows, prompts = self.passes[-1]
+        self._clock.advance(10.0 * bool(rows) + sum(prompts))
         return logits
 
 
@@ -161,9 +152,9 @@ def test_a_long_prompt_takes_its_share_of_the_time_in_pieces_of_the_time_allowed
     engine.submit(ask("long", tokens_of(2, 60), 1), 0.0)
     steps_until_done(engine, "long")
     # The first piece is of unknown cost. A quarter of the time: three decode steps of 10 ms after each.
-    assert [took for kind, took in watch.took if kind == "prefill"] == [10.0, *[9.0] * 5, 5.0]
-    kinds = "".join(kind[0] for kind, _ in watch.took)
-    assert kinds == "pddd" * 6 + "pd"
+    decode, sizes = (1, []), (10, *[9] * 5, 5)
+    expected = [one for size in sizes for one in (decode, (0, [size]), decode, decode)]
+    assert watch.passes == expected[:-2]
 
 
 def test_what_comes_while_a_long_prompt_is_alone_waits_for_twice_that_time(model: LoadedModel) -> None:
@@ -173,10 +164,10 @@ def test_what_comes_while_a_long_prompt_is_alone_waits_for_twice_that_time(model
     engine.submit(ask("long", tokens_of(2, 60), 1), 0.0)
     engine.step()
     engine.step()
-    assert [took for _, took in watch.took] == [20.0, 16.0]
+    assert watch.passes == [(0, [20]), (0, [16])]
     engine.submit(ask("short", tokens_of(3, 4), 1), 0.0)
     assert [one.request.request_id for one in engine.step()] == ["short"]
-    assert watch.took[2] == ("prefill", 4.0)
+    assert watch.passes[2] == (0, [4])
     assert steps_until_done(engine, "long") <= 2
 
 
@@ -188,7 +179,7 @@ def test_without_a_time_limit_the_budget_of_tokens_alone_counts(model: LoadedMod
     watch = Timed(engine, clock)
     engine.submit(ask("long", tokens_of(2, 60), 1), 0.0)
     assert steps_until_done(engine, "long") == 3
-    assert [took for kind, took in watch.took if kind == "prefill"] == [20.0] * 3
+    assert watch.passes == [(1, [20])] * 3
 
 
 def test_several_long_prompts_all_end(model: LoadedModel) -> None:
@@ -278,9 +269,9 @@ def test_a_poison_request_in_a_running_batch_fails_alone(model: LoadedModel) -> 
         engine.submit(request, 0.0)
     poisoned = 13
 
-    def holds_poison(lengths: list[int], rows: list[int]) -> bool:
+    def holds_poison(pieces: Sequence[Piece]) -> bool:
         owners = {sequence.row: sequence.request.request_id for sequence in engine._running}
-        return any(length >= poisoned and owners.get(row) == "bad" for length, row in zip(lengths, rows, strict=True))
+        return any(piece.start >= poisoned and owners.get(piece.row) == "bad" for piece in pieces)
 
     Watch(engine, holds_poison)
     done = finish(engine)
@@ -296,20 +287,38 @@ def test_a_step_that_fails_once_costs_no_request(model: LoadedModel) -> None:
     engine = make_engine(model)
     for number in range(3):
         engine.submit(ask(f"r{number}", tokens_of(number, 6 + number), 6), 0.0)
-    decode: Any = engine._runner.decode
     failed: list[int] = []
 
-    def once(tokens: list[int], lengths: list[int]) -> torch.Tensor:
-        if len(lengths) == 3 and not failed:
+    def once(pieces: Sequence[Piece]) -> bool:
+        if len(pieces) == 3 and not failed:
             failed.append(1)
-            raise RuntimeError("a hiccup")
-        return decode(tokens, lengths)
+            return True
+        return False
 
-    engine._runner.decode = once
+    Watch(engine, once)
     found = answers(finish(engine))
     assert failed
     for number in range(3):
         assert found[f"r{number}"].token_ids == plain_answer(model, tokens_of(number, 6 + number), 6)
+
+
+def test_a_prompt_waits_a_step_for_a_chunk_that_another_computes(model: LoadedModel) -> None:
+    """Of two prompts with one beginning it is computed once; others, and those of other tenants, do not wait."""
+    cache = MemoryCache(model.chunk_shape(CHUNK))
+    engine = make_engine(model, cache=cache, max_running=8)
+    shared = tokens_of(1, 2 * CHUNK)
+    prompts = {"first": shared + tokens_of(2, 3), "second": shared + tokens_of(3, 5), "other": tokens_of(4, 20)}
+    engine.submit(ask("tenant", shared + tokens_of(2, 3), 4, cache_salt="another"), 0.0)
+    for name in ("first", "other", "second"):
+        engine.submit(ask(name, prompts[name], 4), 0.0)
+    watch = Watch(engine)
+    engine.step()
+    engine.step()
+    assert watch.passes == [(0, [19, 19, 20]), (3, [5])]
+    found = answers(finish(engine))
+    assert {name: found[name].local_tokens for name in prompts} == {"first": 0, "second": 2 * CHUNK, "other": 0}
+    for name, prompt in prompts.items():
+        assert found[name].token_ids == plain_answer(model, prompt, 4)
 
 
 @pytest.mark.parametrize("count", [1, 3])

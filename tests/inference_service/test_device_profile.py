@@ -62,6 +62,14 @@ def test_a_decode_step_of_many_rows_takes_the_time_of_its_arithmetic() -> None:
     assert PROFILE.decode_ms([0] * 50) == pytest.approx(27.0 + 50 * (1000 + 200 + 32) / 1e3)
 
 
+def test_a_pass_over_rows_and_prompts_reads_weights_once_and_each_row_once() -> None:
+    arithmetic = (3 + 4 + 1) * 1000 + (3 + 2) * 200 + 32 * (3 * 10 + (4 * 2 + 10) + 10)
+    read = 64 * (3 * 10 + 6 + 10)
+    assert PROFILE.pass_ms([2, 9, 4], [(4, 2), (1, 9)]) == pytest.approx(
+        max(2.0, 3.0) + 1.5 + max(arithmetic / 1e3, 10_000 / 1e3 + read / 500)
+    )
+
+
 def test_a_rate_of_none_takes_no_time() -> None:
     arithmetic_only = PROFILE.model_copy(update={"bytes_per_s": None, "kv_bytes_per_s": None})
     assert arithmetic_only.decode_ms([9]) == pytest.approx(2.5 + (1000 + 200 + 320) / 1e3)

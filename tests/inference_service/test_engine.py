@@ -1,7 +1,7 @@
 """Why an answer ends, who goes first, what a failing request costs the others."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from core.records import FinishReason
 from inference_service.default_model import byte_tokenizer
 from inference_service.engine import Completion, Engine, Failure
 from inference_service.model import LoadedModel, load_model
+from inference_service.pieces import Piece
 
 PROMPT = tokens_of(7, 20)
 
@@ -33,16 +34,13 @@ class TickingClock(ManualClock):
     """Moves on by `tick_ms` at every forward pass of `engine`."""
 
     def drive(self, engine: Engine, tick_ms: float) -> None:
-        for name in ("prefill", "decode"):
-            setattr(engine._runner, name, self._ticking(getattr(engine._runner, name), tick_ms))
+        forward = engine._runner.forward
 
-    def _ticking(self, call: Any, tick_ms: float) -> Any:
-        def forward(*arguments: Any) -> torch.Tensor:
+        def ticking(pieces: Sequence[Piece]) -> torch.Tensor:
             self.advance(tick_ms)
-            result: torch.Tensor = call(*arguments)
-            return result
+            return forward(pieces)
 
-        return forward
+        engine._runner.forward = ticking
 
 
 def only(done: list[Completion | Failure]) -> Completion:
@@ -112,9 +110,9 @@ def test_a_deadline_ends_an_answer_with_what_there_is(qwen2: LoadedModel) -> Non
     while engine.unfinished:
         done += engine.step()
     found = answers(done)
-    # Two prefills, then a decode of both a step: 1010, 1020 | 1030, 1040.
+    # Both prompts in one pass, then a decode of both a step: 1010 | 1020 | 1030 | 1040.
     assert found["late"].finish_reason is FinishReason.DEADLINE
-    assert found["late"].token_ids == plain_answer(qwen2, PROMPT, 3)
+    assert found["late"].token_ids == plain_answer(qwen2, PROMPT, 4)
     assert (found["late"].began_ms, found["late"].first_token_ms, found["late"].finished_ms) == (1000, 1010, 1040)
     assert found["free"].token_ids == plain_answer(qwen2, PROMPT, 30)
 
@@ -137,7 +135,7 @@ def test_times_are_in_order(qwen2: LoadedModel) -> None:
     engine = make_engine(qwen2, clock=clock)
     clock.drive(engine, 10.0)
     engine.submit(ask("a", PROMPT, 3), 450.0)
-    done = engine.step() + engine.step()
+    done = engine.step() + engine.step() + engine.step()
     one = only(done)
     assert (one.arrived_ms, one.began_ms, one.first_token_ms, one.finished_ms) == (450, 500, 510, 530)
 
@@ -155,6 +153,7 @@ def test_no_more_run_than_there_are_rows(qwen2: LoadedModel) -> None:
         engine.submit(ask(str(index), PROMPT, 3), 0.0)
     assert engine.step() == []
     assert (len(engine._running), engine.unfinished) == (3, 5)
+    assert engine.step() == []
     assert [len(engine.step()), engine.unfinished] == [3, 2]
 
 
@@ -202,15 +201,15 @@ def test_a_failing_prefill_fails_alone_and_lets_its_chunks_go(model: LoadedModel
     cache = MemoryCache(model.chunk_shape(CHUNK))
     engine = make_engine(model, cache=cache)
     engine.run([ask("warm", PROMPT)])
-    prefill = engine._runner.prefill
+    forward = engine._runner.forward
 
-    def failing(row: int, tokens: list[int], start: int) -> torch.Tensor:
-        if start > 0:
-            prefill(row, tokens, start)
+    def failing(pieces: Sequence[Piece]) -> torch.Tensor:
+        logits = forward(pieces)
+        if any(piece.start > 0 and len(piece.tokens) > 1 for piece in pieces):
             raise RuntimeError("out of memory")
-        return prefill(row, tokens, start)
+        return logits
 
-    engine._runner.prefill = failing
+    engine._runner.forward = failing
     failure = run_with_one_bad(engine, model, PROMPT)
     assert failure.reason == "prefill failed: RuntimeError: out of memory"
     assert cache.open_leases == 0

@@ -22,6 +22,7 @@ from core.config import EngineConfig
 from inference_service.engine import load_checked_model
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel
+from inference_service.pieces import Piece
 from inference_service.runner import Runner
 
 LENGTHS = sorted({1, 2} | {chunks * CHUNK + rest for chunks in (1, 2, 3, 5) for rest in (-1, 0, 1)})
@@ -185,12 +186,12 @@ def test_lower_precision_is_close_to_the_model_alone(tiny_paths: dict[str, Path]
     prompt = tokens_of(3, 5 * CHUNK)
     pool = KVPool(model.chunk_shape(CHUNK), 2, MAX_LEN, model.device)
     runner = Runner(model, pool)
-    runner.prefill(0, prompt, 0)
+    runner.forward([Piece(0, 0, prompt)])
     chunk = torch.empty(pool.shape.size, dtype=model.dtype)
     for index in range(4):
         pool.read_chunk(0, index, chunk)
         pool.load_chunk(1, index, chunk)
-    found = runner.prefill(1, prompt[4 * CHUNK :], 4 * CHUNK)
+    found = runner.forward([Piece(1, 4 * CHUNK, prompt[4 * CHUNK :])])[0]
     with torch.inference_mode():
         alone = model.model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1]
     assert found.dtype is getattr(torch, dtype)

@@ -15,6 +15,7 @@ from core.errors import UserError
 from core.records import FinishReason
 from inference_service.device_profile import DeviceProfile
 from inference_service.engine import Engine
+from inference_service.pieces import Piece
 from inference_service.simulated import MOST_LATE_MS, SimulatedModel, Timeline, load_simulated
 
 MAX_LEN = 64
@@ -42,11 +43,22 @@ def test_the_engine_takes_the_time_of_the_profile() -> None:
     clock = ManualClock()
     engine = engine_over(simulated(clock), clock)
     done = answers(engine.run([ask("a", tokens_of(1, 20), 3), ask("b", tokens_of(2, 30), 3)]))
-    prefills = PROFILE.prefill_ms(20, 0) + PROFILE.prefill_ms(30, 0)
+    prefills = PROFILE.pass_ms((), [(20, 0), (30, 0)])
     steps = PROFILE.decode_ms([20, 30]) + PROFILE.decode_ms([21, 31])
     assert clock.monotonic_ms() == pytest.approx(prefills + steps)
-    assert done["a"].first_token_ms == pytest.approx(PROFILE.prefill_ms(20, 0))
+    assert done["a"].first_token_ms == done["b"].first_token_ms == pytest.approx(prefills)
     assert done["b"].finished_ms == pytest.approx(prefills + steps)
+
+
+def test_a_prompt_that_comes_meanwhile_shares_the_pass_of_what_runs() -> None:
+    clock = ManualClock()
+    engine = engine_over(simulated(clock), clock)
+    engine.submit(ask("a", tokens_of(1, 20), 30), 0.0)
+    engine.step()
+    before_ms = clock.monotonic_ms()
+    engine.submit(ask("b", tokens_of(2, 30), 30), 0.0)
+    engine.step()
+    assert clock.monotonic_ms() - before_ms == pytest.approx(PROFILE.pass_ms([20], [(30, 0)]))
 
 
 def test_a_deadline_passes_in_the_device_s_time() -> None:
@@ -91,16 +103,17 @@ def test_different_prompts_get_different_answers() -> None:
 
 def test_a_token_that_is_decoded_or_prefilled_has_the_same_logits() -> None:
     runner = simulated(ManualClock()).make_runner(2, CHUNK)
-    assert torch.equal(runner.decode([7, 9], [5, 12])[1], runner.prefill(1, [9], 12))
+    both = runner.forward([Piece(0, 5, [7]), Piece(1, 12, [9])])
+    assert torch.equal(both[1], runner.forward([Piece(1, 12, [9])])[0])
 
 
 def test_time_between_two_passes_is_not_the_device_s() -> None:
     clock = ManualClock()
     runner = simulated(clock).make_runner(1, CHUNK)
-    runner.decode([1], [5])
+    runner.forward([Piece(0, 5, [1])])
     clock.advance(1000)
     before_ms = clock.monotonic_ms()
-    runner.decode([1], [5])
+    runner.forward([Piece(0, 5, [1])])
     assert clock.monotonic_ms() - before_ms == pytest.approx(PROFILE.decode_ms([5]))
 
 

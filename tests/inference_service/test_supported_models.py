@@ -248,15 +248,18 @@ class ForgottenLoad(KVPool):
 
 
 class OneRowForAll(KVPool):
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        if self._prefill is None:
-            key, value = key[:1].expand_as(key), value[:1].expand_as(value)
-        return super().update(key, value, layer_idx)
+    def write_rows(self, layer: int, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        super().write_rows(layer, positions, key[:1].expand_as(key), value[:1].expand_as(value))
 
 
 class DecodeOnePlaceOff(KVPool):
-    def begin_decode(self, positions: torch.Tensor, length: int) -> None:
-        super().begin_decode(positions - 1, length)
+    def write_rows(self, layer: int, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        super().write_rows(layer, positions - 1, key, value)
+
+
+class PieceOnePlaceOff(KVPool):
+    def write(self, layer: int, row: int, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        super().write(layer, row, max(0, start - 1), key, value)
 
 
 class NaNPool(KVPool):
@@ -266,15 +269,16 @@ class NaNPool(KVPool):
 
 @pytest.mark.parametrize(
     "pool",
-    [ShiftedLoad, SwappedLoad, ForgottenLoad, OneRowForAll, DecodeOnePlaceOff, NaNPool],
+    [ShiftedLoad, SwappedLoad, ForgottenLoad, OneRowForAll, DecodeOnePlaceOff, PieceOnePlaceOff, NaNPool],
     ids=lambda c: c.__name__,
 )
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "one by one"])
 def test_the_self_test_finds_a_wrong_pool(
-    model: LoadedModel, pool: type[KVPool], monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, pool: type[KVPool], packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(support, "KVPool", pool)
     with pytest.raises(UserError, match="between the pool and the model alone"):
-        check_supported(model)
+        check_supported(dataclasses.replace(model, packs=packs))
 
 
 class MaskChanged(Runner):
@@ -309,7 +313,7 @@ def test_the_self_test_finds_a_wrong_runner(
 ) -> None:
     monkeypatch.setattr(support, "Runner", runner)
     with pytest.raises(UserError, match="between the pool and the model alone"):
-        check_supported(model)
+        check_supported(dataclasses.replace(model, packs=False))
 
 
 class IgnoresPositions:
