@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from workloads.mooncake_trace import MAX_LINE_BYTES, read_trace
+from workloads.mooncake_trace import read_trace
+from workloads.trace_rows import MAX_LINE_BYTES
 
 GOOD = {"timestamp": 5, "input_length": 600, "output_length": 3, "hash_ids": [0, 1]}
 

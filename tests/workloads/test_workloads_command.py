@@ -53,7 +53,10 @@ def test_a_dry_run_of_a_trace_prints_token_ids(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--workload", "nonsense"], "--workload: Input should be 'phases', 'mooncake', 'azure' or 'independent'"),
+        (
+            ["--workload", "nonsense"],
+            "'phases', 'mooncake', 'azure', 'burstgpt' or 'independent'",
+        ),
         (["--workload", "mooncake"], "--trace: the mooncake workload replays a trace; give its path"),
         (["--workload", "mooncake", "--trace", "/no/such/file"], "--trace: /no/such/file is not a file"),
         (["--workload", "azure"], "--trace: the azure workload replays a trace; give its path"),
