@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -7,6 +8,7 @@ import pytest
 
 from core.errors import UserError
 from workloads.azure_trace import read_azure_trace
+from workloads.config import BadRows
 from workloads.trace_rows import MAX_LINE_BYTES
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -47,6 +49,13 @@ def test_a_bad_row_is_named_by_file_and_line(write_csv: Callable[[str], Path], r
     assert message.startswith(f"{path}, line 4: ")
     assert complaint in message
     assert "\n" not in message
+
+
+def test_bad_rows_are_left_out_and_counted_by_option(write_csv: Callable[[str], Path]) -> None:
+    path = write_csv(HEADER + "x,374,44\n" + GOOD + '2023-11-16 18:15:47,"374,44\n' + GOOD)
+    counts = Counter[str]()
+    assert len(list(read_azure_trace(path, BadRows.SKIP, counts))) == 2
+    assert counts == {"skipped_bad_rows": 2}
 
 
 def test_a_missing_column_is_named(write_csv: Callable[[str], Path]) -> None:
