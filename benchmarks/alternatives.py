@@ -39,7 +39,6 @@ from core.model_path import with_model_found
 from experiments.config import Command
 from workloads.catalogue import make_workload
 from workloads.config import (
-    AzureConfig,
     IndependentConfig,
     LongPrompts,
     PhasesConfig,
@@ -162,8 +161,12 @@ def load_of(config: AlternativesConfig, load: str, requests: int, seed: int) -> 
             seed=seed,
             max_new_tokens=config.max_answer_tokens,
             max_prompt_tokens=config.max_prompt_tokens,
-            replay=TraceConfig(trace=config.trace, output_scale=config.answer_scale, long_prompts=LongPrompts.CUT),
-            azure=AzureConfig(prompt_scale=config.prompt_scale),
+            replay=TraceConfig(
+                trace=config.trace,
+                prompt_scale=config.prompt_scale,
+                output_scale=config.answer_scale,
+                long_prompts=LongPrompts.CUT,
+            ),
             independent=IndependentConfig(
                 prompt_tokens=config.prompt_tokens, answer_tokens=config.answer_tokens, length_cv=config.length_cv
             ),

@@ -30,7 +30,7 @@ from core.config import Batching, BatchingConfig, CacheConfig, Config, EngineCon
 from core.errors import UserError, exit_on_user_error
 from core.model_path import with_model_found
 from workloads.catalogue import make_workload
-from workloads.config import Arrivals, AzureConfig, IndependentConfig, TraceConfig, WorkloadConfig, WorkloadKind
+from workloads.config import Arrivals, IndependentConfig, TraceConfig, WorkloadConfig, WorkloadKind
 from workloads.timed_request import TimedRequest, Workload
 from workloads.token_ids import made_token_ids
 
@@ -130,10 +130,8 @@ def load(config: BatchingBenchmarkConfig, seed: int, rate_per_s: float | None = 
             length_cv=AZURE_LENGTH_CV,
         )
         return make_workload(WorkloadConfig(workload=WorkloadKind.INDEPENDENT, independent=made, **common))
-    replay = TraceConfig(trace=config.trace, output_scale=config.answer_scale)
-    azure = WorkloadConfig(
-        workload=WorkloadKind.AZURE, replay=replay, azure=AzureConfig(prompt_scale=config.prompt_scale), **common
-    )  # fmt: skip
+    replay = TraceConfig(trace=config.trace, prompt_scale=config.prompt_scale, output_scale=config.answer_scale)
+    azure = WorkloadConfig(workload=WorkloadKind.AZURE, replay=replay, **common)
     if rate_per_s is not None:
         paced = replay.model_copy(update={"time_scale": rate_per_s / _rate_of(make_workload(azure))})
         azure = azure.model_copy(update={"replay": paced})

@@ -4,88 +4,43 @@ CSV with the columns `TIMESTAMP` (date and time, UTC where it names no zone), `C
 The trace holds neither text nor users; columns beyond these three are let pass.
 """
 
-import csv
+from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TextIO
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from core.errors import UserError, one_line
+from workloads.config import BadRows
+from workloads.csv_trace import read_csv_trace
+from workloads.trace_rows import TimedRow
 
-MAX_LINE_CHARACTERS = 1 << 16
-"""Longest line that is read; above it the file is something else (the release's have about 40)."""
+EPOCH = datetime(2023, 1, 1, tzinfo=UTC)
+"""Near the releases, so that a float of milliseconds still holds their microseconds."""
 
 
-class AzureRow(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
+class AzureRow(TimedRow):
     timestamp: datetime = Field(alias="TIMESTAMP")
-    context_tokens: int = Field(alias="ContextTokens", ge=1)
-    generated_tokens: int = Field(alias="GeneratedTokens", ge=0)
+    prompt_tokens: int = Field(alias="ContextTokens", ge=1)
+    answer_tokens: int = Field(alias="GeneratedTokens", ge=0)
 
     @field_validator("timestamp")
     @classmethod
     def _in_utc(cls, value: datetime) -> datetime:
         return value if value.tzinfo else value.replace(tzinfo=UTC)
 
+    @property
+    def at_ms(self) -> float:
+        return (self.timestamp - EPOCH) / timedelta(milliseconds=1)
 
-COLUMNS = tuple(str(field.alias) for field in AzureRow.model_fields.values())
-
-
-def read_azure_trace(path: Path) -> Iterator[AzureRow]:
-    """The rows in order, one in memory at a time.
-
-    Raises `UserError` with file and line for a missing column, for a row that is not one, for a timestamp before the
-    row's above, and for a file that is missing, unreadable or without rows.
-    """
-    row: AzureRow | None = None
-    try:
-        # What is not UTF-8 becomes a character that no number or date holds, so that its row is named.
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as text:
-            for number, values in _rows(path, text):
-                previous = row.timestamp if row else None
-                try:
-                    row = AzureRow.model_validate(values)
-                except ValidationError as error:
-                    raise UserError(f"{path}, line {number}: {one_line(error)}") from None
-                if previous is not None and row.timestamp < previous:
-                    raise UserError(
-                        f"{path}, line {number}: TIMESTAMP: {row.timestamp} is before the row above's {previous}; "
-                        "sort the trace"
-                    )
-                yield row
-    except OSError as error:
-        raise UserError(f"--trace: cannot read {path}: {error.strerror}; give the path of a trace") from None
-    if row is None:
-        raise UserError(f"{path}: has no rows; give a CSV trace with the columns {', '.join(COLUMNS)}")
+    @property
+    def session_id(self) -> str | None:
+        """None: the trace has no sessions."""
+        return None
 
 
-def _rows(path: Path, text: TextIO) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row's line number and values by column; a column that the row lacks is left out."""
-    reader = csv.reader(_lines(path, text), strict=True)
-    header: list[str] | None = None
-    try:
-        for values in reader:
-            if not any(values):
-                continue
-            if header is None:
-                header = [name.strip() for name in values]
-                missing = [name for name in COLUMNS if name not in header]
-                if missing:
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: no column {', '.join(missing)}; "
-                        f"give a CSV trace with the columns {', '.join(COLUMNS)}"
-                    )
-                continue
-            yield reader.line_num, dict(zip(header, values, strict=False))
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; give a CSV trace") from None
-
-
-def _lines(path: Path, text: TextIO) -> Iterator[str]:
-    for number, line in enumerate(iter(lambda: text.readline(MAX_LINE_CHARACTERS + 1), ""), start=1):
-        if len(line) > MAX_LINE_CHARACTERS:
-            raise UserError(f"{path}, line {number}: longer than {MAX_LINE_CHARACTERS} characters; give a CSV trace")
-        yield line
+def read_azure_trace(
+    path: Path, bad_rows: BadRows = BadRows.ERROR, counts: Counter[str] | None = None
+) -> Iterator[AzureRow]:
+    """The rows in order, one in memory at a time; what is bad, counted and raised is said at `read_csv_trace`."""
+    return read_csv_trace(path, AzureRow, bad_rows, counts)

@@ -1,6 +1,7 @@
 """From a configuration to the workload it names."""
 
 from workloads.azure import AzureWorkload
+from workloads.burstgpt import BurstGPTWorkload
 from workloads.config import WorkloadConfig, WorkloadKind
 from workloads.independent import IndependentWorkload
 from workloads.mooncake import MooncakeWorkload
@@ -17,5 +18,7 @@ def make_workload(config: WorkloadConfig) -> Workload:
             return MooncakeWorkload(config)
         case WorkloadKind.AZURE:
             return AzureWorkload(config)
+        case WorkloadKind.BURSTGPT:
+            return BurstGPTWorkload(config)
         case WorkloadKind.INDEPENDENT:
             return IndependentWorkload(config)

@@ -16,6 +16,8 @@ class WorkloadKind(StrEnum):
     """Replay of a trace in the format of Mooncake's FAST'25 release."""
     AZURE = "azure"
     """Replay of the arrivals and lengths of an Azure LLM inference trace."""
+    BURSTGPT = "burstgpt"
+    """Replay of the arrivals, lengths and sessions of a BurstGPT trace."""
     INDEPENDENT = "independent"
     """Requests that share nothing, at a rate and of lengths that are given."""
 
@@ -38,6 +40,24 @@ class LongPrompts(StrEnum):
     """It keeps the whole blocks that fit: every arrival stays, but turns that differed after the cut become equal."""
 
 
+class BadRows(StrEnum):
+    """What becomes of a trace's row that is not one, or that is before the row above."""
+
+    ERROR = "error"
+    """It ends the reading, and is named."""
+    SKIP = "skip"
+    """It is left out and counted."""
+
+
+class FailedCalls(StrEnum):
+    """What becomes of a trace's request that got no answer."""
+
+    SKIP = "skip"
+    """It is left out and counted."""
+    KEEP = "keep"
+    """It is a request like others, and counted; a length of 0 becomes 1."""
+
+
 class PhasesConfig(Config):
     """The phases workload. Token counts are UTF-8 bytes: one byte is one token of the default model."""
 
@@ -52,16 +72,22 @@ class PhasesConfig(Config):
 
 
 class TraceConfig(Config):
-    """What the replays of traces, mooncake and azure, have in common."""
+    """What the replays of traces, mooncake, azure and burstgpt, have in common."""
 
-    trace: Path | None = Field(default=None, description="mooncake: path of the trace, JSON lines; azure: CSV")
-    time_scale: float = Field(default=1.0, gt=0, description="mooncake, azure: the trace's time is divided by this")
+    trace: Path | None = Field(default=None, description="path of the trace: JSON lines for mooncake, else CSV")
+    time_scale: float = Field(default=1.0, gt=0, description="the trace's time is divided by this")
+    prompt_scale: float = Field(
+        default=0.0625, gt=0, le=1000, description="azure, burstgpt: the trace's prompt lengths are multiplied by this"
+    )
     output_scale: float = Field(
-        default=0.0625, gt=0, le=1000, description="mooncake, azure: the trace's answer lengths are multiplied by this"
+        default=0.0625, gt=0, le=1000, description="the trace's answer lengths are multiplied by this"
     )
     long_prompts: LongPrompts = Field(
         default=LongPrompts.SKIP,
-        description="mooncake, azure: prompts above max_prompt_tokens: skip, or cut (mooncake: to whole blocks)",
+        description="a trace's prompts above max_prompt_tokens: skip, or cut (mooncake: to whole blocks)",
+    )
+    bad_rows: BadRows = Field(
+        default=BadRows.ERROR, description="a trace's rows that cannot be read or are out of order: error, or skip"
     )
 
 
@@ -76,11 +102,11 @@ class MooncakeConfig(Config):
     )
 
 
-class AzureConfig(Config):
-    """The replay of an Azure LLM inference trace."""
+class BurstGPTConfig(Config):
+    """The replay of a BurstGPT trace."""
 
-    prompt_scale: float = Field(
-        default=0.0625, gt=0, le=1000, description="azure: the trace's prompt lengths are multiplied by this"
+    failed_calls: FailedCalls = Field(
+        default=FailedCalls.SKIP, description="burstgpt: calls that got no answer: skip, or keep"
     )
 
 
@@ -103,7 +129,7 @@ class WorkloadConfig(Config):
     """One offered load: the same values and the same seed are the same requests, in every process."""
 
     workload: WorkloadKind = Field(
-        default=WorkloadKind.PHASES, description="phases, independent, or replay of a trace: mooncake, azure"
+        default=WorkloadKind.PHASES, description="phases, independent, or replay of a trace: mooncake, azure, burstgpt"
     )
     requests: int = Field(default=200, ge=1, le=10_000_000, description="requests to offer; a trace may hold fewer")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="of all that is random in the workload")
@@ -111,14 +137,15 @@ class WorkloadConfig(Config):
         default=32,
         ge=1,
         le=1 << 20,
-        description="answer length: upper limit in azure and independent, asked for in phases, upper limit in mooncake",
+        description="answer length: upper limit in azure, burstgpt and independent, asked for in phases, upper limit "
+        "in mooncake",
     )
     max_prompt_tokens: int = Field(default=1920, ge=1, le=1 << 20, description="longest prompt to offer")
     vocab_size: int = Field(default=256, ge=1, le=1 << 32, description="all but phases: prompt tokens are below this")
     phases: PhasesConfig = PhasesConfig()
     replay: TraceConfig = TraceConfig()
     mooncake: MooncakeConfig = MooncakeConfig()
-    azure: AzureConfig = AzureConfig()
+    burstgpt: BurstGPTConfig = BurstGPTConfig()
     independent: IndependentConfig = IndependentConfig()
 
 

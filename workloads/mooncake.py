@@ -5,11 +5,12 @@ prefixes of the trace are the prefixes of the replay. A partial last block has a
 the turn that later completes it shares only the whole blocks before it.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from core.errors import UserError
+from workloads.adjustments import CUT_LONG_PROMPTS, OF_EVERY_REPLAY, SKIPPED_LONG_PROMPTS
 from workloads.config import LongPrompts, WorkloadConfig, WorkloadKind, trace_file
 from workloads.mooncake_trace import TRACE_BLOCK_TOKENS, TraceRow, read_trace
 from workloads.timed_request import TimedRequest, request_id
@@ -67,8 +68,7 @@ class MooncakeWorkload:
             )
         self._config = config
         self._trace = trace_file(config)
-        self._skipped = 0
-        self._cut = 0
+        self._counts: Counter[str] = Counter()
         self._block = lru_cache(maxsize=4096)(
             lambda block_id: made_token_ids(config.seed, block_id, options.block_tokens, config.vocab_size)
         )
@@ -78,18 +78,18 @@ class MooncakeWorkload:
         return self._config.requests
 
     def adjustments(self) -> Mapping[str, int]:
-        return {"skipped_long_prompts": self._skipped, "cut_long_prompts": self._cut}
+        return {name: self._counts[name] for name in OF_EVERY_REPLAY}
 
     def __iter__(self) -> Iterator[TimedRequest]:
         config = self._config
         sessions = PrefixSessions(config.mooncake.shared_blocks)
-        self._skipped = self._cut = 0
+        self._counts = counts = Counter[str]()
         began_ms: float | None = None
         index = 0
-        for row in read_trace(self._trace):
+        for row in read_trace(self._trace, config.replay.bad_rows, counts):
             began_ms = row.timestamp if began_ms is None else began_ms
             session = sessions.of(row.hash_ids[: row.input_length // TRACE_BLOCK_TOKENS])
-            prompt = self._prompt(row)
+            prompt = self._prompt(row, counts)
             if prompt is None:
                 continue
             yield TimedRequest(
@@ -104,23 +104,17 @@ class MooncakeWorkload:
             if index == config.requests:
                 return
 
-    def _prompt(self, row: TraceRow) -> tuple[int, ...] | None:
+    def _prompt(self, row: TraceRow, counts: Counter[str]) -> tuple[int, ...] | None:
         """The row's prompt; none where it is too long and such are skipped."""
         block_tokens, limit = self._config.mooncake.block_tokens, self._config.max_prompt_tokens
-        before_last = len(row.hash_ids) - 1
-        tokens = before_last * block_tokens + self._last_block_tokens(row)
+        tokens = row.prompt_tokens(block_tokens)
         if tokens <= limit:
             return self._tokens(row.hash_ids)[:tokens]
         if self._config.replay.long_prompts is LongPrompts.SKIP:
-            self._skipped += 1
+            counts[SKIPPED_LONG_PROMPTS] += 1
             return None
-        self._cut += 1
+        counts[CUT_LONG_PROMPTS] += 1
         return self._tokens(row.hash_ids[: limit // block_tokens])
-
-    def _last_block_tokens(self, row: TraceRow) -> int:
-        """What the last block becomes: in proportion to what it holds in the trace, and never nothing."""
-        held = row.input_length - (len(row.hash_ids) - 1) * TRACE_BLOCK_TOKENS
-        return max(1, held * self._config.mooncake.block_tokens // TRACE_BLOCK_TOKENS)
 
     def _tokens(self, block_ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(token for block_id in block_ids for token in self._block(block_id))

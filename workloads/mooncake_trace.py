@@ -6,21 +6,21 @@ block and all that is before it, so that two prompts with equal leading ids have
 four are let pass: later releases add some.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from core.errors import UserError, one_line
+from workloads.config import BadRows
+from workloads.trace_rows import TimedRow, numbered_lines, read_rows
 
 TRACE_BLOCK_TOKENS = 512
-MAX_LINE_BYTES = 1 << 20
-"""Longest line that is read; above it the file is something else (the longest of the release is below 4 KiB)."""
 
 
-class TraceRow(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+class TraceRow(TimedRow):
+    model_config = ConfigDict(strict=True)
 
     timestamp: float = Field(ge=0)
     input_length: int = Field(ge=1)
@@ -37,37 +37,27 @@ class TraceRow(BaseModel):
             )
         return self
 
+    @property
+    def at_ms(self) -> float:
+        return self.timestamp
 
-def read_trace(path: Path) -> Iterator[TraceRow]:
-    """The rows in order, one in memory at a time.
+    def prompt_tokens(self, block_tokens: int) -> int:
+        """Length of the prompt where a block becomes `block_tokens` tokens.
 
-    Raises `UserError` with file and line for a row that is not one, for a timestamp before the row's above, and for a
-    file that is missing, unreadable or without rows.
-    """
-    row: TraceRow | None = None
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), start=1):
-                if not line.strip():
-                    continue
-                previous_ms = row.timestamp if row else 0.0
-                row = _parse(path, number, line)
-                if row.timestamp < previous_ms:
-                    raise UserError(
-                        f"{path}, line {number}: timestamp: {row.timestamp:g} is before the row above's "
-                        f"{previous_ms:g}; sort the trace"
-                    )
-                yield row
-    except OSError as error:
-        raise UserError(f"--trace: cannot read {path}: {error.strerror}; give the path of a trace") from None
-    if row is None:
-        raise UserError(f"{path}: has no rows; give a trace of JSON lines")
+        The last block is scaled in proportion to what it holds in the trace, and never to nothing.
+        """
+        before_last = len(self.hash_ids) - 1
+        held = self.input_length - before_last * TRACE_BLOCK_TOKENS
+        return before_last * block_tokens + max(1, held * block_tokens // TRACE_BLOCK_TOKENS)
 
 
-def _parse(path: Path, number: int, line: bytes) -> TraceRow:
-    if len(line) > MAX_LINE_BYTES:
-        raise UserError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; give a trace of JSON lines")
-    try:
-        return TraceRow.model_validate_json(line)
-    except ValidationError as error:
-        raise UserError(f"{path}, line {number}: {one_line(error)}") from None
+def read_trace(path: Path, bad_rows: BadRows = BadRows.ERROR, counts: Counter[str] | None = None) -> Iterator[TraceRow]:
+    """The rows in order, one in memory at a time; what is bad, counted and raised is said at `read_rows`."""
+    return read_rows(
+        path,
+        numbered_lines(path),
+        TraceRow.model_validate_json,
+        form="trace of JSON lines",
+        bad_rows=bad_rows,
+        counts=counts,
+    )

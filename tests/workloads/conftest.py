@@ -30,6 +30,34 @@ MADE_AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-17 00:00:03.5000000,1600,3200
 """
 
+MADE_BURSTGPT = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
+5,ChatGPT,472,18,490,Conversation log
+45,GPT-4,0,0,0,Conversation log
+45,ChatGPT,1,230,231,API log
+118,GPT-4,8000,276,8276,API log
+"""
+
+MADE_BURSTGPT_SESSIONS = """Timestamp,Session ID,Elapsed time,Model,Request tokens,Response tokens,Total tokens,Log Type
+5.0,7,2.5,ChatGPT,320,18,338,Conversation log
+6.0,8,0.5,GPT-4,320,20,340,Conversation log
+7.5,7,3.5,ChatGPT,800,20,820,Conversation log
+8.0,,1.0,ChatGPT,320,20,340,API log
+8.0,,1.0,ChatGPT,320,20,340,API log
+9.0,8,0.0,GPT-4,0,0,0,Conversation log
+9.5,7,3.5,ChatGPT,480,40,520,Conversation log
+11.0,7,3.5,ChatGPT,480,40,520,Conversation log
+"""
+
+
+@pytest.fixture
+def write_csv(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        path = tmp_path / "trace.csv"
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        return path
+
+    return write
+
 
 @pytest.fixture
 def write_trace(tmp_path: Path) -> Callable[..., Path]:
@@ -63,6 +91,22 @@ def made_azure_trace(tmp_path: Path) -> Path:
 def any_azure_trace(request: pytest.FixtureRequest, made_azure_trace: Path) -> Path:
     """Every Azure trace there is, likewise."""
     return Path(TRACES or "") / "AzureLLMInferenceTrace_conv.csv" if request.param == "real" else made_azure_trace
+
+
+@pytest.fixture
+def made_burstgpt_trace(tmp_path: Path) -> Path:
+    """The first release's columns: no sessions."""
+    path = tmp_path / "burstgpt.csv"
+    path.write_text(MADE_BURSTGPT)
+    return path
+
+
+@pytest.fixture
+def made_burstgpt_sessions(tmp_path: Path) -> Path:
+    """The later release's columns."""
+    path = tmp_path / "burstgpt_sessions.csv"
+    path.write_text(MADE_BURSTGPT_SESSIONS)
+    return path
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -6,20 +7,12 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from workloads.azure_trace import MAX_LINE_CHARACTERS, read_azure_trace
+from workloads.azure_trace import read_azure_trace
+from workloads.config import BadRows
+from workloads.trace_rows import MAX_LINE_BYTES
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 GOOD = "2023-11-16 18:15:46.6805900,374,44\n"
-
-
-@pytest.fixture
-def write_csv(tmp_path: Path) -> Callable[[str], Path]:
-    def write(text: str) -> Path:
-        path = tmp_path / "trace.csv"
-        path.write_bytes(text.encode("utf-8", "surrogateescape"))
-        return path
-
-    return write
 
 
 def test_every_row_is_read_in_order(any_azure_trace: Path) -> None:
@@ -43,19 +36,26 @@ def test_every_row_is_read_in_order(any_azure_trace: Path) -> None:
         ("2023-11-16 18:15:46,374,44\n", "TIMESTAMP: 2023-11-16 18:15:46+00:00 is before the row above's"),
         ('2023-11-16 18:15:47,"374,44\n', "give a CSV trace"),
         ("\udcff\udcfe\x00,374,44\n", "TIMESTAMP: "),
-        ("x" * (MAX_LINE_CHARACTERS + 5), "longer than 65536 characters"),
+        ("x" * (MAX_LINE_BYTES + 5), "longer than 1048576 bytes"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(write_csv: Callable[[str], Path], row: str, complaint: str) -> None:
-    path = write_csv(HEADER + GOOD + "\n" + row)
+    path = write_csv(HEADER + GOOD + ",,\n" + row)
     rows = read_azure_trace(path)
-    assert next(rows).context_tokens == 374
+    assert next(rows).prompt_tokens == 374
     with pytest.raises(UserError) as refused:
         next(rows)
     message = str(refused.value)
     assert message.startswith(f"{path}, line 4: ")
     assert complaint in message
     assert "\n" not in message
+
+
+def test_bad_rows_are_left_out_and_counted_by_option(write_csv: Callable[[str], Path]) -> None:
+    path = write_csv(HEADER + "x,374,44\n" + GOOD + '2023-11-16 18:15:47,"374,44\n' + GOOD)
+    counts = Counter[str]()
+    assert len(list(read_azure_trace(path, BadRows.SKIP, counts))) == 2
+    assert counts == {"skipped_bad_rows": 2}
 
 
 def test_a_missing_column_is_named(write_csv: Callable[[str], Path]) -> None:
@@ -80,5 +80,5 @@ def test_columns_may_stand_in_any_order_among_others(write_csv: Callable[[str], 
         "\ufeffGeneratedTokens, Model ,TIMESTAMP,ContextTokens\r\n44,m,2024-05-10 00:00:00.5+00:00,374\r\n"
     )
     (row,) = read_azure_trace(path)
-    assert (row.context_tokens, row.generated_tokens) == (374, 44)
+    assert (row.prompt_tokens, row.answer_tokens) == (374, 44)
     assert row.timestamp == datetime(2024, 5, 10, 0, 0, 0, 500_000, UTC)

@@ -60,7 +60,7 @@ def test_the_made_trace_in_full(made_trace: Path) -> None:
         "user-000001", "user-000002", "user-000003", "user-000003", "user-000003", "user-000005",
     ]  # fmt: skip
     assert [timed.request_id for timed in requests][-1] == "mooncake-3-000005"
-    assert workload.adjustments() == {"skipped_long_prompts": 1, "cut_long_prompts": 0}
+    assert workload.adjustments() == {"skipped_long_prompts": 1, "cut_long_prompts": 0, "skipped_bad_rows": 0}
 
 
 def test_long_prompts_are_cut_to_whole_blocks_by_option(any_trace: Path) -> None:
@@ -75,7 +75,7 @@ def test_long_prompts_are_cut_to_whole_blocks_by_option(any_trace: Path) -> None
         else:
             assert timed.prompt_token_ids == full.prompt_token_ids
     assert cut > 0
-    assert workload.adjustments() == {"skipped_long_prompts": 0, "cut_long_prompts": cut}
+    assert workload.adjustments() == {"skipped_long_prompts": 0, "cut_long_prompts": cut, "skipped_bad_rows": 0}
 
 
 def test_skipping_leaves_out_exactly_the_long_ones_and_keeps_their_sessions(any_trace: Path) -> None:

@@ -1,3 +1,4 @@
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -5,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from workloads.mooncake_trace import MAX_LINE_BYTES, read_trace
+from workloads.config import BadRows
+from workloads.mooncake_trace import read_trace
+from workloads.trace_rows import MAX_LINE_BYTES
 
 GOOD = {"timestamp": 5, "input_length": 600, "output_length": 3, "hash_ids": [0, 1]}
 
@@ -52,6 +55,19 @@ def test_a_bad_row_is_named_by_file_and_line(write_trace: Callable[..., Path], r
     assert message.startswith(f"{path}, line 3: ")
     assert complaint in message
     assert "\n" not in message
+
+
+def test_bad_rows_are_left_out_and_counted_by_option(write_trace: Callable[..., Path]) -> None:
+    path = write_trace(['{"timestamp": 5, "input_le\n', GOOD, GOOD | {"timestamp": 4}, GOOD, '{"timestamp": 5, "inp'])
+    counts = Counter[str]()
+    assert len(list(read_trace(path, BadRows.SKIP, counts))) == 2
+    assert counts == {"skipped_bad_rows": 3}
+
+
+def test_a_line_without_end_is_never_left_out(write_trace: Callable[..., Path]) -> None:
+    path = write_trace([GOOD, "x" * (MAX_LINE_BYTES + 5)])
+    with pytest.raises(UserError, match="line 2: longer than 1048576 bytes"):
+        list(read_trace(path, BadRows.SKIP))
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

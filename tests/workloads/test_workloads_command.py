@@ -38,11 +38,11 @@ def test_a_dry_run_prints_the_workload_the_same_in_every_process(run_workloads: 
     assert printed == [timed.created(timed.at_ms) for timed in make_workload(WorkloadConfig(requests=60, seed=9))]
 
 
-@pytest.mark.parametrize("workload", ["mooncake", "azure"])
+@pytest.mark.parametrize("workload", ["mooncake", "azure", "burstgpt"])
 def test_a_dry_run_of_a_trace_prints_token_ids(
-    run_workloads: Run, any_trace: Path, any_azure_trace: Path, workload: str
+    run_workloads: Run, any_trace: Path, any_azure_trace: Path, made_burstgpt_sessions: Path, workload: str
 ) -> None:
-    trace = any_trace if workload == "mooncake" else any_azure_trace
+    trace = {"mooncake": any_trace, "azure": any_azure_trace, "burstgpt": made_burstgpt_sessions}[workload]
     finished = run_workloads("--dry-run", "--workload", workload, "--trace", str(trace), "--requests", "3")
     assert finished.returncode == 0, finished.stderr
     lines = [json.loads(line) for line in finished.stdout.splitlines()]
@@ -53,10 +53,16 @@ def test_a_dry_run_of_a_trace_prints_token_ids(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--workload", "nonsense"], "--workload: Input should be 'phases', 'mooncake', 'azure' or 'independent'"),
+        (
+            ["--workload", "nonsense"],
+            "'phases', 'mooncake', 'azure', 'burstgpt' or 'independent'",
+        ),
         (["--workload", "mooncake"], "--trace: the mooncake workload replays a trace; give its path"),
         (["--workload", "mooncake", "--trace", "/no/such/file"], "--trace: /no/such/file is not a file"),
         (["--workload", "azure"], "--trace: the azure workload replays a trace; give its path"),
+        (["--workload", "burstgpt"], "--trace: the burstgpt workload replays a trace; give its path"),
+        (["--bad-rows", "mend"], "--bad-rows: Input should be 'error' or 'skip'"),
+        (["--failed-calls", "retry"], "--failed-calls: Input should be 'skip' or 'keep'"),
         (["--workload", "independent", "--prompt-tokens", "5000"], "--prompt-tokens: a mean of 5000 is above"),
         (["--requests", "0"], "--requests: Input should be greater than or equal to 1"),
         (["--brokers", "127.0.0.1:port"], "--brokers: 127.0.0.1:port is not host:port"),
@@ -71,6 +77,14 @@ def test_a_bad_row_is_one_line_and_exit_2(run_workloads: Run, write_trace: Calla
     trace = write_trace(['{"timestamp": 0}\n'])
     said = complaint(run_workloads("--dry-run", "--workload", "mooncake", "--trace", str(trace)))
     assert f"{trace}, line 1: input_length: missing" in said
+
+
+def test_bad_rows_are_left_out_by_option(run_workloads: Run, write_trace: Callable[..., Path]) -> None:
+    good = {"timestamp": 0, "input_length": 700, "output_length": 100, "hash_ids": [0, 1]}
+    trace = write_trace(['{"timestamp": 0}\n', good, '{"timestamp": 0, "input_le'])
+    finished = run_workloads("--dry-run", "--workload", "mooncake", "--trace", str(trace), "--bad-rows", "skip")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("\n") == 1
 
 
 def test_kafka_that_does_not_answer_is_one_line_within_bounded_time(run_workloads: Run) -> None:

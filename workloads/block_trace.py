@@ -1,0 +1,111 @@
+"""A trace of any format as accesses to blocks of tokens: what a study of caches needs of it, and no tokens.
+
+What is the trace's: every arrival, every length and, in a Mooncake trace, every block. What is made: the blocks of
+the other two, whose traces hold no text. Turns of a BurstGPT session are beginnings of one stream of tokens that is
+the session's own (`workloads.burstgpt`), and share blocks accordingly; all other requests share nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import count
+from math import isfinite
+from pathlib import Path
+
+from core.errors import UserError
+from workloads.azure_trace import AzureRow, read_azure_trace
+from workloads.burstgpt_trace import BurstGPTRow, read_burstgpt_trace
+from workloads.config import BadRows, FailedCalls
+from workloads.mooncake_trace import TRACE_BLOCK_TOKENS, TraceRow, read_trace
+from workloads.token_ids import made_token_ids
+
+SESSION_BLOCKS = 1 << 62
+"""Ids of made session blocks are from here to twice this; those of blocks that nobody shares count up from 0."""
+
+
+class TraceFormat(StrEnum):
+    MOONCAKE = "mooncake"
+    BURSTGPT = "burstgpt"
+    AZURE = "azure"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRequest:
+    """A request that comes `at_ms` milliseconds after the trace's first, and the blocks of its prompt.
+
+    `blocks` are ids of `block_tokens` tokens each, all but the last, which holds what remains of `tokens`. An equal
+    id is an equal block with an equal prefix before it; a partial block has another id than the whole one.
+    """
+
+    at_ms: float
+    blocks: tuple[int, ...]
+    tokens: int
+    block_tokens: int
+
+
+def read_blocks(
+    path: Path,
+    trace_format: TraceFormat,
+    *,
+    time_scale: float = 1.0,
+    length_scale: float = 1.0,
+    block_tokens: int = TRACE_BLOCK_TOKENS,
+    failed_calls: FailedCalls = FailedCalls.SKIP,
+    bad_rows: BadRows = BadRows.ERROR,
+    counts: Counter[str] | None = None,
+) -> Iterator[BlockRequest]:
+    """The requests in order, one in memory at a time; nothing is remembered from one to the next.
+
+    Time is divided by `time_scale`, lengths are multiplied by `length_scale` and never become 0. A Mooncake trace has
+    blocks of its own: they stay what they are, their 512 tokens are scaled, and `block_tokens` is not looked at.
+    Ids are below 2**63 (a Mooncake trace's are its own) and the same in every process. `failed_calls` is for BurstGPT
+    alone. `counts` is added to as by the format's reader, and errors are those of the reader, as rows are read.
+    """
+    for name, value in (("time_scale", time_scale), ("length_scale", length_scale), ("block_tokens", block_tokens)):
+        if not (value > 0 and isfinite(value)):
+            raise UserError(f"{name}: {value} is not a number above 0; give one")
+    rows: Iterator[TraceRow] | Iterator[BurstGPTRow] | Iterator[AzureRow]
+    match trace_format:
+        case TraceFormat.MOONCAKE:
+            rows = read_trace(path, bad_rows, counts)
+        case TraceFormat.BURSTGPT:
+            rows = read_burstgpt_trace(path, failed_calls, bad_rows, counts)
+        case TraceFormat.AZURE:
+            rows = read_azure_trace(path, bad_rows, counts)
+    return _requests(rows, time_scale, length_scale, block_tokens)
+
+
+def _requests(
+    rows: Iterator[TraceRow] | Iterator[BurstGPTRow] | Iterator[AzureRow],
+    time_scale: float,
+    length_scale: float,
+    block_tokens: int,
+) -> Iterator[BlockRequest]:
+    fresh = count()
+    began_ms: float | None = None
+    for row in rows:
+        began_ms = row.at_ms if began_ms is None else began_ms
+        at_ms = (row.at_ms - began_ms) / time_scale
+        if isinstance(row, TraceRow):
+            scaled = max(1, round(TRACE_BLOCK_TOKENS * length_scale))
+            yield BlockRequest(at_ms, row.hash_ids, row.prompt_tokens(scaled), scaled)
+            continue
+        tokens = max(1, round(row.prompt_tokens * length_scale))
+        if row.session_id is None:
+            blocks = tuple(next(fresh) for _ in range(-(-tokens // block_tokens)))
+        else:
+            blocks = _session_blocks(row.session_id, tokens, block_tokens)
+        yield BlockRequest(at_ms, blocks, tokens, block_tokens)
+
+
+def _session_blocks(session: str, tokens: int, block_tokens: int) -> tuple[int, ...]:
+    """Ids that the session and the place in its stream determine, so that no session has to be remembered.
+
+    They are 62 bits of a hash: of 10**8 distinct blocks two are equal with a probability of about 0.1 %.
+    """
+    whole, rest = divmod(tokens, block_tokens)
+    words = made_token_ids(block_tokens, f"whole/{session}", whole, SESSION_BLOCKS)
+    if rest:
+        words += made_token_ids(block_tokens, f"first {tokens}/{session}", 1, SESSION_BLOCKS)
+    return tuple(SESSION_BLOCKS + word for word in words)
