@@ -40,7 +40,7 @@ from inference_service.model import LoadedModel
 ROWS = ("recomputed", "raw", "int8", "chained")
 """The first is what the others are held against."""
 DRIFTS = ("max_drift", "mean_drift", "kl", "same_best")
-SPEED_CHUNKS = 8
+SPEED_CHUNKS = 4
 """Whose encoding and decoding is timed in each round; a prompt has at least as many."""
 _NO_NAME = bytes(32)
 """Fingerprint and hash of a record that no cache will ask for."""
@@ -261,8 +261,8 @@ def show(report: Report, console: Console) -> None:
     console.print(table)
     table = Table("codec", "record\nbytes", "fetch\nms", "encode\nMB/s", "decode\nMB/s")
     for codec in RemoteCodec:
-        measures = ("record_bytes", "fetch_ms", "encode_mb_per_s", "decode_mb_per_s")
-        table.add_row(codec.value, *(f"{figures[f'{measure}_{codec}']:.5g}" for measure in measures))
+        columns = ("record_bytes", "fetch_ms", "encode_mb_per_s", "decode_mb_per_s")
+        table.add_row(codec.value, *(f"{figures[f'{measure}_{codec}']:.5g}" for measure in columns))
     console.print(table)
     console.print(
         f"int8 over raw: {figures['record_bytes_ratio']:.3f} of the bytes, {figures['fetch_ratio']:.2f} of the time to "

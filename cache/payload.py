@@ -126,7 +126,8 @@ class Int8Payload:
 
     def _by_part(self, scales: torch.Tensor) -> Sequence[torch.Tensor]:
         """Those of the keys and those of the values, each in the shape that its part is multiplied by."""
-        parts = scales.split(self._scale_counts)
+        keys = self._scale_counts[0]
+        parts = scales[:keys], scales[keys:]
         return [part.view(size) for part, size in zip(parts, self._scale_sizes, strict=True)]
 
 

@@ -14,7 +14,7 @@ from benchmarks.int8_chunks import Int8Probe, drift
 from benchmarks.reuse_probe import WrongMeasurementError
 from core.errors import UserError
 
-OPTIONS = ["--prompts=2", "--prompt-tokens=256", "--positions=5", "--device=cpu", "--max-model-len=512"]
+OPTIONS = ["--prompts=2", "--prompt-tokens=128", "--positions=5", "--device=cpu"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
@@ -53,12 +53,12 @@ def test_a_prompt_that_redis_does_not_hold_ends_the_run(
 ) -> None:
     fetch = Int8Probe._fetch
     monkeypatch.setattr(Int8Probe, "_fetch", lambda probe, codec, prompt: fetch(probe, codec, prompt[::-1]))
-    with pytest.raises(WrongMeasurementError, match="0 of 8 chunks"):
+    with pytest.raises(WrongMeasurementError, match="0 of 4 chunks"):
         run(monkeypatch, *OPTIONS, f"--model={tiny_model}", f"--out={tmp_path / 'x.json'}")
     assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize("tokens", [100, 128])
+@pytest.mark.parametrize("tokens", [100, 96])
 def test_prompts_must_be_full_chunks_and_enough_of_them(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     with pytest.raises(UserError, match=f"--prompt-tokens: {tokens} is not a multiple of the 32 tokens"):
         run(monkeypatch, f"--prompt-tokens={tokens}")
