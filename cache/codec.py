@@ -1,4 +1,4 @@
-"""The record that one chunk is in Redis: a header of 128 bytes, then the raw tensor.
+"""The record that one chunk is in Redis: a header of 128 bytes, then its payload (`cache.payload`).
 
 | offset | bytes | field                                                        |
 |--------|-------|--------------------------------------------------------------|
@@ -9,9 +9,10 @@
 | 12     | 4     | header length                                                |
 | 16     | 8     | payload length                                               |
 | 24     | 20    | the five dimensions, u32 each                                |
-| 44     | 32    | fingerprint: `h0` of model, layout and tenant                |
+| 44     | 32    | fingerprint: `h0` of model, layout, codec and tenant         |
 | 76     | 32    | the chunk's own hash                                         |
-| 108    | 4     | zero                                                         |
+| 108    | 1     | codec of the payload: 0 raw, 1 int8                          |
+| 109    | 3     | zero                                                         |
 | 112    | 16    | xxh3-128 of the 112 bytes before and of the payload          |
 
 All numbers are little-endian. The reader knows what it asked for, so every field has one right value; nothing in a
@@ -23,47 +24,42 @@ import struct
 import torch
 import xxhash
 
+from cache.payload import Buffer, RecordError, make_payload, payload_bytes
 from cache.protocol import ChunkShape
+from core.config import RemoteCodec
 
 MAGIC = b"INFTKVC\x00"
 VERSION = 1
 HEADER_BYTES = 128
 """A multiple of 64, so that the payload of an aligned record is aligned as well."""
 
-_FIELDS = struct.Struct("<8sHBBIQ5I32s32s4x")
+_FIELDS = struct.Struct("<8sHBBIQ5I32s32sB3x")
 _CHECKSUM_BYTES = 16
 _DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-Buffer = bytes | bytearray | memoryview
-
-
-class RecordError(Exception):
-    """The bytes are not the record that was asked for: damaged, truncated, foreign or of another version."""
+_CODEC_CODES = {RemoteCodec.RAW: 0, RemoteCodec.INT8: 1}
 
 
-def record_bytes(shape: ChunkShape) -> int:
+def record_bytes(shape: ChunkShape, codec: RemoteCodec = RemoteCodec.RAW) -> int:
     """The exact size of a chunk's record."""
-    return HEADER_BYTES + shape.size_bytes
+    return HEADER_BYTES + payload_bytes(shape, codec)
 
 
-def payload_view(chunk: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as writable bytes, without a copy."""
-    data: memoryview = chunk.detach().view(-1).view(torch.uint8).numpy().data
-    return data
-
-
-def encode_header(shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes, payload: Buffer) -> bytes:
-    """The header that stands before `payload` (`payload_view` of a chunk of `shape`)."""
-    fields = _expected_fields(shape, fingerprint, chunk_hash)
+def encode_header(
+    shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes, payload: Buffer, codec: RemoteCodec = RemoteCodec.RAW
+) -> bytes:
+    """The header that stands before `payload`, which `codec` made of a chunk of `shape`."""
+    fields = _expected_fields(shape, fingerprint, chunk_hash, codec)
     return fields + _checksum(fields, payload)
 
 
-def check_header(header: Buffer, shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes) -> None:
+def check_header(
+    header: Buffer, shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes, codec: RemoteCodec = RemoteCodec.RAW
+) -> None:
     """Raise `RecordError`, naming the field, unless `header` announces exactly the chunk that was asked for."""
     if len(header) != HEADER_BYTES:
         raise RecordError(f"header of {len(header)} bytes")
     fields = bytes(header[: _FIELDS.size])
-    expected = _expected_fields(shape, fingerprint, chunk_hash)
+    expected = _expected_fields(shape, fingerprint, chunk_hash, codec)
     if fields != expected:
         raise RecordError(f"{_first_difference(fields, expected)} is not what was asked for")
 
@@ -74,37 +70,49 @@ def check_payload(header: Buffer, payload: Buffer) -> None:
         raise RecordError("checksum does not match")
 
 
-def encode(chunk: torch.Tensor, shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes) -> bytes:
-    """The whole record of `chunk` (contiguous, of `shape`, on the CPU) as one string; copies the payload."""
-    payload = payload_view(chunk)
-    return b"".join((encode_header(shape, fingerprint, chunk_hash, payload), payload))
+def encode(
+    chunk: torch.Tensor,
+    shape: ChunkShape,
+    fingerprint: bytes,
+    chunk_hash: bytes,
+    codec: RemoteCodec = RemoteCodec.RAW,
+) -> bytes:
+    """The whole record of `chunk` (contiguous, of `shape`, on the CPU) as one string; copies the payload.
+
+    Raises `UnfitChunkError` for a chunk that `codec` cannot hold.
+    """
+    payload = make_payload(codec, shape).pack(chunk)
+    return b"".join((encode_header(shape, fingerprint, chunk_hash, payload, codec), payload))
 
 
-def decode(record: Buffer, shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes) -> torch.Tensor:
-    """The tensor of `shape` inside `record`, as a view of it. Raises `RecordError` for anything but that chunk.
+def decode(
+    record: Buffer, shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes, codec: RemoteCodec = RemoteCodec.RAW
+) -> torch.Tensor:
+    """The tensor of `shape` inside `record`; a view of it where that is raw. Raises `RecordError` for any other chunk.
 
     Writing to the view is writing to `record`; over `bytes`, which are read-only, it is not allowed.
     """
-    if len(record) != record_bytes(shape):
-        raise RecordError(f"record of {len(record)} bytes instead of {record_bytes(shape)}")
+    if len(record) != record_bytes(shape, codec):
+        raise RecordError(f"record of {len(record)} bytes instead of {record_bytes(shape, codec)}")
     view = memoryview(record)
     header, payload = view[:HEADER_BYTES], view[HEADER_BYTES:]
-    check_header(header, shape, fingerprint, chunk_hash)
+    check_header(header, shape, fingerprint, chunk_hash, codec)
     check_payload(header, payload)
-    return torch.frombuffer(record, dtype=shape.dtype, offset=HEADER_BYTES).view(shape.size)
+    return make_payload(codec, shape).unpack(torch.frombuffer(record, dtype=torch.uint8, offset=HEADER_BYTES))
 
 
-def _expected_fields(shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes) -> bytes:
+def _expected_fields(shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes, codec: RemoteCodec) -> bytes:
     return _FIELDS.pack(
         MAGIC,
         VERSION,
         _DTYPE_CODES[shape.dtype],
         len(shape.size),
         HEADER_BYTES,
-        shape.size_bytes,
+        payload_bytes(shape, codec),
         *shape.size,
         fingerprint,
         chunk_hash,
+        _CODEC_CODES[codec],
     )
 
 
@@ -125,6 +133,7 @@ def _first_difference(fields: bytes, expected: bytes) -> str:
         (44, "shape"),
         (76, "fingerprint"),
         (108, "chunk hash"),
+        (109, "codec"),
     )
     position = next(i for i, (got, want) in enumerate(zip(fields, expected, strict=True)) if got != want)
     return next((name for end, name in names if position < end), "padding")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cache.protocol import ChunkShape, ModelIdentity
+from core.config import RemoteCodec
 
 SCHEMA_VERSION = 1
 """Part of every key; a new meaning of keys or tensors takes a new number, and old entries are never found."""
@@ -25,18 +26,18 @@ class PromptKeys:
     """The keys of one prompt's full chunks, in order."""
 
     fingerprint: bytes
-    """`h0`, 32 bytes: model, layout and tenant."""
+    """`h0`, 32 bytes: model, layout, codec and tenant."""
     hashes: tuple[bytes, ...]
     """`h1, h2, ...`, 32 bytes each: one for each full chunk."""
 
 
 class KeySchema:
-    """Makes the keys of one model's chunks. Pure: calls change nothing."""
+    """Makes the keys of one model's chunks under one codec. Pure: calls change nothing."""
 
-    def __init__(self, identity: ModelIdentity, shape: ChunkShape) -> None:
+    def __init__(self, identity: ModelIdentity, shape: ChunkShape, codec: RemoteCodec = RemoteCodec.RAW) -> None:
         self._chunk_bytes = shape.chunk_tokens * TOKEN_BYTES
         self._root = hashlib.sha256()
-        for field in _fields(identity, shape):
+        for field in _fields(identity, shape, codec):
             self._root.update(field)
 
     def fingerprint(self, salt: str = "") -> bytes:
@@ -61,7 +62,7 @@ class KeySchema:
         return PromptKeys(fingerprint, tuple(hashes))
 
 
-def _fields(identity: ModelIdentity, shape: ChunkShape) -> Iterable[bytes]:
+def _fields(identity: ModelIdentity, shape: ChunkShape, codec: RemoteCodec) -> Iterable[bytes]:
     numbers = {
         "schema": SCHEMA_VERSION,
         "layers": shape.layers,
@@ -78,6 +79,10 @@ def _fields(identity: ModelIdentity, shape: ChunkShape) -> Iterable[bytes]:
         # The payload is raw memory; a machine of the other byte order must not find it.
         "byteorder": sys.byteorder,
     }
+    if codec is not RemoteCodec.RAW:
+        # Whatever was computed after an approximate chunk is approximate as well: all of it is kept apart from the keys
+        # of those who want exact chunks, which are what they were before there were codecs.
+        texts["codec"] = codec.value
     for tag, number in numbers.items():
         yield _tagged(tag, struct.pack("<Q", number))
     for tag, text in texts.items():

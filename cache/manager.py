@@ -31,7 +31,7 @@ def open_cache(config: CacheConfig, shape: ChunkShape, identity: ModelIdentity, 
     remote = None
     if config.remote.redis_url is not None:
         remote = RemoteTier(config.remote, RedisAddress.parse(config.remote.redis_url), shape, clock)
-    keys = KeySchema(identity, shape)
+    keys = KeySchema(identity, shape, config.remote.remote_codec)
     return TwoLevelCache(shape=shape, keys=keys, local=local, sizing=sizing, remote=remote, clock=clock)
 
 
@@ -147,6 +147,7 @@ class TwoLevelCache:
             remote_timeouts=reads.timeouts,
             remote_corrupt=reads.corrupt,
             write_dropped=writes.chunks_dropped,
+            write_unfit=writes.chunks_unfit,
             bytes_read=reads.bytes_read,
             bytes_written=writes.bytes_written,
             capacity_chunks=self._local.capacity_chunks,

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from cache.breaker import CircuitBreaker
-from cache.codec import HEADER_BYTES, RecordError, check_header, check_payload, payload_view, record_bytes
+from cache.codec import HEADER_BYTES, check_header, check_payload, record_bytes
 from cache.dialer import Dialer
 from cache.fetch_plan import FetchPlan
 from cache.known_keys import KnownKeys
+from cache.payload import RecordError, make_payload, payload_view
 from cache.protocol import ChunkShape
 from cache.redis_wire import Deadline, RedisAddress, RedisConnection, ReplyError, WireError, encode_command
 from cache.write_behind import WriteBehind
@@ -46,7 +47,9 @@ class RemoteTier:
         self.counters = ReadCounters()
         self._address = address
         self._shape = shape
-        self._record_bytes = record_bytes(shape)
+        self._codec = config.remote_codec
+        self._payload = make_payload(config.remote_codec, shape)
+        self._record_bytes = record_bytes(shape, config.remote_codec)
         self._prefix = config.redis_namespace.encode("ascii") + b":"
         self._deadline_ms = config.remote_deadline_ms
         self._chunks_per_trip = max(1, config.remote_read_bytes // self._record_bytes)
@@ -165,13 +168,13 @@ class RemoteTier:
         if length != self._record_bytes:
             raise RecordError(f"record of {length} bytes instead of {self._record_bytes}")
         connection.read_into(memoryview(self._header), deadline)
-        check_header(self._header, self._shape, fingerprint, chunk_hash)
-        chunk = torch.empty(self._shape.size, dtype=self._shape.dtype)
-        payload = payload_view(chunk)
+        check_header(self._header, self._shape, fingerprint, chunk_hash, self._codec)
+        memory = self._payload.memory()
+        payload = payload_view(memory)
         connection.read_into(payload, deadline)
         connection.end_bulk(deadline)
         check_payload(self._header, payload)
-        return chunk
+        return self._payload.unpack(memory)
 
     def _key(self, chunk_hash: bytes) -> bytes:
         return self._prefix + chunk_hash.hex().encode("ascii")

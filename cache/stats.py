@@ -25,7 +25,9 @@ class CacheStats:
     remote_corrupt: int
     """Records that were damaged, foreign or of another version; each was a miss, and its key is deleted."""
     write_dropped: int
-    """Chunks that were not written to Redis: the queue was full, or Redis away."""
+    """Chunks that were not written to Redis: the queue was full, Redis away, or the chunk unfit."""
+    write_unfit: int
+    """Those of them that the codec has no code for, as they were not finite."""
     bytes_read: int
     """Whole records that came from Redis."""
     bytes_written: int

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from cache.breaker import CircuitBreaker
-from cache.codec import HEADER_BYTES, encode_header, payload_view
+from cache.codec import encode_header, record_bytes
 from cache.known_keys import KnownKeys
+from cache.payload import UnfitChunkError, make_payload
 from cache.protocol import ChunkShape
 from cache.redis_wire import Deadline, RedisConnection, ReplyError, WireError, encode_command
 from core.config import RemoteConfig
@@ -42,6 +43,8 @@ class WriteCounters:
     chunks_written: int = 0
     bytes_written: int = 0
     chunks_dropped: int = 0
+    chunks_unfit: int = 0
+    """Those of the dropped that the codec could not hold."""
     errors: int = 0
 
 
@@ -58,6 +61,8 @@ class WriteBehind:
     ) -> None:
         self.counters = WriteCounters()
         self._shape = shape
+        self._codec = config.remote_codec
+        self._payload = make_payload(config.remote_codec, shape)
         self._prefix = config.redis_namespace.encode("ascii") + b":"
         self._set_options = b"\r\n" + _bulk(b"PX") + _bulk(b"%d" % (config.remote_ttl_s * 1000))
         self._limit_bytes = config.write_queue_bytes
@@ -195,25 +200,35 @@ class WriteBehind:
         self._breaker.success()
         self.counters.chunks_dropped += len(chunks) - written
         self.counters.chunks_written += written
-        self.counters.bytes_written += written * (HEADER_BYTES + self._shape.size_bytes)
+        self.counters.bytes_written += written * record_bytes(self._shape, self._codec)
 
     def _send(self, batch: list[_Entry]) -> int:
-        """Send all, then read all replies; how many chunks Redis took. One refusal (out of memory) is no failure."""
+        """Send all, then read all replies; how many chunks Redis took. One refusal (out of memory) is no failure.
+
+        A chunk that the codec cannot hold is not sent, and counted.
+        """
         deadline = Deadline(BATCH_TIMEOUT_MS)
         connection = self._connected(deadline)
+        sent = []
         for entry in batch:
             key = self._prefix + entry.chunk_hash.hex().encode("ascii")
             if entry.chunk is None:
                 connection.send([encode_command([b"UNLINK", key])], deadline)
+                sent.append(entry)
                 continue
-            payload = payload_view(entry.chunk)
-            header = encode_header(self._shape, entry.fingerprint, entry.chunk_hash, payload)
+            try:
+                payload = self._payload.pack(entry.chunk)
+            except UnfitChunkError:
+                self.counters.chunks_unfit += 1
+                continue
+            header = encode_header(self._shape, entry.fingerprint, entry.chunk_hash, payload, self._codec)
             value_length = b"$%d\r\n" % (len(header) + len(payload))
             before = b"*5\r\n" + _bulk(b"SET") + _bulk(key) + value_length + header
             connection.send([before, payload, self._set_options], deadline)
+            sent.append(entry)
         written = 0
         refusal: ReplyError | None = None
-        for entry in batch:
+        for entry in sent:
             try:
                 connection.read_reply(deadline)
             except ReplyError as error:

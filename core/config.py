@@ -54,6 +54,15 @@ class Placement(StrEnum):
     """That one, unless it is overloaded when the session begins: then the least loaded."""
 
 
+class RemoteCodec(StrEnum):
+    """What a chunk is in Redis."""
+
+    RAW = "raw"
+    """Its tensor, bit by bit."""
+    INT8 = "int8"
+    """Eight bits a number, with scales: close to the tensor, not equal to it."""
+
+
 class Eviction(StrEnum):
     """Which chunk leaves a full local tier."""
 
@@ -93,6 +102,9 @@ class RemoteConfig(Config):
     redis_url: str | None = Field(default=None, description="redis://host:port/db of the remote tier; none: no Redis")
     redis_namespace: str = Field(
         default="infertuner", min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$", description="prefix of keys"
+    )
+    remote_codec: RemoteCodec = Field(
+        default=RemoteCodec.RAW, description="chunks in Redis: raw, bit-exact; int8, smaller and approximate"
     )
     remote_deadline_ms: float = Field(default=100.0, gt=0, description="longest that a look-up may wait for Redis")
     remote_ttl_s: int = Field(default=3600, ge=1, description="lifetime of a chunk in Redis")

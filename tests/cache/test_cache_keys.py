@@ -8,6 +8,7 @@ from cache_support import IDENTITY, SHAPE, C, given, in_another_process
 from hypothesis import strategies as st
 
 from cache.keys import KeySchema
+from core.config import RemoteCodec
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=5 * C)
 SCHEMA = KeySchema(IDENTITY, SHAPE)
@@ -20,6 +21,7 @@ OTHERS = [
     *(KeySchema(IDENTITY, replace(SHAPE, **{name: 8})) for name in ("layers", "kv_heads", "head_dim")),
     KeySchema(IDENTITY, replace(SHAPE, dtype=torch.bfloat16)),
     KeySchema(IDENTITY, replace(SHAPE, chunk_tokens=2)),
+    KeySchema(IDENTITY, SHAPE, RemoteCodec.INT8),
 ]
 
 

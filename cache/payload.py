@@ -1,0 +1,155 @@
+"""What a record holds of a chunk: its tensor as it is, or rounded to eight bits with a scale for each slice.
+
+`int8` is symmetric: `code = round(x / scale)` and `x' = code * scale`, with `scale = max |x| / 127` over a slice. Keys
+have a scale for each channel, as few of their channels are far larger than the others; values, which have no such
+channels, one for each token (KIVI, Liu et al., ICML 2024). A slice never reaches beyond its chunk, layer and head.
+
+What was decoded encodes to the same bytes again, so that a chunk that is written afresh after it was read does not
+drift, however often it goes around. A scale has 16 significant bits: its product with a code of 7 is exact in float32,
+and the greatest one gives back the scale. A 16-bit dtype rounds the product by a 512th at most, which is a quarter of a
+scale, where it takes half of one to change a code.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from cache.protocol import ChunkShape
+from core.config import RemoteCodec
+
+Buffer = bytes | bytearray | memoryview
+
+_SCALE_BYTES = 4
+_GREATEST_CODE = 127
+_LEAST_SCALE = 2.0**-126
+"""The least normal float32: nothing is divided by zero, and zeros stay zeros."""
+_KEPT_SCALE_BITS = -0x100
+"""All bits of a float32 but the last 8 of its 24 significant ones."""
+_REDUCED_AXIS = (2, 3)
+"""Of `[layers, kv_heads, tokens, head_dim]`: keys are scaled over their tokens, values over their channels."""
+
+
+class RecordError(Exception):
+    """The bytes are not the record that was asked for: damaged, truncated, foreign or of another version."""
+
+
+class UnfitChunkError(ValueError):
+    """The chunk holds what the codec has no code for."""
+
+
+class Payload(Protocol):
+    """One way to lay out the chunks of one shape. For one thread: `memory` may be the same each time."""
+
+    size_bytes: int
+    """The exact size of every payload."""
+
+    def pack(self, chunk: torch.Tensor) -> memoryview:
+        """The payload of a contiguous CPU tensor; may be its own memory. Raises `UnfitChunkError`."""
+        ...
+
+    def memory(self) -> torch.Tensor:
+        """`size_bytes` of uint8 for a payload to arrive in."""
+        ...
+
+    def unpack(self, memory: torch.Tensor) -> torch.Tensor:
+        """The chunk in `memory`; may be a view of it. Raises `RecordError` where no `pack` has made that."""
+        ...
+
+
+class RawPayload:
+    """The tensor as it is, without a copy in either direction."""
+
+    def __init__(self, shape: ChunkShape) -> None:
+        self._shape = shape
+        self.size_bytes = payload_bytes(shape, RemoteCodec.RAW)
+
+    def pack(self, chunk: torch.Tensor) -> memoryview:
+        return payload_view(chunk)
+
+    def memory(self) -> torch.Tensor:
+        return torch.empty(self.size_bytes, dtype=torch.uint8)
+
+    def unpack(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory.view(self._shape.dtype).view(self._shape.size)
+
+
+class Int8Payload:
+    """Scales of the keys `[layers, kv_heads, head_dim]`, of the values `[layers, kv_heads, chunk_tokens]`, both in
+    float32, then the codes, one byte each in the order of the chunk. `|x - x'| <= scale / 2`, before x' is rounded to
+    the chunk's dtype.
+    """
+
+    def __init__(self, shape: ChunkShape) -> None:
+        self._shape = shape
+        self._scale_sizes = _scale_sizes(shape)
+        self._scale_counts = [math.prod(size) for size in self._scale_sizes]
+        self._greatest_scale = torch.finfo(shape.dtype).max / _GREATEST_CODE
+        self.size_bytes = payload_bytes(shape, RemoteCodec.INT8)
+        self._memory = torch.empty(self.size_bytes, dtype=torch.uint8)
+        # Kept, as fresh memory of this size costs more than the arithmetic in it.
+        self._rescaled = torch.empty((shape.layers, *shape.size[2:]), dtype=torch.float32)
+
+    def pack(self, chunk: torch.Tensor) -> memoryview:
+        packed = torch.empty(self.size_bytes, dtype=torch.uint8)
+        all_scales, codes = self._parts(packed)
+        for part, scales in enumerate(self._by_part(all_scales)):
+            exact = chunk[:, part]
+            torch.amax(self._rescaled.copy_(exact).abs_(), _REDUCED_AXIS[part], keepdim=True, out=scales)
+            scales.div_(_GREATEST_CODE).clamp_(min=_LEAST_SCALE)
+            # Rounded down, so that no product of a code and a scale is greater than what the dtype can hold.
+            scales.view(torch.int32).bitwise_and_(_KEPT_SCALE_BITS)
+            codes[:, part] = torch.div(exact, scales, out=self._rescaled).round_()
+        if not bool(all_scales.isfinite().all()):
+            raise UnfitChunkError("the chunk is not finite")
+        return payload_view(packed)
+
+    def memory(self) -> torch.Tensor:
+        return self._memory
+
+    def unpack(self, memory: torch.Tensor) -> torch.Tensor:
+        all_scales, codes = self._parts(memory)
+        least, greatest = torch.aminmax(all_scales)
+        # False for NaN, which both of them are where one scale is.
+        if not (least.item() > 0 and greatest.item() <= self._greatest_scale):
+            raise RecordError("a scale is not a positive number of the chunk's dtype")
+        chunk = torch.empty(self._shape.size, dtype=self._shape.dtype)
+        for part, scales in enumerate(self._by_part(all_scales)):
+            torch.mul(codes[:, part], scales, out=chunk[:, part])
+        return chunk
+
+    def _parts(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All scales, `[count]`, and the codes, of the chunk's size; views of `memory`."""
+        end = _SCALE_BYTES * sum(self._scale_counts)
+        return memory[:end].view(torch.float32), memory[end:].view(torch.int8).view(self._shape.size)
+
+    def _by_part(self, scales: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Those of the keys and those of the values, each in the shape that its part is multiplied by."""
+        keys = self._scale_counts[0]
+        parts = scales[:keys], scales[keys:]
+        return [part.view(size) for part, size in zip(parts, self._scale_sizes, strict=True)]
+
+
+def payload_bytes(shape: ChunkShape, codec: RemoteCodec) -> int:
+    """The exact size of the payload of a chunk of `shape`."""
+    if codec is RemoteCodec.RAW:
+        return shape.size_bytes
+    return math.prod(shape.size) + _SCALE_BYTES * sum(map(math.prod, _scale_sizes(shape)))
+
+
+def make_payload(codec: RemoteCodec, shape: ChunkShape) -> Payload:
+    """The payloads of `codec` for chunks of `shape`."""
+    return Int8Payload(shape) if codec is RemoteCodec.INT8 else RawPayload(shape)
+
+
+def _scale_sizes(shape: ChunkShape) -> Sequence[tuple[int, int, int, int]]:
+    """Of keys and of values, with 1 where a scale is of all that is there."""
+    layers, _, heads, tokens, dim = shape.size
+    return (layers, heads, 1, dim), (layers, heads, tokens, 1)
+
+
+def payload_view(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as writable bytes, without a copy."""
+    data: memoryview = tensor.detach().view(-1).view(torch.uint8).numpy().data
+    return data
