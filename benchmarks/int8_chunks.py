@@ -36,6 +36,7 @@ from core.config import CacheConfig, Config, RemoteCodec, RemoteConfig, SizingCo
 from core.errors import UserError, exit_on_user_error
 from inference_service.engine import load_checked_model
 from inference_service.model import LoadedModel
+from inference_service.pieces import Piece
 
 ROWS = ("recomputed", "raw", "int8", "chained")
 """The first is what the others are held against."""
@@ -91,7 +92,7 @@ class Int8Probe:
     def round(self, prompt_tokens: int, positions: int, raw_first: bool) -> dict[str, list[float]]:
         """One new prompt: times in ms of fetching all of it, codec speeds in MB/s, drifts at each position."""
         prompt, rest = self._drawn(prompt_tokens), self._drawn(positions)
-        self._runner.prefill(ROWS.index("recomputed"), prompt, 0)
+        self._runner.forward([Piece(ROWS.index("recomputed"), 0, prompt)])
         taken: dict[str, list[float]] = defaultdict(list)
         for codec in sorted(RemoteCodec, reverse=raw_first):
             self._store(codec, prompt)
@@ -101,7 +102,7 @@ class Int8Probe:
                 taken[f"{name}_{codec}"].append(speed)
         self._chain(prompt)
         for index, token in enumerate(rest):
-            logits = self._runner.decode([token] * len(ROWS), [prompt_tokens + index] * len(ROWS))
+            logits = self._runner.forward([Piece(row, prompt_tokens + index, [token]) for row in range(len(ROWS))])
             for row, name in enumerate(ROWS[1:], start=1):
                 for measure, value in drift(logits[0], logits[row]).items():
                     taken[f"{measure}_{name}"].append(value)
@@ -134,7 +135,7 @@ class Int8Probe:
         row, pool = ROWS.index("chained"), self._runner.pool
         for index in range(len(prompt) // self.chunk_tokens):
             start = index * self.chunk_tokens
-            self._runner.prefill(row, prompt[start : start + self.chunk_tokens], start)
+            self._runner.forward([Piece(row, start, prompt[start : start + self.chunk_tokens])])
             record = encode(self._chunk(row, index), self.shape, _NO_NAME, _NO_NAME, RemoteCodec.INT8)
             pool.load_chunk(row, index, decode(bytearray(record), self.shape, _NO_NAME, _NO_NAME, RemoteCodec.INT8))
             self._model.wait_for_device()
