@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 MOST_PARTIAL = 4
 """Prompts that may be computed in pieces at a time; more would only finish later."""
+MOST_PASS_TOKENS = 2048
+"""Of prompts in one pass, where the step has no budget: more would take memory and save nothing, as products of so many
+rows are bound by arithmetic. A single prompt may be longer."""
 LONG_SHARE = 0.25
 """Of the engine's time, for prompts that do not fit into a step, while others decode."""
 
@@ -186,7 +189,10 @@ class Engine:
         done: list[Completion | Failure] = list(self._expire())
         chosen, failed = self._choose()
         done += failed
-        self._compute([sequence for sequence in chosen if not self._is_timed(sequence)], done)
+        running = tuple(self._running)
+        for group in _passes([sequence for sequence in chosen if not self._is_timed(sequence)]):
+            self._compute(running, group, done)
+            running = ()
         for sequence in chosen:
             if self._is_timed(sequence):
                 self._compute_timed(sequence, done)
@@ -318,9 +324,10 @@ class Engine:
         self._learn_prefill_cost(tokens, took_ms)
         self._advance(sequence, outcome, done)
 
-    def _compute(self, chosen: Sequence[_Sequence], done: list[Completion | Failure]) -> None:
-        """A pass over all that runs and the pieces of those chosen."""
-        running = tuple(self._running)
+    def _compute(
+        self, running: Sequence[_Sequence], chosen: Sequence[_Sequence], done: list[Completion | Failure]
+    ) -> None:
+        """A pass over what runs and the pieces of those chosen."""
         if not running and not chosen:
             return
         began_ms = self._clock.monotonic_ms()
@@ -520,6 +527,19 @@ class Engine:
         """Online average over long prefills; a short one is mostly the fixed cost of a pass."""
         if tokens >= self.chunk_shape.chunk_tokens and took_ms > 0:
             self._prefill_ms_per_token = _averaged(self._prefill_ms_per_token, took_ms / tokens)
+
+
+def _passes(chosen: Iterable[_Sequence]) -> list[list[_Sequence]]:
+    """The chosen in order, in groups of at most `MOST_PASS_TOKENS`; the first one may be empty."""
+    groups: list[list[_Sequence]] = [[]]
+    tokens = 0
+    for sequence in chosen:
+        if groups[-1] and tokens + sequence.piece_tokens > MOST_PASS_TOKENS:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(sequence)
+        tokens += sequence.piece_tokens
+    return groups
 
 
 def _checked(outcome: _Outcome) -> _Logits:

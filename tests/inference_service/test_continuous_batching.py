@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from core.clock import ManualClock
 from core.records import FinishReason
+from inference_service import engine as engine_module
 from inference_service.engine import Completion, Engine, Failure
 from inference_service.model import LoadedModel
 from inference_service.pieces import Piece
@@ -300,6 +301,22 @@ def test_a_step_that_fails_once_costs_no_request(model: LoadedModel) -> None:
     assert failed
     for number in range(3):
         assert found[f"r{number}"].token_ids == plain_answer(model, tokens_of(number, 6 + number), 6)
+
+
+def test_without_a_budget_a_pass_is_bounded_all_the_same(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "MOST_PASS_TOKENS", 30)
+    engine = make_engine(model, max_running=8, step_prefill_tokens=0)
+    engine.submit(ask("running", tokens_of(9, 4), 9), 0.0)
+    engine.step()
+    lengths = (10, 20, 5, 40, 8)
+    for number, length in enumerate(lengths):
+        engine.submit(ask(f"r{number}", tokens_of(number, length), 4), 0.0)
+    watch = Watch(engine)
+    done = engine.step()
+    assert watch.passes == [(1, [10, 20]), (0, [5]), (0, [40]), (0, [8])]
+    found = answers([*done, *finish(engine)])
+    for number, length in enumerate(lengths):
+        assert found[f"r{number}"].token_ids == plain_answer(model, tokens_of(number, length), 4)
 
 
 def test_a_prompt_waits_a_step_for_a_chunk_that_another_computes(model: LoadedModel) -> None:

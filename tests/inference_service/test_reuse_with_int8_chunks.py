@@ -11,6 +11,7 @@ from core.clock import SystemClock
 from core.config import CacheConfig, EngineConfig, RemoteCodec, RemoteConfig, SizingConfig
 from inference_service.engine import load_checked_model
 from inference_service.model import LoadedModel
+from inference_service.pieces import Piece
 from tests.cache.cache_support import RedisServer
 
 POSITIONS = 48
@@ -61,7 +62,7 @@ def test_logits_of_the_default_model_stay_close(default_model: LoadedModel, open
     chunk_tokens = CacheConfig().chunk_tokens
     prompt, rest = tokens_of(1, 8 * chunk_tokens), tokens_of(2, POSITIONS)
     runner = default_model.make_runner(2, chunk_tokens)
-    runner.prefill(0, prompt, 0)
+    runner.forward([Piece(0, 0, prompt)])
     writer = opened(default_model, chunk_tokens)
     writer.store(prompt, lambda index, out: runner.pool.read_chunk(0, index, out))
     assert writer.flush(10.0)
@@ -71,7 +72,7 @@ def test_logits_of_the_default_model_stay_close(default_model: LoadedModel, open
             runner.pool.load_chunk(1, index, chunk)
     agreed = 0
     for index, token in enumerate(rest):
-        exact, near = runner.decode([token, token], [len(prompt) + index] * 2)
+        exact, near = runner.forward([Piece(row, len(prompt) + index, [token]) for row in (0, 1)])
         drift = (near - exact).abs() / exact.std()
         assert drift.mean() < 0.06
         assert drift.max() < 0.3
