@@ -15,7 +15,8 @@ from core.clock import SystemClock
 from core.config import JobConfig
 from core.errors import UserError
 from core.records import Request
-from inference_service.engine import Completion, Engine, Failure, load_checked_model
+from inference_service.completion import Completion, Failure
+from inference_service.engine import Engine, load_checked_model
 from inference_service.model import LoadedModel
 
 

@@ -14,7 +14,8 @@ from cache.protocol import Lease
 from core.config import CacheConfig, EngineConfig, RemoteConfig, SizingConfig
 from core.errors import UserError
 from core.records import Request
-from inference_service.engine import Completion, Engine
+from inference_service.completion import Completion
+from inference_service.engine import Engine
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel
 from inference_service.pieces import Piece

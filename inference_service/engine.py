@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -20,6 +20,8 @@ from core.clock import Clock
 from core.config import EngineConfig
 from core.errors import UserError
 from core.records import FinishReason, Request
+from inference_service.active_sequence import ActiveSequence
+from inference_service.completion import Completion, Failure
 from inference_service.model import LoadedModel, load_model
 from inference_service.packed_linear import pack_linears
 from inference_service.pieces import Piece
@@ -37,91 +39,6 @@ MOST_PASS_TOKENS = 2048
 rows are bound by arithmetic. A single prompt may be longer."""
 LONG_SHARE = 0.25
 """Of the engine's time, for prompts that do not fit into a step, while others decode."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answered request, with what the engine counted and timed. Times are of the engine's clock."""
-
-    request: Request
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    local_tokens: int
-    remote_tokens: int
-    computed_tokens: int
-    decode_steps: int
-    """Tokens after the first one, an end-of-sequence token included."""
-    decode_rows: float | None
-    """Mean number of sequences that decoded together in those steps; none without a step."""
-    began_with: int
-    """Sequences in the engine's rows when this one began, itself included."""
-    cache_capacity_chunks: int
-    cache_used_chunks: int
-    arrived_ms: float
-    began_ms: float
-    first_token_ms: float | None
-    finished_ms: float
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A request that could not be answered, and why."""
-
-    request: Request
-    reason: str
-
-
-@dataclass(eq=False)
-class _Sequence:
-    request: Request
-    prompt: list[int]
-    sampler: Sampler
-    arrived_ms: float
-    expires_ms: float
-    weight: int
-    """Tokens that it may come to hold."""
-    row: int = -1
-    began_ms: float = 0.0
-    began_with: int = 1
-    first_token_ms: float | None = None
-    local_tokens: int = 0
-    remote_tokens: int = 0
-    capacity_chunks: int = 0
-    used_chunks: int = 0
-    output: list[int] = field(default_factory=list)
-    held: int = 0
-    """Tokens whose key/value stand in the sequence's row: all but the last sampled one."""
-    rows_decoded: int = 0
-    """Sum, over its decode steps, of the sequences that decoded in them."""
-
-    long: bool = False
-    """Whether what was missing of its prompt at the beginning is more than a step computes."""
-    ms_per_token: float = 0.0
-    """Of a long one's latest piece."""
-    piece_tokens: int = 0
-    """Of its prompt, in the step that is under way."""
-
-    @property
-    def missing(self) -> int:
-        """Prompt tokens that are still to be computed."""
-        return len(self.prompt) - self.held
-
-    @property
-    def ends_prompt(self) -> bool:
-        """Whether the step that is under way computes the rest of its prompt."""
-        return self.piece_tokens == self.missing
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.output
-
-    @property
-    def piece(self) -> Piece:
-        """What the step that is under way computes of it: of its prompt, or the token that it sampled last."""
-        tokens = self.output[-1:] or self.prompt[self.held : self.held + self.piece_tokens]
-        return Piece(self.row, self.held, tokens)
 
 
 @dataclass(frozen=True)
@@ -149,11 +66,11 @@ class Engine:
         self._most_tokens = config.max_running_tokens or config.max_running * model.max_len
         self._step_tokens = config.step_prefill_tokens or math.inf
         self._piece_ms = config.step_prefill_ms or math.inf
-        self._waiting: list[tuple[int, int, _Sequence]] = []
+        self._waiting: list[tuple[int, int, ActiveSequence]] = []
         self._arrivals = itertools.count()
-        self._prefilling: list[_Sequence] = []
+        self._prefilling: list[ActiveSequence] = []
         """Those whose prompt is computed in part, in the order in which they began."""
-        self._running: list[_Sequence] = []
+        self._running: list[ActiveSequence] = []
         """The sequence at index i owns row i."""
         self._next_expiry_ms = math.inf
         self._prefill_ms_per_token: float | None = None
@@ -179,7 +96,7 @@ class Engine:
         prompt = prompt_tokens(request, self.model)
         expires_ms = math.inf if request.deadline_ms is None else request.created_at_ms + request.deadline_ms
         weight = min(len(prompt) + request.max_new_tokens, self.model.max_len)
-        sequence = _Sequence(request, prompt, Sampler(request), arrived_ms, expires_ms, weight)
+        sequence = ActiveSequence(request, prompt, Sampler(request), arrived_ms, expires_ms, weight)
         self._next_expiry_ms = min(self._next_expiry_ms, expires_ms)
         heapq.heappush(self._waiting, (-request.priority, next(self._arrivals), sequence))
 
@@ -240,19 +157,19 @@ class Engine:
         for sequence in (*late, *partial):
             yield self._complete(sequence, FinishReason.DEADLINE)
 
-    def _choose(self) -> tuple[list[_Sequence], list[Failure]]:
+    def _choose(self) -> tuple[list[ActiveSequence], list[Failure]]:
         """Spend the step's budget on prompts: whose pieces to compute, and who could not begin.
 
         Half of it belongs to the prompt that has been in pieces for longest, so that it ends; the rest first goes to
         those that began later, the shortest first, and to new ones, so that a long prompt does not hold short ones.
         """
-        chosen: list[_Sequence] = []
+        chosen: list[ActiveSequence] = []
         failed: list[Failure] = []
         oldest = self._prefilling[0] if self._prefilling else None
         left = self._step_tokens
         kept = min(left // 2, self._most_of(oldest)) if oldest is not None else 0.0
 
-        def take(sequence: _Sequence, most: float) -> int:
+        def take(sequence: ActiveSequence, most: float) -> int:
             sequence.piece_tokens = int(min(most, self._most_of(sequence)))
             if sequence.piece_tokens > 0:
                 chosen.append(sequence)
@@ -276,7 +193,7 @@ class Engine:
             take(oldest, left)
         return chosen, failed
 
-    def _has_room(self, sequence: _Sequence, chosen: Sequence[_Sequence]) -> bool:
+    def _has_room(self, sequence: ActiveSequence, chosen: Sequence[ActiveSequence]) -> bool:
         """Whether a row is free and the tokens that all may come to hold stay within their bound.
 
         A sequence that is alone always has room, however heavy it is.
@@ -288,7 +205,7 @@ class Engine:
             active < self._runner.rows and partial < MOST_PARTIAL and held + sequence.weight <= self._most_tokens
         )
 
-    def _may_reuse(self, sequence: _Sequence, chosen: Sequence[_Sequence]) -> bool:
+    def _may_reuse(self, sequence: ActiveSequence, chosen: Sequence[ActiveSequence]) -> bool:
         """Whether this step computes a chunk that the sequence begins with as well: a step later it need not."""
         if self._cache is None:
             return False
@@ -300,7 +217,7 @@ class Engine:
                 return True
         return False
 
-    def _begin(self, sequence: _Sequence) -> None:
+    def _begin(self, sequence: ActiveSequence) -> None:
         """Give the sequence a free row, filled with what the cache has.
 
         The lowest, where it may run soon; a long prompt the highest, so that it stands in nobody's way.
@@ -313,7 +230,7 @@ class Engine:
         sequence.held = self._reuse(sequence)
         sequence.long = sequence.missing > self._step_tokens
 
-    def _compute_timed(self, sequence: _Sequence, done: list[Completion | Failure]) -> None:
+    def _compute_timed(self, sequence: ActiveSequence, done: list[Completion | Failure]) -> None:
         """A piece of a long prompt, in a pass of its own: what it takes decides how much comes next."""
         began_ms = self._clock.monotonic_ms()
         tokens = sequence.piece_tokens
@@ -325,7 +242,7 @@ class Engine:
         self._advance(sequence, outcome, done)
 
     def _compute(
-        self, running: Sequence[_Sequence], chosen: Sequence[_Sequence], done: list[Completion | Failure]
+        self, running: Sequence[ActiveSequence], chosen: Sequence[ActiveSequence], done: list[Completion | Failure]
     ) -> None:
         """A pass over what runs and the pieces of those chosen."""
         if not running and not chosen:
@@ -343,7 +260,7 @@ class Engine:
         for sequence, outcome in zip(chosen, outcomes[len(running) :], strict=True):
             self._advance(sequence, outcome, done)
 
-    def _forward(self, sequences: Sequence[_Sequence]) -> list[_Outcome]:
+    def _forward(self, sequences: Sequence[ActiveSequence]) -> list[_Outcome]:
         """What a pass gives to each. Where it fails each is tried alone, so that one failing request fails alone.
 
         All of them hold what was computed before anything is moved from row to row.
@@ -361,7 +278,7 @@ class Engine:
             sequence.held = piece.end
         return [_Logits(row, token) for row, token in zip(logits, best, strict=True)]
 
-    def _append(self, sequence: _Sequence, outcome: _Outcome, rows: int, done: list[Completion | Failure]) -> None:
+    def _append(self, sequence: ActiveSequence, outcome: _Outcome, rows: int, done: list[Completion | Failure]) -> None:
         """Give a running sequence its next token, of a pass of so many rows; one that fails leaves."""
         try:
             token = _sampled(sequence, _checked(outcome))
@@ -372,7 +289,7 @@ class Engine:
         sequence.output.append(token)
         sequence.rows_decoded += rows
 
-    def _advance(self, sequence: _Sequence, outcome: _Outcome, done: list[Completion | Failure]) -> None:
+    def _advance(self, sequence: ActiveSequence, outcome: _Outcome, done: list[Completion | Failure]) -> None:
         """A piece of its prompt is computed. After the last it runs, or is done."""
         try:
             logits = _checked(outcome)
@@ -393,7 +310,7 @@ class Engine:
                 self._prefilling.remove(sequence)
             done.append(_failure(sequence, "prefill", error))
 
-    def _most_of(self, sequence: _Sequence) -> int:
+    def _most_of(self, sequence: ActiveSequence) -> int:
         """Tokens that the time of this step allows of its prompt: of one that fits into a step's budget, all.
 
         A budget of tokens alone means milliseconds on one device and a second on another.
@@ -408,7 +325,7 @@ class Engine:
         in_time = int(time_ms / cost) if cost else sequence.missing
         return min(sequence.missing, max(in_time, self.chunk_shape.chunk_tokens))
 
-    def _is_timed(self, sequence: _Sequence) -> bool:
+    def _is_timed(self, sequence: ActiveSequence) -> bool:
         return sequence.long and not math.isinf(self._piece_ms)
 
     def _pay(self, others_ms: float) -> None:
@@ -416,7 +333,7 @@ class Engine:
         earned_ms = others_ms * LONG_SHARE / (1 - LONG_SHARE)
         self._long_debt_ms = max(0.0, self._long_debt_ms - earned_ms) if self._running else 0.0
 
-    def _join(self, sequence: _Sequence) -> None:
+    def _join(self, sequence: ActiveSequence) -> None:
         """Move it to the row after the running ones, which it then belongs to."""
         target = len(self._running)
         if sequence.row != target:
@@ -429,7 +346,7 @@ class Engine:
             sequence.row = target
         self._running.append(sequence)
 
-    def _reuse(self, sequence: _Sequence) -> int:
+    def _reuse(self, sequence: ActiveSequence) -> int:
         """Fill the row from the cache; the number of prompt tokens that need no computing."""
         if self._cache is None:
             return 0
@@ -450,7 +367,7 @@ class Engine:
             self.model.wait_for_device()
         return sequence.local_tokens + sequence.remote_tokens
 
-    def _store(self, sequence: _Sequence) -> None:
+    def _store(self, sequence: ActiveSequence) -> None:
         """Keep the row's full chunks. A store that fails is a miss later, and no fault of the request."""
         if self._cache is None:
             return
@@ -479,7 +396,7 @@ class Engine:
             self._take_out(sequence)
         return done
 
-    def _take_out(self, sequence: _Sequence) -> None:
+    def _take_out(self, sequence: ActiveSequence) -> None:
         """The last running row moves into the gap."""
         last = self._running.pop()
         if last is not sequence:
@@ -487,7 +404,7 @@ class Engine:
             last.row = sequence.row
             self._running[last.row] = last
 
-    def _finish_reason(self, sequence: _Sequence) -> FinishReason | None:
+    def _finish_reason(self, sequence: ActiveSequence) -> FinishReason | None:
         if sequence.output[-1] in self.model.eos_token_ids:
             return FinishReason.STOP
         if len(sequence.output) >= sequence.request.max_new_tokens:
@@ -496,10 +413,10 @@ class Engine:
             return FinishReason.CONTEXT
         return FinishReason.DEADLINE if self._expired(sequence) else None
 
-    def _expired(self, sequence: _Sequence) -> bool:
+    def _expired(self, sequence: ActiveSequence) -> bool:
         return self._clock.wall_ms() >= sequence.expires_ms
 
-    def _complete(self, sequence: _Sequence, reason: FinishReason) -> Completion:
+    def _complete(self, sequence: ActiveSequence, reason: FinishReason) -> Completion:
         answer = sequence.output[:-1] if reason is FinishReason.STOP else sequence.output
         prompt = len(sequence.prompt)
         steps = max(0, len(sequence.output) - 1)
@@ -529,9 +446,9 @@ class Engine:
             self._prefill_ms_per_token = _averaged(self._prefill_ms_per_token, took_ms / tokens)
 
 
-def _passes(chosen: Iterable[_Sequence]) -> list[list[_Sequence]]:
+def _passes(chosen: Iterable[ActiveSequence]) -> list[list[ActiveSequence]]:
     """The chosen in order, in groups of at most `MOST_PASS_TOKENS`; the first one may be empty."""
-    groups: list[list[_Sequence]] = [[]]
+    groups: list[list[ActiveSequence]] = [[]]
     tokens = 0
     for sequence in chosen:
         if groups[-1] and tokens + sequence.piece_tokens > MOST_PASS_TOKENS:
@@ -549,7 +466,7 @@ def _checked(outcome: _Outcome) -> _Logits:
     return outcome
 
 
-def _sampled(sequence: _Sequence, logits: _Logits) -> int:
+def _sampled(sequence: ActiveSequence, logits: _Logits) -> int:
     """The token that follows."""
     return logits.best if sequence.sampler.greedy else sequence.sampler.sample(logits.row)
 
@@ -558,7 +475,7 @@ def _averaged(average: float | None, value: float) -> float:
     return value if average is None else 0.8 * average + 0.2 * value
 
 
-def _failure(sequence: _Sequence, stage: str, error: Exception) -> Failure:
+def _failure(sequence: ActiveSequence, stage: str, error: Exception) -> Failure:
     return Failure(sequence.request, f"{stage} failed: {type(error).__name__}: {error}")
 
 

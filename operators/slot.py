@@ -15,8 +15,9 @@ from core.clock import Clock
 from core.config import Batching, EngineKind, JobConfig
 from core.errors import UserError
 from core.records import DeadLetter, Response
+from inference_service.completion import Completion, Failure
 from inference_service.device_profile import DeviceProfile
-from inference_service.engine import Completion, Engine, Failure, load_checked_model
+from inference_service.engine import Engine, load_checked_model
 from inference_service.model import resolve_model
 from inference_service.protocol import ServedModel
 from inference_service.simulated import load_simulated

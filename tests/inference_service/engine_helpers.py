@@ -12,8 +12,9 @@ from cache.protocol import ChunkShape
 from core.clock import Clock, ManualClock
 from core.config import EngineConfig
 from core.records import Request
+from inference_service.completion import Completion, Failure
 from inference_service.default_model import byte_tokenizer
-from inference_service.engine import Completion, Engine, Failure, load_checked_model
+from inference_service.engine import Engine, load_checked_model
 from inference_service.model import LoadedModel
 
 CHUNK = 8

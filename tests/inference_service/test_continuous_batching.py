@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from core.clock import ManualClock
 from core.records import FinishReason
 from inference_service import engine as engine_module
-from inference_service.engine import Completion, Engine, Failure
+from inference_service.completion import Completion, Failure
+from inference_service.engine import Engine
 from inference_service.model import LoadedModel
 from inference_service.pieces import Piece
 from tests.inference_service.engine_helpers import (

@@ -8,7 +8,7 @@ from engine_helpers import CHUNK, MAX_LEN, answers, ask, make_engine, plain_answ
 from cache.manager import TwoLevelCache, open_cache
 from core.clock import SystemClock
 from core.config import CacheConfig, RemoteConfig, SizingConfig
-from inference_service.engine import Completion
+from inference_service.completion import Completion
 from inference_service.model import LoadedModel
 from tests.cache.cache_support import RedisServer
 

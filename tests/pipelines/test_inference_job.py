@@ -15,8 +15,9 @@ from core.clock import SystemClock
 from core.config import EngineConfig, JobConfig
 from core.records import FinishReason, Request
 from core.session_home import home_slot
+from inference_service.completion import Completion
 from inference_service.device_profile import DeviceProfile
-from inference_service.engine import Completion, Engine, load_checked_model
+from inference_service.engine import Engine, load_checked_model
 from local_stack import LocalStack
 from pipelines.connectors import ensure_topics
 from tests.pipelines.job_run import ROOT, Run, checkpoints, ids, worker

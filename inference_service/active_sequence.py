@@ -1,0 +1,60 @@
+"""A request in the engine: what is computed of it, where its keys and values stand, and what comes next."""
+
+from dataclasses import dataclass, field
+
+from core.records import Request
+from inference_service.pieces import Piece
+from inference_service.sampling import Sampler
+
+
+@dataclass(eq=False)
+class ActiveSequence:
+    """A request from its submission to its end, as the engine schedules it."""
+
+    request: Request
+    prompt: list[int]
+    sampler: Sampler
+    arrived_ms: float
+    expires_ms: float
+    weight: int
+    """Tokens that it may come to hold."""
+    row: int = -1
+    began_ms: float = 0.0
+    began_with: int = 1
+    first_token_ms: float | None = None
+    local_tokens: int = 0
+    remote_tokens: int = 0
+    capacity_chunks: int = 0
+    used_chunks: int = 0
+    output: list[int] = field(default_factory=list)
+    held: int = 0
+    """Tokens whose key/value stand in the sequence's row: all but the last sampled one."""
+    rows_decoded: int = 0
+    """Sum, over its decode steps, of the sequences that decoded in them."""
+
+    long: bool = False
+    """Whether what was missing of its prompt at the beginning is more than a step computes."""
+    ms_per_token: float = 0.0
+    """Of a long one's latest piece."""
+    piece_tokens: int = 0
+    """Of its prompt, in the step that is under way."""
+
+    @property
+    def missing(self) -> int:
+        """Prompt tokens that are still to be computed."""
+        return len(self.prompt) - self.held
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Whether the step that is under way computes the rest of its prompt."""
+        return self.piece_tokens == self.missing
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.output
+
+    @property
+    def piece(self) -> Piece:
+        """What the step that is under way computes of it: of its prompt, or the token that it sampled last."""
+        tokens = self.output[-1:] or self.prompt[self.held : self.held + self.piece_tokens]
+        return Piece(self.row, self.held, tokens)

@@ -1,0 +1,39 @@
+"""What becomes of a request: an answer with what the engine counted and timed, or a reason why there is none."""
+
+from dataclasses import dataclass
+
+from core.records import FinishReason, Request
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answered request, with what the engine counted and timed. Times are of the engine's clock."""
+
+    request: Request
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    local_tokens: int
+    remote_tokens: int
+    computed_tokens: int
+    decode_steps: int
+    """Tokens after the first one, an end-of-sequence token included."""
+    decode_rows: float | None
+    """Mean number of sequences that decoded together in those steps; none without a step."""
+    began_with: int
+    """Sequences in the engine's rows when this one began, itself included."""
+    cache_capacity_chunks: int
+    cache_used_chunks: int
+    arrived_ms: float
+    began_ms: float
+    first_token_ms: float | None
+    finished_ms: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that could not be answered, and why."""
+
+    request: Request
+    reason: str
