@@ -26,6 +26,16 @@ class Strategy(StrEnum):
     STATIC = "STATIC"
     FLUID = "FLUID"
     FREQUENCY = "FREQUENCY"
+    MRC = "MRC"
+
+
+class MrcGoal(StrEnum):
+    """What the strategy MRC reads off its curve."""
+
+    HIT_RATE = "hit_rate"
+    """The smallest capacity that reaches a hit rate."""
+    PRICE = "price"
+    """The greatest capacity at which every chunk still gains its price."""
 
 
 class Batching(StrEnum):
@@ -78,6 +88,48 @@ class SizingConfig(Config):
     frequency_coverage: float = Field(default=0.9, gt=0, le=1, description="FREQUENCY: share of accesses to cover")
     frequency_window_accesses: int = Field(
         default=65_536, ge=1, description="FREQUENCY: most recent accesses that are remembered; bounds its memory"
+    )
+    mrc_goal: MrcGoal = Field(
+        default=MrcGoal.HIT_RATE, description="MRC: hit_rate, to reach the target; price, chunks that are worth it"
+    )
+    mrc_target_hit_rate: float = Field(
+        default=0.75,
+        gt=0,
+        lt=1,
+        description="MRC, hit_rate: share of all chunks looked up that the local tier is to have, first uses included; "
+        "no cache has those, so that a target above what is ever used again is out of reach",
+    )
+    mrc_price: float = Field(
+        default=0.002,
+        gt=0,
+        description="MRC, price, or a target out of reach: hits a second that another chunk has to gain; "
+        "0.002 is one in 500 s",
+    )
+    mrc_half_life_requests: float = Field(
+        default=100.0, gt=0, description="MRC: requests after which an access counts for half of one on the curve"
+    )
+    mrc_horizon_requests: float = Field(
+        default=2000.0, gt=0, description="MRC, hit_rate: requests after which a hit too few counts for half of one"
+    )
+    mrc_catch_up: float = Field(
+        default=2.0, ge=0, description="MRC, hit_rate: hits too few are made up for in the curve's span over this"
+    )
+    mrc_warmup_requests: int = Field(
+        default=30, ge=0, description="MRC: first requests, in which the tier grows with its use and nothing leaves"
+    )
+    mrc_grow_factor: float = Field(default=2.0, gt=1, description="MRC: the most that one decision multiplies by")
+    mrc_shrink_factor: float = Field(default=1.15, gt=1, description="MRC: the most that one decision divides by")
+    mrc_hysteresis: float = Field(
+        default=0.05, ge=0, lt=1, description="MRC: a change by no more than this share is not made"
+    )
+    mrc_dwell_ms: float = Field(
+        default=2000.0, ge=0, description="MRC: least time from a change to a shrink; growing never waits"
+    )
+    mrc_tracked_chunks: int = Field(
+        default=16_384,
+        ge=64,
+        description="MRC: keys that are remembered; bounds its memory. With a greatest capacity above this, a sample "
+        "of all keys",
     )
 
     @model_validator(mode="after")

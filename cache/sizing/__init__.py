@@ -2,14 +2,16 @@
 
 from cache.sizing.fluid import Fluid
 from cache.sizing.frequency import Frequency
+from cache.sizing.mrc import MRC
 from cache.sizing.protocol import SizingPolicy
 from cache.sizing.static import Static
 from core.config import SizingConfig, Strategy
 
-_POLICIES: dict[Strategy, type[Static] | type[Fluid] | type[Frequency]] = {
+_POLICIES: dict[Strategy, type[Static] | type[Fluid] | type[Frequency] | type[MRC]] = {
     Strategy.STATIC: Static,
     Strategy.FLUID: Fluid,
     Strategy.FREQUENCY: Frequency,
+    Strategy.MRC: MRC,
 }
 
 
@@ -18,4 +20,4 @@ def make_sizing(config: SizingConfig) -> SizingPolicy:
     return _POLICIES[config.strategy](config)
 
 
-__all__ = ["Fluid", "Frequency", "SizingPolicy", "Static", "make_sizing"]
+__all__ = ["MRC", "Fluid", "Frequency", "SizingPolicy", "Static", "make_sizing"]
