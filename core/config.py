@@ -131,6 +131,12 @@ class SizingConfig(Config):
         description="MRC: keys that are remembered; bounds its memory. With a greatest capacity above this, a sample "
         "of all keys",
     )
+    budget_chunks: int | None = Field(
+        default=None,
+        ge=0,
+        description="MRC: chunks of all slots together, shared by what they gain, in place of goal and capacity_chunks; "
+        "none: each slot sizes itself",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -284,6 +290,16 @@ class JobConfig(Config):
     def threads_per_slot(self) -> int:
         """CPU threads of one slot: as set, or the machine's cores shared out evenly."""
         return self.engine.threads or max(1, (os.cpu_count() or 1) // self.parallelism)
+
+    @model_validator(mode="after")
+    def _budget_holds_the_least(self) -> Self:
+        sizing = self.cache.sizing
+        if sizing.budget_chunks is not None and sizing.budget_chunks < self.parallelism * sizing.min_capacity_chunks:
+            raise ValueError(
+                "budget_chunks is below min_capacity_chunks of all slots; raise --budget-chunks or lower "
+                "--min-capacity-chunks or --parallelism"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:

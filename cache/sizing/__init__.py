@@ -1,5 +1,6 @@
 """Sizing policies: how many chunks the local tier may hold now."""
 
+from cache.sizing.budgeted import Budgeted, Shares
 from cache.sizing.fluid import Fluid
 from cache.sizing.frequency import Frequency
 from cache.sizing.mrc import MRC
@@ -15,9 +16,11 @@ _POLICIES: dict[Strategy, type[Static] | type[Fluid] | type[Frequency] | type[MR
 }
 
 
-def make_sizing(config: SizingConfig) -> SizingPolicy:
-    """A fresh policy as `config` describes it."""
+def make_sizing(config: SizingConfig, shares: Shares | None = None) -> SizingPolicy:
+    """A fresh policy as `config` describes it; MRC with `shares` follows them."""
+    if shares is not None and config.strategy is Strategy.MRC:
+        return Budgeted(config, shares)
     return _POLICIES[config.strategy](config)
 
 
-__all__ = ["MRC", "Fluid", "Frequency", "SizingPolicy", "Static", "make_sizing"]
+__all__ = ["MRC", "Budgeted", "Fluid", "Frequency", "Shares", "SizingPolicy", "Static", "make_sizing"]

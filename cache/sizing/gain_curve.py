@@ -7,6 +7,8 @@ import numpy as np
 
 from cache.sizing.miss_ratio_curve import MissRatioCurve
 
+LEAST_SPAN_S = 1.0
+"""A curve is taken to span this at least: what came at once is no gain of thousands a second."""
 _POINTS = 128
 """Capacities that a curve is read at, a few percent apart from one another."""
 
@@ -27,13 +29,14 @@ class GainCurve:
     steps: tuple[Step, ...]
 
     @classmethod
-    def of(cls, curve: MissRatioCurve, greatest_chunks: int, seconds: float) -> "GainCurve":
-        """Of the hits that `curve` counted in `seconds`, for capacities up to `greatest_chunks`.
+    def of(cls, curve: MissRatioCurve, greatest_chunks: int) -> "GainCurve":
+        """Of the hits that `curve` counted in its time, for capacities up to `greatest_chunks`.
 
         The majorant, as a capacity within a dent of the curve is never worth its price: either end of the dent is.
         """
         capacities = _capacities(greatest_chunks)
-        return cls(tuple(_majorant(capacities, (curve.hits(capacities) / seconds).tolist())))
+        hits_per_s = curve.hits(capacities) / max(curve.seconds, LEAST_SPAN_S)
+        return cls(tuple(_majorant(capacities, hits_per_s.tolist())))
 
     def knee(self, price: float) -> int:
         """The capacity from which on another chunk gains less than `price` hits per chunk-second."""

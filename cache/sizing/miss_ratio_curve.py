@@ -46,13 +46,22 @@ class MissRatioCurve:
         self._sampled = 0.0
         self.accesses = 0.0
         """Keys looked up, aged."""
+        self.seconds = 0.0
+        """Time from the first look-up to the last, aged."""
+        self._now_ms: float | None = None
 
     def __len__(self) -> int:
         """Keys that are remembered; never above `tracked_keys`."""
         return len(self._stack)
 
-    def look_up(self, keys: Sequence[bytes]) -> list[float]:
-        """Count one look-up of distinct `keys`; the least capacity, in chunks, that each sampled one was a hit of."""
+    def look_up(self, now_ms: float, keys: Sequence[bytes]) -> list[float]:
+        """Count one look-up of distinct `keys`; the least capacity, in chunks, that each sampled one was a hit of.
+
+        `now_ms` never goes back.
+        """
+        if self._now_ms is not None:
+            self.seconds += (now_ms - self._now_ms) / 1000
+        self._now_ms = now_ms
         self.accesses += len(keys)
         if self.rate < 1:
             threshold = self._threshold
@@ -73,6 +82,7 @@ class MissRatioCurve:
         self._hits_at_depth *= weight
         self._sampled *= weight
         self.accesses *= weight
+        self.seconds *= weight
 
     def hits(self, capacities: Sequence[int]) -> Floats:
         """Of `accesses`, how many a tier of each of `capacities` chunks would have hit; capacities ascend."""

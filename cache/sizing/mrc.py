@@ -10,9 +10,6 @@ from cache.sizing.miss_ratio_curve import MissRatioCurve
 from cache.sizing.protocol import clamp
 from core.config import MrcGoal, SizingConfig
 
-LEAST_SPAN_S = 1.0
-"""A curve is taken to span this at least: what came at once is no gain of thousands a second."""
-
 
 class MRC:
     """At every `adjust_every_requests`-th request the capacity moves towards what the curve of late says is needed.
@@ -36,9 +33,6 @@ class MRC:
         """Keys at the top of the stack that a least-recently-used tier of our capacities holds."""
         self._owed = 0.0
         """Hits that the accesses so far are short of the target by; aged."""
-        self._seconds = 0.0
-        """Time that the curve spans; aged."""
-        self._decided_ms: float | None = None
         self._moved_ms = -math.inf
         self.capacity_chunks = clamp(config.capacity_chunks, config)
 
@@ -49,13 +43,9 @@ class MRC:
 
     def observe(self, now_ms: float, keys: Sequence[bytes]) -> int:
         config = self._config
-        if self._decided_ms is None:
-            self._decided_ms = now_ms
-        depths = self._curve.look_up(keys)
+        depths = self._curve.look_up(now_ms, keys)
         self._requests += 1
         if self._requests % config.adjust_every_requests == 0:
-            self._seconds += (now_ms - self._decided_ms) / 1000
-            self._decided_ms = now_ms
             if self._requests > config.mrc_warmup_requests:
                 self._move_towards(self._needed(), now_ms)
             self._age()
@@ -71,8 +61,7 @@ class MRC:
             enough = hits >= config.mrc_target_hit_rate * curve.accesses + config.mrc_catch_up * self._owed
             if enough.any():
                 return int(capacities[np.argmax(enough)])
-        gains = GainCurve.of(curve, config.max_capacity_chunks, max(self._seconds, LEAST_SPAN_S))
-        return gains.knee(config.mrc_price)
+        return GainCurve.of(curve, config.max_capacity_chunks).knee(config.mrc_price)
 
     def _move_towards(self, needed: int, now_ms: float) -> None:
         config, capacity = self._config, self.capacity_chunks
@@ -88,9 +77,7 @@ class MRC:
 
     def _age(self) -> None:
         every = self._config.adjust_every_requests
-        weight = 0.5 ** (every / self._config.mrc_half_life_requests)
-        self._curve.age(weight)
-        self._seconds *= weight
+        self._curve.age(0.5 ** (every / self._config.mrc_half_life_requests))
         self._owed *= 0.5 ** (every / self._config.mrc_horizon_requests)
 
     def _admit(self, depths: Sequence[float], accesses: int) -> None:
