@@ -66,7 +66,7 @@ class MRC:
     def _move_towards(self, needed: int, now_ms: float) -> None:
         config, capacity = self._config, self.capacity_chunks
         # Rounded away from where it stands, so that a step moves a small capacity too.
-        most = math.ceil(capacity * config.mrc_grow_factor) + 1
+        most = max(math.ceil(capacity * config.mrc_grow_factor), capacity + 1)
         least = math.floor(capacity / config.mrc_shrink_factor)
         aim = clamp(max(least, min(needed, most)), config)
         if abs(aim - capacity) <= config.mrc_hysteresis * capacity:
@@ -88,3 +88,4 @@ class MRC:
         self._resident += missed
         if self._requests <= self._config.mrc_warmup_requests:
             self.capacity_chunks = clamp(max(self.capacity_chunks, math.ceil(self._resident)), self._config)
+        self._resident = min(self._resident, self.capacity_chunks)
