@@ -296,8 +296,7 @@ class JobConfig(Config):
         sizing = self.cache.sizing
         if sizing.budget_chunks is not None and sizing.budget_chunks < self.parallelism * sizing.min_capacity_chunks:
             raise ValueError(
-                "budget_chunks is below min_capacity_chunks of all slots; raise --budget-chunks or lower "
-                "--min-capacity-chunks or --parallelism"
+                "budget_chunks is below min_capacity_chunks of all slots; raise it, or lower that or parallelism"
             )
         return self
 
