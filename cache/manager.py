@@ -12,7 +12,7 @@ from cache.local import LocalTier
 from cache.protocol import ChunkShape, ModelIdentity
 from cache.redis_wire import RedisAddress
 from cache.remote import ReadCounters, RemoteTier
-from cache.sizing import Shares, SizingPolicy, make_sizing
+from cache.sizing import Shares, SizingPolicy, StoreObserver, make_sizing
 from cache.stats import CacheStats
 from cache.write_behind import WriteCounters
 from core.clock import Clock
@@ -122,6 +122,8 @@ class TwoLevelCache:
         finally:
             self._local.touch(pinned)
             self._unpin(pinned)
+            if isinstance(self._sizing, StoreObserver):
+                self._sizing.observe_stored(keys.hashes)
             self._chunks_stored += stored
         return stored
 

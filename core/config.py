@@ -115,7 +115,7 @@ class SizingConfig(Config):
         default=2.0, ge=0, description="MRC, hit_rate: hits too few are made up for in the curve's span over this"
     )
     mrc_warmup_requests: int = Field(
-        default=30, ge=0, description="MRC: first requests, in which the tier grows with its use and nothing leaves"
+        default=30, ge=0, description="MRC: first requests, in which the tier grows with what is looked up"
     )
     mrc_grow_factor: float = Field(default=2.0, gt=1, description="MRC: the most that one decision multiplies by")
     mrc_shrink_factor: float = Field(default=1.3, gt=1, description="MRC: the most that one decision divides by")

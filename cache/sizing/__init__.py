@@ -4,7 +4,7 @@ from cache.sizing.budgeted import Budgeted, Shares
 from cache.sizing.fluid import Fluid
 from cache.sizing.frequency import Frequency
 from cache.sizing.mrc import MRC
-from cache.sizing.protocol import SizingPolicy
+from cache.sizing.protocol import SizingPolicy, StoreObserver
 from cache.sizing.static import Static
 from core.config import SizingConfig, Strategy
 
@@ -23,4 +23,4 @@ def make_sizing(config: SizingConfig, shares: Shares | None = None) -> SizingPol
     return _POLICIES[config.strategy](config)
 
 
-__all__ = ["MRC", "Budgeted", "Fluid", "Frequency", "Shares", "SizingPolicy", "Static", "make_sizing"]
+__all__ = ["MRC", "Budgeted", "Fluid", "Frequency", "Shares", "SizingPolicy", "Static", "StoreObserver", "make_sizing"]

@@ -47,3 +47,6 @@ class Budgeted:
         if moved:
             self._shares.offer(SlotReport(self._gains, self.capacity_chunks))
         return self.capacity_chunks
+
+    def observe_stored(self, keys: Sequence[bytes]) -> None:
+        self._curve.put(keys)

@@ -63,18 +63,16 @@ class MissRatioCurve:
             self.seconds += (now_ms - self._now_ms) / 1000
         self._now_ms = now_ms
         self.accesses += len(keys)
-        if self.rate < 1:
-            threshold = self._threshold
-            keys = [key for key in keys if int.from_bytes(key[-8:], "little") < threshold]
-        self._sampled += len(keys)
-        depths = self._depths(keys)
-        self._put_on_top(keys)
+        depths = self._use(keys)
+        self._sampled += len(depths)
         self._pending += depths
         if len(self._pending) > _PENDING:
             self._count_pending()
-        if self.rate < 1:
-            return [(depth - 1) / self.rate + 1 if depth else NEVER for depth in depths]
-        return [depth or NEVER for depth in depths]
+        return self._in_chunks(depths)
+
+    def put(self, keys: Sequence[bytes]) -> list[float]:
+        """Distinct `keys` were stored, and lie on top now; how deep each sampled one lay before. Counts no access."""
+        return self._in_chunks(self._use(keys))
 
     def age(self, weight: float) -> None:
         """What was counted so far counts for `weight` of itself from now on."""
@@ -96,6 +94,20 @@ class MissRatioCurve:
         # A key that all prompts share is sampled or not as a whole, and lies near the top: what is missing lay there.
         found = np.where(np.asarray(capacities) > 0, found + self.accesses * self.rate - self._sampled, 0.0)
         return np.clip(np.maximum.accumulate(found) / self.rate, 0.0, self.accesses)
+
+    def _use(self, keys: Sequence[bytes]) -> list[int]:
+        """Lay the sampled ones of `keys` on top; their depths before, as `_depths` has them."""
+        if self.rate < 1:
+            threshold = self._threshold
+            keys = [key for key in keys if int.from_bytes(key[-8:], "little") < threshold]
+        depths = self._depths(keys)
+        self._put_on_top(keys)
+        return depths
+
+    def _in_chunks(self, depths: Sequence[int]) -> list[float]:
+        if self.rate < 1:
+            return [(depth - 1) / self.rate + 1 if depth else NEVER for depth in depths]
+        return [depth or NEVER for depth in depths]
 
     def _depths(self, keys: Sequence[bytes]) -> list[int]:
         """1 for the uppermost; 0 for a key that is not known."""

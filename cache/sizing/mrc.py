@@ -20,8 +20,8 @@ class MRC:
     reaches that, and for the goal `price` always: the knee, beyond which another chunk gains less than
     `mrc_price` hits a second.
 
-    In the first `mrc_warmup_requests` the tier grows with its use, and nothing leaves: a chunk that left before it was
-    asked for again is on no curve. After that the capacity moves by less than a factor at each decision and stays
+    In the first `mrc_warmup_requests` the tier grows with what is looked up, so that next to nothing leaves: how much
+    room that needs is on no curve before it was looked up again. After that the capacity moves by less than a factor at each decision and stays
     where it is about right; growing never waits, as what has left is missed, but shrinking does for `mrc_dwell_ms`.
     """
 
@@ -51,6 +51,10 @@ class MRC:
             self._age()
         self._admit(depths, len(keys))
         return self.capacity_chunks
+
+    def observe_stored(self, keys: Sequence[bytes]) -> None:
+        self._take_in(self._curve.put(keys))
+        self._resident = min(self._resident, self.capacity_chunks)
 
     def _needed(self) -> int:
         """The capacity that reaches the goal on the curve as it is now."""
@@ -83,9 +87,14 @@ class MRC:
     def _admit(self, depths: Sequence[float], accesses: int) -> None:
         """Follow what the tier does with this look-up: hits what it holds, takes in the rest, evicts the oldest."""
         self._resident = min(self._resident, self.capacity_chunks)
-        missed = sum(depth > self._resident for depth in depths) / self._curve.rate
+        missed = self._take_in(depths)
         self._owed += self._config.mrc_target_hit_rate * accesses - (accesses - missed)
-        self._resident += missed
         if self._requests <= self._config.mrc_warmup_requests:
             self.capacity_chunks = clamp(max(self.capacity_chunks, math.ceil(self._resident)), self._config)
         self._resident = min(self._resident, self.capacity_chunks)
+
+    def _take_in(self, depths: Sequence[float]) -> float:
+        """Make resident what was not; how much that is."""
+        missed = sum(depth > self._resident for depth in depths) / self._curve.rate
+        self._resident += missed
+        return missed

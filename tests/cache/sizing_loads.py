@@ -2,22 +2,28 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from cache.manager import open_cache
+from cache.eviction import LRU
+from cache.keys import KeySchema
+from cache.local import LocalTier
+from cache.manager import TwoLevelCache
 from cache.protocol import ChunkShape, ModelIdentity
+from cache.sizing import SizingPolicy, StoreObserver, make_sizing
 from cache.sizing.miss_ratio_curve import MissRatioCurve
+from cache.stats import CacheStats
 from core.clock import ManualClock
-from core.config import CacheConfig, SizingConfig
+from core.config import SizingConfig
 from workloads.config import PhasesConfig, WorkloadConfig
 from workloads.phases import PhasesWorkload
 
 SHAPE = ChunkShape(layers=1, kv_heads=1, chunk_tokens=32, head_dim=0, dtype=torch.float32)
 """What a policy decides does not depend on what chunks hold: nothing."""
-IDENTITY = ModelIdentity(weights_digest="w", tokenizer_digest="t", settings="s")
+KEYS = KeySchema(ModelIdentity(weights_digest="w", tokenizer_digest="t", settings="s"), SHAPE)
 Load = tuple[tuple[float, list[int]], ...]
 """`(ms since the begin, prompt)`."""
 
@@ -81,31 +87,56 @@ class Outcome:
     """Chunk-seconds of capacity over the length of the load."""
 
 
-def outcome(config: SizingConfig, load: Load) -> Outcome:
-    """What the policy makes of the load: prompts looked up in a cache and stored in it, one after the other."""
-    clock = ManualClock()
-    cache = open_cache(CacheConfig(chunk_tokens=SHAPE.chunk_tokens, sizing=config), SHAPE, IDENTITY, clock)
-    chunk_ms, before = 0.0, 0
+class Metered:
+    """A policy, and what its capacity adds up to over time."""
+
+    def __init__(self, policy: SizingPolicy) -> None:
+        self._policy = policy
+        self._at_ms: float | None = None
+        self.chunk_ms = 0.0
+
+    @property
+    def capacity_chunks(self) -> int:
+        return self._policy.capacity_chunks
+
+    def observe(self, now_ms: float, keys: Sequence[bytes]) -> int:
+        if self._at_ms is not None:
+            self.chunk_ms += self.capacity_chunks * (now_ms - self._at_ms)
+        self._at_ms = now_ms
+        return self._policy.observe(now_ms, keys)
+
+    def observe_stored(self, keys: Sequence[bytes]) -> None:
+        if isinstance(self._policy, StoreObserver):
+            self._policy.observe_stored(keys)
+
+
+def replay(policy: SizingPolicy, load: Load, answer_tokens: int = 0) -> CacheStats:
+    """Look each prompt up in a cache of the policy's and store it, with an answer that nobody asks for again."""
+    clock, dice = ManualClock(), random.Random(0)
+    local = LocalTier(policy.capacity_chunks, SHAPE.size_bytes, LRU())
+    cache = TwoLevelCache(shape=SHAPE, keys=KEYS, local=local, sizing=policy, remote=None, clock=clock)
     for at_ms, prompt in load:
-        waited_ms = at_ms - clock.monotonic_ms()
-        chunk_ms += before * waited_ms
-        clock.advance(waited_ms)
-        with cache.lookup(prompt) as lease:
-            before = lease.capacity_chunks
-        cache.store(prompt, lambda index, out: None)
-    stats = cache.stats()
-    return Outcome(stats.local_chunks_hit / stats.chunks_looked_up, chunk_ms / (load[-1][0] - load[0][0]))
+        clock.advance(at_ms - clock.monotonic_ms())
+        cache.lookup(prompt).release()
+        cache.store([*prompt, *(dice.randrange(1 << 16) for _ in range(answer_tokens))], lambda index, out: None)
+    return cache.stats()
+
+
+def outcome(config: SizingConfig, load: Load, answer_tokens: int = 0) -> Outcome:
+    """What a policy makes of the load."""
+    policy = Metered(make_sizing(config))
+    stats = replay(policy, load, answer_tokens)
+    return Outcome(stats.local_chunks_hit / stats.chunks_looked_up, policy.chunk_ms / (load[-1][0] - load[0][0]))
 
 
 class Hindsight:
     """Of every fixed capacity, the hit rate over the whole load."""
 
     def __init__(self, load: Load) -> None:
-        cache = open_cache(CacheConfig(chunk_tokens=SHAPE.chunk_tokens), SHAPE, IDENTITY, ManualClock())
         curve = MissRatioCurve(8192, 8192)
         self._depths: list[float] = []
         self._accesses = 0
-        self.keys = [cache._keys.of(prompt).hashes for _, prompt in load]
+        self.keys = [KEYS.of(prompt).hashes for _, prompt in load]
         for (at_ms, _), keys in zip(load, self.keys, strict=True):
             self._depths += [depth for depth in curve.look_up(at_ms, keys) if depth < math.inf]
             self._accesses += len(keys)

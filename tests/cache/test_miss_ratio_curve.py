@@ -41,6 +41,23 @@ def test_every_capacity_hits_what_a_cache_of_that_capacity_hits(prompts: list[li
     assert curve.accesses == sum(map(len, prompts))
 
 
+@given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=4), st.lists(st.integers(0, 1), max_size=3))))
+def test_answers_take_room_and_are_found_as_in_a_cache(turns: list[tuple[list[int], list[int]]]) -> None:
+    curve = MissRatioCurve(GREATEST, GREATEST)
+    for prompt, answer in turns:
+        curve.look_up(0, keys(prompt))
+        curve.put(keys(prompt + answer))
+    expected = []
+    for capacity in range(GREATEST + 1):
+        cache = make_cache(capacity=capacity)
+        for prompt, answer in turns:
+            cache.lookup(tokens(prompt)).release()
+            store(cache, tokens(prompt + answer))
+        expected.append(cache.stats().local_chunks_hit)
+    assert curve.hits(range(GREATEST + 1)).tolist() == expected
+    assert curve.accesses == sum(len(prompt) for prompt, _ in turns)
+
+
 @given(heads, st.integers(1, 5))
 def test_a_short_memory_is_exact_as_far_as_it_reaches(prompts: list[list[int]], greatest: int) -> None:
     short, long = MissRatioCurve(greatest, 100), MissRatioCurve(100, 100)
