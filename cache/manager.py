@@ -122,9 +122,9 @@ class TwoLevelCache:
         finally:
             self._local.touch(pinned)
             self._unpin(pinned)
-            if isinstance(self._sizing, StoreObserver):
-                self._sizing.observe_stored(keys.hashes)
             self._chunks_stored += stored
+        if isinstance(self._sizing, StoreObserver):
+            self._sizing.observe_stored(keys.hashes)
         return stored
 
     def flush(self, timeout_s: float = 5.0) -> bool:
