@@ -14,7 +14,6 @@ from experiments.config import ROOT, Command, RunConfig, Variant, in_own_space
 from experiments.experiment import Experiment, execute, new_run_id
 from workloads.config import WorkloadConfig
 
-
 E = TypeVar("E", bound=StrEnum)
 
 

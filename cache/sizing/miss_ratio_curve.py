@@ -82,17 +82,18 @@ class MissRatioCurve:
         self.accesses *= weight
         self.seconds *= weight
 
-    def hits(self, capacities: Sequence[int]) -> Floats:
+    def hits(self, capacities: npt.ArrayLike) -> Floats:
         """Of `accesses`, how many a tier of each of `capacities` chunks would have hit; capacities ascend."""
         self._count_pending()
+        chunks = np.asarray(capacities)
         if not self.accesses:
-            return np.zeros(len(capacities))
+            return np.zeros(chunks.shape)
         # Depth 0 stands for keys that were not known.
         within = np.cumsum(self._hits_at_depth) - self._hits_at_depth[0]
-        depths = np.floor((np.asarray(capacities) - 1) * self.rate + _ROUNDING).astype(int) + 1
+        depths = np.floor((chunks - 1) * self.rate + _ROUNDING).astype(int) + 1
         found = within[np.clip(depths, 0, self._tracked)]
         # A key that all prompts share is sampled or not as a whole, and lies near the top: what is missing lay there.
-        found = np.where(np.asarray(capacities) > 0, found + self.accesses * self.rate - self._sampled, 0.0)
+        found = np.where(chunks > 0, found + self.accesses * self.rate - self._sampled, 0.0)
         return np.clip(np.maximum.accumulate(found) / self.rate, 0.0, self.accesses)
 
     def _use(self, keys: Sequence[bytes]) -> list[int]:

@@ -21,8 +21,9 @@ class MRC:
     `mrc_price` hits a second.
 
     In the first `mrc_warmup_requests` the tier grows with what is looked up, so that next to nothing leaves: how much
-    room that needs is on no curve before it was looked up again. After that the capacity moves by less than a factor at each decision and stays
-    where it is about right; growing never waits, as what has left is missed, but shrinking does for `mrc_dwell_ms`.
+    room that needs is on no curve before it was looked up again. After that a decision moves the capacity by a bounded
+    factor, and leaves it where it is about right. Growing never waits, as what has left is missed; shrinking waits for
+    `mrc_dwell_ms` after a change.
     """
 
     def __init__(self, config: SizingConfig) -> None:
