@@ -134,8 +134,8 @@ class SizingConfig(Config):
     budget_chunks: int | None = Field(
         default=None,
         ge=0,
-        description="MRC: chunks of all slots together, shared by what they gain, in place of goal and capacity_chunks; "
-        "none: each slot sizes itself",
+        description="MRC: chunks of all slots together, shared by what they gain, in place of goal and "
+        "capacity_chunks; none: each slot sizes itself",
     )
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """What another chunk would gain: the concave majorant of hits over capacity."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ def _majorant(capacities: Sequence[int], hits_per_s: Sequence[float]) -> Iterato
         while len(kept) > 1 and _slope(kept[-2], kept[-1]) <= _slope(kept[-1], (x, y)):
             kept.pop()
         kept.append((x, y))
-    for before, after in zip(kept, kept[1:], strict=False):
+    for before, after in itertools.pairwise(kept):
         if (gain := _slope(before, after)) > 0:
             yield Step(after[0] - before[0], gain)
 

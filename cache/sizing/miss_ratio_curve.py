@@ -152,9 +152,7 @@ class MissRatioCurve:
         for place, key in enumerate(self._stack, start=1):
             self._stack[key] = place
         # A node of a Fenwick tree counts the places (node - lowest bit of node, node].
-        self._tree = [
-            max(0, min(node, known) - (node - (node & -node))) for node in range(self._places + 1)
-        ]
+        self._tree = [max(0, min(node, known) - (node - (node & -node))) for node in range(self._places + 1)]
         self._next_place = known + 1
 
     def _count_pending(self) -> None:

@@ -1,4 +1,4 @@
-"""Loads that sizing policies are judged on, and what a policy makes of them in a real cache on a clock that is moved."""
+"""Loads that sizing policies are judged on, and what a policy makes of them in a real cache."""
 
 import math
 import random

@@ -41,7 +41,9 @@ def test_every_capacity_hits_what_a_cache_of_that_capacity_hits(prompts: list[li
     assert curve.accesses == sum(map(len, prompts))
 
 
-@given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=4), st.lists(st.integers(0, 1), max_size=3))))
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=4), st.lists(st.integers(0, 1), max_size=3)))
+)
 def test_answers_take_room_and_are_found_as_in_a_cache(turns: list[tuple[list[int], list[int]]]) -> None:
     curve = MissRatioCurve(GREATEST, GREATEST)
     for prompt, answer in turns:

@@ -10,48 +10,22 @@ import pytest
 from redis import Redis
 
 from benchmarks.raw_redis import running_redis
-from cache.sizing.budget import Budget, SlotReport
-from cache.sizing.gain_curve import GainCurve, Step
+from cache.sizing.budget import SlotReport
 from core.clock import ManualClock, SystemClock
 from core.config import CacheConfig, JobConfig, RemoteConfig, SizingConfig, Strategy
 from core.errors import UserError
-from operators.budget_board import STALE_MS, BudgetBoard, BudgetShare
+from operators.budget_board import STALE_MS, BudgetShare
 from operators.slot import check_before_start
+from tests.operators.budget_slot import BUDGET, board, report
 from tests.operators.test_load_board import eventually
 
 ROOT = Path(__file__).parents[2]
-BUDGET = Budget(chunks=300, slots=3, least_chunks=20, greatest_chunks=250)
-SLOT = """
-import sys, time
-from tests.operators.test_budget_board import BUDGET, report, share_of
-url, slot, gain = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-share, held = share_of(url, slot), BUDGET.even_chunks
-while True:
-    share.offer(report(gain, held))
-    if share.granted_chunks != held:
-        held = share.granted_chunks
-        print(held, flush=True)
-    time.sleep(0.01)
-"""
 
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with running_redis(None, tmp_path_factory.mktemp("budget")) as url:
         yield url
-
-
-def report(gain: float, holds: int) -> SlotReport:
-    """Of a slot that gains by 200 chunks."""
-    return SlotReport(GainCurve((Step(200, gain),)), holds)
-
-
-def board(url: str, name: str = "budget") -> BudgetBoard:
-    return BudgetBoard(url, name, BUDGET.slots)
-
-
-def share_of(url: str, slot: int) -> BudgetShare:
-    return BudgetShare(BUDGET, slot, board(url), SystemClock())
 
 
 def grants(process: "subprocess.Popen[str]", until: int) -> list[int]:
@@ -67,7 +41,7 @@ def grants(process: "subprocess.Popen[str]", until: int) -> list[int]:
 
 @pytest.mark.integration
 def test_processes_agree_and_the_share_of_one_that_dies_goes_to_the_others(redis_url: str) -> None:
-    command = [sys.executable, "-c", SLOT, redis_url]
+    command = [sys.executable, "-m", "tests.operators.budget_slot", redis_url]
     with ExitStack() as stack:
 
         def start(slot: int, gain: float) -> "subprocess.Popen[str]":
