@@ -45,8 +45,8 @@ def test_the_help_shows_the_defaults_that_hold(capsys: pytest.CaptureFixture[str
     assert "asked for in phases, upper limit in mooncake (default: 16)" in said
     assert "--topic-prefix" not in said
     for option in ("--strategies", "--eviction", "--requests", "--workload", "--trace", "--model", "--parallelism",
-                   "--batch-size", "--max-wait-ms", "--chunk-tokens", "--seed", "--out", "--brokers", "--redis-url", "--flink-url",
-                   "--idle-timeout-s", "--from-raw"):  # fmt: skip
+                   "--batch-size", "--max-wait-ms", "--chunk-tokens", "--seed", "--out", "--brokers", "--redis-url",
+                   "--flink-url", "--idle-timeout-s", "--from-raw"):  # fmt: skip
         assert option in said
 
 
