@@ -12,21 +12,24 @@ from cache.local import LocalTier
 from cache.protocol import ChunkShape, ModelIdentity
 from cache.redis_wire import RedisAddress
 from cache.remote import ReadCounters, RemoteTier
-from cache.sizing import SizingPolicy, make_sizing
+from cache.sizing import Shares, SizingPolicy, StoreObserver, make_sizing
 from cache.stats import CacheStats
 from cache.write_behind import WriteCounters
 from core.clock import Clock
 from core.config import CacheConfig
 
 
-def open_cache(config: CacheConfig, shape: ChunkShape, identity: ModelIdentity, clock: Clock) -> "TwoLevelCache":
+def open_cache(
+    config: CacheConfig, shape: ChunkShape, identity: ModelIdentity, clock: Clock, shares: Shares | None = None
+) -> "TwoLevelCache":
     """A cache as `config` describes it, empty; without `redis_url` it has a local tier only. Does not wait for Redis.
 
+    `shares`: the budget that it shares with other slots, for the strategy MRC.
     Raises `UserError` for a `redis_url` that is none, and `ValueError` if `shape` has another chunk size.
     """
     if shape.chunk_tokens != config.chunk_tokens:
         raise ValueError(f"a shape of {shape.chunk_tokens} tokens for chunks of {config.chunk_tokens}")
-    sizing = make_sizing(config.sizing)
+    sizing = make_sizing(config.sizing, shares)
     local = LocalTier(sizing.capacity_chunks, shape.size_bytes, make_eviction(config.eviction))
     remote = None
     if config.remote.redis_url is not None:
@@ -120,6 +123,8 @@ class TwoLevelCache:
             self._local.touch(pinned)
             self._unpin(pinned)
             self._chunks_stored += stored
+        if isinstance(self._sizing, StoreObserver):
+            self._sizing.observe_stored(keys.hashes)
         return stored
 
     def flush(self, timeout_s: float = 5.0) -> bool:

@@ -26,6 +26,16 @@ class Strategy(StrEnum):
     STATIC = "STATIC"
     FLUID = "FLUID"
     FREQUENCY = "FREQUENCY"
+    MRC = "MRC"
+
+
+class MrcGoal(StrEnum):
+    """What the strategy MRC reads off its curve."""
+
+    HIT_RATE = "hit_rate"
+    """The smallest capacity that reaches a hit rate."""
+    PRICE = "price"
+    """The greatest capacity at which every chunk still gains its price."""
 
 
 class Batching(StrEnum):
@@ -87,6 +97,54 @@ class SizingConfig(Config):
     frequency_coverage: float = Field(default=0.9, gt=0, le=1, description="FREQUENCY: share of accesses to cover")
     frequency_window_accesses: int = Field(
         default=65_536, ge=1, description="FREQUENCY: most recent accesses that are remembered; bounds its memory"
+    )
+    mrc_goal: MrcGoal = Field(
+        default=MrcGoal.HIT_RATE, description="MRC: hit_rate, to reach the target; price, chunks that are worth it"
+    )
+    mrc_target_hit_rate: float = Field(
+        default=0.75,
+        gt=0,
+        lt=1,
+        description="MRC, hit_rate: share of all chunks looked up that the local tier is to have, first uses included; "
+        "no cache has those, so that a target above what is ever used again is out of reach",
+    )
+    mrc_price: float = Field(
+        default=0.002,
+        gt=0,
+        description="MRC, price, or a target out of reach: hits a second that another chunk has to gain; "
+        "0.002 is one in 500 s",
+    )
+    mrc_half_life_requests: float = Field(
+        default=100.0, gt=0, description="MRC: requests after which an access counts for half of one on the curve"
+    )
+    mrc_horizon_requests: float = Field(
+        default=2000.0, gt=0, description="MRC, hit_rate: requests after which a hit too few counts for half of one"
+    )
+    mrc_catch_up: float = Field(
+        default=2.0, ge=0, description="MRC, hit_rate: hits too few are made up for in the curve's span over this"
+    )
+    mrc_warmup_requests: int = Field(
+        default=30, ge=0, description="MRC: first requests, in which the tier grows with what is looked up"
+    )
+    mrc_grow_factor: float = Field(default=2.0, gt=1, description="MRC: the most that one decision multiplies by")
+    mrc_shrink_factor: float = Field(default=1.3, gt=1, description="MRC: the most that one decision divides by")
+    mrc_hysteresis: float = Field(
+        default=0.05, ge=0, lt=1, description="MRC: a change by no more than this share is not made"
+    )
+    mrc_dwell_ms: float = Field(
+        default=2000.0, ge=0, description="MRC: least time from a change to a shrink; growing never waits"
+    )
+    mrc_tracked_chunks: int = Field(
+        default=16_384,
+        ge=64,
+        description="MRC: keys that are remembered; bounds its memory. With a greatest capacity above this, a sample "
+        "of all keys",
+    )
+    budget_chunks: int | None = Field(
+        default=None,
+        ge=0,
+        description="MRC: chunks of all slots together, shared by what they gain, in place of goal and "
+        "capacity_chunks; none: each slot sizes itself",
     )
 
     @model_validator(mode="after")
@@ -244,6 +302,15 @@ class JobConfig(Config):
     def threads_per_slot(self) -> int:
         """CPU threads of one slot: as set, or the machine's cores shared out evenly."""
         return self.engine.threads or max(1, (os.cpu_count() or 1) // self.parallelism)
+
+    @model_validator(mode="after")
+    def _budget_holds_the_least(self) -> Self:
+        sizing = self.cache.sizing
+        if sizing.budget_chunks is not None and sizing.budget_chunks < self.parallelism * sizing.min_capacity_chunks:
+            raise ValueError(
+                "budget_chunks is below min_capacity_chunks of all slots; raise it, or lower that or parallelism"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_fits(self) -> Self:

@@ -21,13 +21,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser: argparse.ArgumentParser, config: type[BaseModel]) -> None:
-    """One option for each leaf field of `config`; nested configurations become groups of the same flat names."""
+    """One option for each leaf field of `config`; nested configurations become groups of the same flat names.
+
+    A field stands in for those of its name in configurations that come after it: the option is its own.
+    """
+    _add_options(parser, config, set())
+
+
+def _add_options(parser: argparse.ArgumentParser, config: type[BaseModel], taken: set[str]) -> None:
     group = parser.add_argument_group(config.__name__, (config.__doc__ or "").splitlines()[0])
     for name, field in config.model_fields.items():
         nested = _nested(field)
         if nested is not None:
-            add_options(parser, nested)
+            _add_options(parser, nested, taken)
             continue
+        if name in taken:
+            continue
+        taken.add(name)
         flag = "--" + name.replace("_", "-")
         default = field.get_default(call_default_factory=True)
         help_text = f"{field.description or name} (default: {'none' if default is None else default})"
@@ -54,7 +64,7 @@ def set_own_defaults(parser: argparse.ArgumentParser, defaults: Mapping[str, Any
 def from_options(config: type[C], options: argparse.Namespace) -> C:
     """The configuration that the parsed `options` state. Raises `UserError` in one line naming each bad option."""
     try:
-        return config.model_validate(_gather(config, vars(options)))
+        return config.model_validate(_gather(config, dict(vars(options))))
     except ValidationError as error:
         raise UserError(_as_options(config, error)) from None
 
@@ -97,13 +107,14 @@ def _nested(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _gather(config: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
+    """The values of `config`, taken out of `given`: the first field of a name has it."""
     values: dict[str, Any] = {}
     for name, field in config.model_fields.items():
         nested = _nested(field)
         if nested is not None:
             values[name] = _gather(nested, given)
         elif name in given:
-            values[name] = given[name]
+            values[name] = given.pop(name)
     return values
 
 

@@ -1,10 +1,12 @@
-"""Compares sizing policies of the local KV cache on one load: the same requests, in the same order, from cold."""
+"""Compares sizing and eviction policies of the local KV cache on one load: the same requests, in order, from cold."""
 
+from enum import StrEnum
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import Field, field_validator
 
-from core.config import Config, JobConfig, Strategy
+from core.config import Config, Eviction, JobConfig, Strategy
 from core.errors import exit_on_user_error
 from experiments.cache_figure import cache_figure
 from experiments.cache_metrics import SHOWN, table
@@ -12,12 +14,17 @@ from experiments.config import ROOT, Command, RunConfig, Variant, in_own_space
 from experiments.experiment import Experiment, execute, new_run_id
 from workloads.config import WorkloadConfig
 
+E = TypeVar("E", bound=StrEnum)
+
 
 class CacheExperimentConfig(Config):
-    """Compares sizing policies of the local tier on one load."""
+    """Compares sizing and eviction policies of the local tier on one load."""
 
     strategies: str = Field(
         default=",".join(Strategy), min_length=1, description="sizing policies to compare, separated by commas"
+    )
+    eviction: str = Field(
+        default=Eviction.LRU, min_length=1, description="eviction policies of the local tier, separated by commas"
     )
     out: Path = Field(default=ROOT / "results" / "cache_experiments", description="folder of the results")
     run: RunConfig = RunConfig()
@@ -26,18 +33,33 @@ class CacheExperimentConfig(Config):
 
     @field_validator("strategies")
     @classmethod
-    def _known(cls, value: str) -> str:
-        names = [name.strip().upper() for name in value.split(",") if name.strip()]
-        unknown = [name for name in names if name not in set(Strategy)]
-        if unknown or not names:
-            raise ValueError(f"unknown strategy {', '.join(unknown) or repr(value)}; choose of {', '.join(Strategy)}")
-        if len(set(names)) < len(names):
-            raise ValueError("a strategy is named twice; name each once")
-        return ",".join(names)
+    def _known_strategies(cls, value: str) -> str:
+        return ",".join(_named(value, Strategy, "strategy"))
+
+    @field_validator("eviction")
+    @classmethod
+    def _known_evictions(cls, value: str) -> str:
+        return ",".join(_named(value, Eviction, "eviction policy"))
 
     @property
     def chosen(self) -> tuple[Strategy, ...]:
-        return tuple(Strategy(name) for name in self.strategies.split(","))
+        return _named(self.strategies, Strategy, "strategy")
+
+    @property
+    def evictions(self) -> tuple[Eviction, ...]:
+        return _named(self.eviction, Eviction, "eviction policy")
+
+
+def _named(value: str, kinds: type[E], what: str) -> tuple[E, ...]:
+    """The members of `kinds` that `value` names, in any case. Raises `ValueError` for anything else."""
+    known = {kind.value.upper(): kind for kind in kinds}
+    names = [name.strip().upper() for name in value.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"unknown {what} {', '.join(unknown) or repr(value)}; choose of {', '.join(kinds)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"a{'n' if what[0] in 'aeiou' else ''} {what} is named twice; name each once")
+    return tuple(known[name] for name in names)
 
 
 COMMAND = Command(
@@ -57,17 +79,20 @@ COMMAND = Command(
 )
 
 
-def with_strategy(job: JobConfig, strategy: Strategy) -> JobConfig:
+def with_strategy(job: JobConfig, strategy: Strategy, eviction: Eviction = Eviction.LRU) -> JobConfig:
     sizing = job.cache.sizing.model_copy(update={"strategy": strategy})
-    return job.model_copy(update={"cache": job.cache.model_copy(update={"sizing": sizing})})
+    return job.model_copy(update={"cache": job.cache.model_copy(update={"sizing": sizing, "eviction": eviction})})
 
 
 def variants(config: CacheExperimentConfig, run_id: str) -> tuple[Variant, ...]:
-    """One job for each strategy, equal in all else."""
-    return tuple(
-        Variant(strategy, in_own_space(with_strategy(config.job, strategy), f"cache-{run_id}-{strategy.lower()}"))
-        for strategy in config.chosen
-    )
+    """One job for each strategy with each eviction policy, equal in all else; named by both where there are several."""
+    made = []
+    for strategy in config.chosen:
+        for eviction in config.evictions:
+            name = strategy.value if len(config.evictions) == 1 else f"{strategy}-{eviction}"
+            job = with_strategy(config.job, strategy, eviction)
+            made.append(Variant(name, in_own_space(job, f"cache-{run_id}-{name.lower()}")))
+    return tuple(made)
 
 
 def main() -> None:

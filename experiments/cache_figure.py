@@ -16,9 +16,14 @@ from experiments.figures import answered, caption, four_panels, head, legend
 from experiments.records import RunRecords
 from experiments.timeline import begin_ms, phases, rolling_local_hit_rate, summed_over_slots
 
-COLOURS = {Strategy.STATIC: "#0072b2", Strategy.FLUID: "#d55e00", Strategy.FREQUENCY: "#009e73"}
+COLOURS = {
+    Strategy.STATIC: "#0072b2",
+    Strategy.FLUID: "#d55e00",
+    Strategy.FREQUENCY: "#009e73",
+    Strategy.MRC: "#cc79a7",
+}
 """Of Okabe and Ito's palette: told apart with any colour vision."""
-OTHER_COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#555555")
+OTHER_COLOURS = ("#e69f00", "#56b4e9", "#555555", "#8c564b", "#b8a900")
 TIER_ALPHA = {"local": 1.0, "remote": 0.45, "computed": 0.0}
 TIER_HATCH = {"local": "", "remote": "", "computed": "///"}
 PERCENTILES = (50, 95, 99)
@@ -51,9 +56,13 @@ def _caption(runs: Sequence[RunRecords]) -> str:
 
 
 def _colours(runs: Sequence[RunRecords]) -> list[str]:
+    """Of the strategy for its first run; a further one, with another eviction policy, takes one of the others."""
     others = iter(OTHER_COLOURS * (1 + len(runs) // len(OTHER_COLOURS)))
-    names = [run.manifest.variant for run in runs]
-    return [COLOURS[Strategy(name)] if name in set(Strategy) else next(others) for name in names]
+    strategies = [run.manifest.job.cache.sizing.strategy for run in runs]
+    return [
+        next(others) if strategy in strategies[:place] else COLOURS[strategy]
+        for place, strategy in enumerate(strategies)
+    ]
 
 
 def _draw_tokens(axes: Any, runs: Sequence[RunRecords], frames: Sequence[pd.DataFrame], colours: Sequence[str]) -> None:

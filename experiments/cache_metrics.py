@@ -17,7 +17,7 @@ SEED_COLUMNS = (
     "strategy", "total_requests", "cache_hits", "hit_rate_percent", "avg_latency_ms", "strategy_config",
 )  # fmt: skip
 OWN_COLUMNS = (
-    "dead_letters", "duplicates", "local_hits", "remote_hits",
+    "eviction", "dead_letters", "duplicates", "local_hits", "remote_hits",
     "token_hit_rate_percent", "local_token_hit_rate_percent", "remote_token_hit_rate_percent",
     "p50_latency_ms", "p95_latency_ms", "p99_latency_ms",
     "avg_ttft_ms", "p50_ttft_ms", "p95_ttft_ms", "avg_tpot_ms", "avg_wait_ms", "avg_inference_ms",
@@ -29,6 +29,7 @@ COLUMNS = SEED_COLUMNS + OWN_COLUMNS
 
 SHOWN: tuple[Shown, ...] = (
     ("strategy", "strategy", ""),
+    ("eviction", "eviction", ""),
     ("requests", "total_requests", ",.0f"),
     ("dead", "dead_letters", ",.0f"),
     ("hit %", "hit_rate_percent", ".1f"),
@@ -110,6 +111,8 @@ def strategy_config(job: JobConfig) -> str:
         names = ["min_capacity_chunks", "max_capacity_chunks", "adjust_every_requests"]
         prefix = f"{sizing.strategy.lower()}_"
         names += [name for name in type(sizing).model_fields if name.startswith(prefix)]
+        if sizing.strategy is Strategy.MRC and sizing.budget_chunks is not None:
+            names.append("budget_chunks")
         values |= {name: getattr(sizing, name) for name in names}
     return json.dumps(values, sort_keys=True)
 
@@ -119,7 +122,8 @@ def row(run: RunRecords) -> dict[str, Any]:
     answers = frame(run.responses)
     mean_chunks, peak_chunks, size = mean_capacity_chunks(answers), peak_capacity_chunks(answers), chunk_bytes(answers)
     values = shared(run, answers) | {
-        "strategy": run.manifest.variant,
+        "strategy": str(run.manifest.job.cache.sizing.strategy),
+        "eviction": str(run.manifest.job.cache.eviction),
         "cache_hits": cache_hits(answers),
         "hit_rate_percent": hit_rate_percent(answers),
         "strategy_config": strategy_config(run.manifest.job),

@@ -4,8 +4,6 @@ It goes by way of Redis, as a job's slots may be on several hosts and Flink's st
 fails on the way leaves a slot's length unknown, and sessions at home.
 """
 
-import logging
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -13,11 +11,8 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from core.config import JobConfig, Placement
+from operators.periodic import Periodic
 
-logger = logging.getLogger(__name__)
-
-EVERY_S = 0.1
-"""Time between two reports of a slot, and between two readings."""
 STALE_MS = 2000
 """What a slot has said is forgotten after this."""
 TIMEOUT_S = 0.5
@@ -66,7 +61,7 @@ class LoadView:
     def __init__(self, board: LoadBoard) -> None:
         self._board = board
         self.queues_ms: Mapping[int, float] = {}
-        self._periodic = _Periodic("load-view", self._refresh)
+        self._periodic = Periodic("load-view", self._refresh)
 
     def close(self) -> None:
         self._periodic.close()
@@ -85,33 +80,8 @@ class LoadReport:
 
     def __init__(self, board: LoadBoard, slot: int, queue_ms: Callable[[], float]) -> None:
         self._board = board
-        self._periodic = _Periodic("load-report", lambda: board.write(slot, queue_ms()))
+        self._periodic = Periodic("load-report", lambda: board.write(slot, queue_ms()))
 
     def close(self) -> None:
         self._periodic.close()
         self._board.close()
-
-
-class _Periodic:
-    """Calls `work` every so often until it is closed. A Redis that fails is told of once, and tried again."""
-
-    def __init__(self, name: str, work: Callable[[], None]) -> None:
-        self._work = work
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._closed.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        failing = False
-        while not self._closed.wait(EVERY_S):
-            try:
-                self._work()
-                failing = False
-            except (RedisError, ValueError) as error:
-                if not failing:
-                    logger.warning("%s: %s", self._thread.name, error)
-                failing = True

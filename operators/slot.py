@@ -21,6 +21,7 @@ from inference_service.engine import Engine, load_checked_model
 from inference_service.model import resolve_model
 from inference_service.protocol import ServedModel
 from inference_service.simulated import load_simulated
+from operators.budget_board import BudgetShare
 from operators.envelope import Answer, Envelope, Ready
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def check_before_start(config: JobConfig) -> None:
         resolve_model(config.engine.model)
     if config.cache.remote.redis_url is not None:
         RedisAddress.parse(config.cache.remote.redis_url)
+    elif config.cache.sizing.budget_chunks is not None and config.parallelism > 1:
+        raise UserError("--budget-chunks: slots share it by way of Redis; add --redis-url, or leave it out")
 
 
 class InferenceSlot:
@@ -53,6 +56,7 @@ class InferenceSlot:
             engine = engine.model_copy(update={"step_prefill_tokens": 0})
         model: ServedModel
         cache: KVCache | None = None
+        self._share: BudgetShare | None = None
         if engine.engine is EngineKind.SIMULATED:
             self._engine_name = "simulated"
             model = load_simulated(engine, slot)
@@ -60,7 +64,9 @@ class InferenceSlot:
             self._engine_name = TRANSFORMERS
             model = loaded = load_checked_model(engine, slot)
             if config.cache.cache:
-                cache = open_cache(config.cache, loaded.chunk_shape(chunk_tokens), loaded.identity, clock)
+                self._share = BudgetShare.of(config, slot, clock)
+                shape = loaded.chunk_shape(chunk_tokens)
+                cache = open_cache(config.cache, shape, loaded.identity, clock, self._share)
         self._engine = Engine(model, engine, cache, chunk_tokens, clock)
         self._engine.warm_up()
         self._envelopes: dict[int, Envelope] = {}
@@ -125,6 +131,8 @@ class InferenceSlot:
 
     def close(self) -> None:
         self._engine.close()
+        if self._share is not None:
+            self._share.close()
 
     def _results(self) -> list[tuple[Envelope, Completion | Failure]]:
         return [(self._envelopes.pop(id(result.request)), result) for result in self._engine.step()]

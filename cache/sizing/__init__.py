@@ -1,21 +1,26 @@
 """Sizing policies: how many chunks the local tier may hold now."""
 
+from cache.sizing.budgeted import Budgeted, Shares
 from cache.sizing.fluid import Fluid
 from cache.sizing.frequency import Frequency
-from cache.sizing.protocol import SizingPolicy
+from cache.sizing.mrc import MRC
+from cache.sizing.protocol import SizingPolicy, StoreObserver
 from cache.sizing.static import Static
 from core.config import SizingConfig, Strategy
 
-_POLICIES: dict[Strategy, type[Static] | type[Fluid] | type[Frequency]] = {
+_POLICIES: dict[Strategy, type[Static] | type[Fluid] | type[Frequency] | type[MRC]] = {
     Strategy.STATIC: Static,
     Strategy.FLUID: Fluid,
     Strategy.FREQUENCY: Frequency,
+    Strategy.MRC: MRC,
 }
 
 
-def make_sizing(config: SizingConfig) -> SizingPolicy:
-    """A fresh policy as `config` describes it."""
+def make_sizing(config: SizingConfig, shares: Shares | None = None) -> SizingPolicy:
+    """A fresh policy as `config` describes it; MRC with `shares` follows them."""
+    if shares is not None and config.strategy is Strategy.MRC:
+        return Budgeted(config, shares)
     return _POLICIES[config.strategy](config)
 
 
-__all__ = ["Fluid", "Frequency", "SizingPolicy", "Static", "make_sizing"]
+__all__ = ["MRC", "Budgeted", "Fluid", "Frequency", "Shares", "SizingPolicy", "Static", "StoreObserver", "make_sizing"]

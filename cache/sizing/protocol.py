@@ -1,7 +1,7 @@
 """What a cache tells a sizing policy, and what it asks of it."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from core.config import SizingConfig
 
@@ -19,6 +19,15 @@ class SizingPolicy(Protocol):
 
         `now_ms` never goes back. Every call counts as one request.
         """
+        ...
+
+
+@runtime_checkable
+class StoreObserver(Protocol):
+    """A sizing policy that follows what the tier holds: it is told of what is stored as well."""
+
+    def observe_stored(self, keys: Sequence[bytes]) -> None:
+        """`keys`, of a prompt and of its answer, were offered to the local tier and have been used."""
         ...
 
 

@@ -122,7 +122,7 @@ def test_frequency_does_not_depend_on_the_hash_seed():
     assert in_another_process(script) == printed.getvalue().strip()
 
 
-@pytest.mark.parametrize("strategy", [Strategy.FLUID, Strategy.FREQUENCY])
+@pytest.mark.parametrize("strategy", [Strategy.FLUID, Strategy.FREQUENCY, Strategy.MRC])
 @given(
     requests=st.lists(
         st.tuples(st.floats(0, 5000), st.lists(st.integers(0, 30), max_size=12)), min_size=1, max_size=120
@@ -136,12 +136,13 @@ def test_capacity_stays_within_bounds_and_moves_only_at_decisions(strategy, requ
             max_capacity_chunks=25,
             adjust_every_requests=5,
             frequency_window_accesses=64,
+            mrc_warmup_requests=0,
         )
     )
     now_ms, before = 0.0, policy.capacity_chunks
     for count, (gap_ms, numbers) in enumerate(requests, start=1):
         now_ms += gap_ms
-        capacity = policy.observe(now_ms, [key(n, n % 4) for n in numbers])
+        capacity = policy.observe(now_ms, [key(n, n % 4) for n in dict.fromkeys(numbers)])
         assert 10 <= capacity <= 25
         assert capacity == policy.capacity_chunks
         assert capacity == before or count % 5 == 0

@@ -183,3 +183,15 @@ def test_a_simulated_device_needs_a_profile_and_has_no_cache(arguments: list[str
     with pytest.raises(UserError) as caught:
         parse(arguments)
     assert str(caught.value) == told
+
+
+class Grid(BaseModel):
+    """Runs a job for each."""
+
+    dtype: str = "float32,bfloat16"
+    job: JobConfig = JobConfig()
+
+
+def test_a_field_stands_in_for_those_of_its_name_within() -> None:
+    config = parse(["--dtype", "a,b", "--model", "m"], Grid)
+    assert (config.dtype, config.job.engine.dtype, config.job.engine.model) == ("a,b", "float32", "m")

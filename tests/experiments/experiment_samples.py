@@ -96,6 +96,8 @@ def made_run(strategy: Strategy, position: int, requests: int = 200, seed: int =
         slot = index % 2
         if strategy is Strategy.FLUID and index % 30 == slot:
             capacity[slot] = max(32, min(384, capacity[slot] * (1.25 if busy else 1 / 1.15)))
+        if strategy is Strategy.MRC and index % 30 == slot:
+            capacity[slot] = 200 if busy else 80
         if strategy is Strategy.FREQUENCY and index % 30 == slot:
             capacity[slot] = max(32, min(384, dice.uniform(0.8, 1.2) * (240 if busy else 120)))
         prompt = dice.randint(10, 30) * 32

@@ -3,17 +3,18 @@
 import subprocess
 import sys
 from collections import Counter
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from core.config import JobConfig, Strategy
+from core.config import Eviction, JobConfig, Strategy
 from core.errors import UserError
 from core.model_path import with_model_found
 from core.options import Parser, add_options, flatten, from_options, to_options
 from core.session_home import home_slot
-from experiments import batch_analysis, gpu_scaling
+from experiments import batch_analysis, cache_experiments, gpu_scaling
 from experiments.cache_experiments import COMMAND, CacheExperimentConfig, variants
 from experiments.config import DECIDED, Command, check_writable, distinct_numbers, with_addresses, with_profile_found
 from workloads.catalogue import make_workload
@@ -43,9 +44,9 @@ def test_the_help_shows_the_defaults_that_hold(capsys: pytest.CaptureFixture[str
     said = " ".join(capsys.readouterr().out.split())
     assert "asked for in phases, upper limit in mooncake (default: 16)" in said
     assert "--topic-prefix" not in said
-    for option in ("--strategies", "--requests", "--workload", "--trace", "--model", "--parallelism", "--batch-size",
-                   "--max-wait-ms", "--chunk-tokens", "--seed", "--out", "--brokers", "--redis-url", "--flink-url",
-                   "--idle-timeout-s", "--from-raw"):  # fmt: skip
+    for option in ("--strategies", "--eviction", "--requests", "--workload", "--trace", "--model", "--parallelism",
+                   "--batch-size", "--max-wait-ms", "--chunk-tokens", "--seed", "--out", "--brokers", "--redis-url",
+                   "--flink-url", "--idle-timeout-s", "--from-raw"):  # fmt: skip
         assert option in said
 
 
@@ -56,6 +57,21 @@ def test_variants_differ_in_strategy_and_in_their_space_only() -> None:
     assert first["topic_prefix"] == "cache-20260101-120000-fluid"
     assert {name for name in first if first[name] != second[name]} == {"strategy"} | set(DECIDED) - {"bounded"}
     assert {first["parallelism"], second["parallelism"]} == {3}
+
+
+def test_eviction_policies_multiply_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [variant.job.cache.eviction for variant in variants(parsed("--eviction", "lru"), "x")] == [Eviction.LRU] * 4
+
+    class Two(StrEnum):
+        LRU = "LRU"
+        OTHER = "Other"
+
+    monkeypatch.setattr(cache_experiments, "Eviction", Two)
+    found = variants(parsed("--strategies", "static, mrc", "--eviction", "OTHER,LRU"), "x")
+    assert [variant.name for variant in found] == ["STATIC-Other", "STATIC-LRU", "MRC-Other", "MRC-LRU"]
+    assert [str(variant.job.cache.eviction) for variant in found] == ["Other", "LRU"] * 2
+    assert len({variant.job.kafka.topic_prefix for variant in found}) == 4
+    assert found[2].job.kafka.topic_prefix == "cache-x-mrc-other"
 
 
 def test_what_is_submitted_is_what_the_job_reads() -> None:
@@ -162,7 +178,10 @@ def test_what_an_experiment_cannot_be_made_of_is_named(command: Command[Any], ar
     [
         (["--strategies", "STATIC,LRU"], "--strategies: unknown strategy LRU; choose of STATIC, FLUID, FREQUENCY"),
         (["--strategies", "STATIC,static"], "--strategies: a strategy is named twice"),
+        (["--eviction", "LRU,none"], "--eviction: unknown eviction policy NONE; choose of LRU"),
+        (["--eviction", "LRU,lru"], "--eviction: an eviction policy is named twice; name each once"),
         (["--requests", "0"], "--requests: "),
+        (["--budget-chunks", "9"], "--budget-chunks is below --min-capacity-chunks of all slots; raise "),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--strategy", "FLUID"], "--strategy: the experiment sets it"),
         (["--topic-prefix", "mine"], "--topic-prefix: every run makes topics"),

@@ -164,11 +164,20 @@ def test_strategy_config_holds_what_the_strategy_reads() -> None:
     assert static == {"capacity_chunks": JobConfig().cache.sizing.capacity_chunks}
     assert fluid["fluid_grow_factor"] == 1.25
     assert fluid["max_capacity_chunks"] == 384
-    assert not any(name.startswith("frequency") for name in fluid)
+    assert not any(name.startswith(("frequency", "mrc", "budget")) for name in fluid)
+
+
+def test_strategy_config_of_mrc_has_the_budget_where_there_is_one() -> None:
+    own = with_strategy(JobConfig(), Strategy.MRC)
+    alone = json.loads(cache_metrics.strategy_config(own))
+    assert (alone["mrc_goal"], alone["mrc_target_hit_rate"]) == ("hit_rate", 0.75)
+    sizing = own.cache.sizing.model_copy(update={"budget_chunks": 300})
+    shared = own.model_copy(update={"cache": own.cache.model_copy(update={"sizing": sizing})})
+    assert json.loads(cache_metrics.strategy_config(shared)) == alone | {"budget_chunks": 300}
 
 
 def test_one_row_a_run_in_their_order() -> None:
-    assert list(cache_metrics.table(made_runs(20))["strategy"]) == ["STATIC", "FLUID", "FREQUENCY"]
+    assert list(cache_metrics.table(made_runs(20))["strategy"]) == list(Strategy)
 
 
 TOKENS = st.integers(0, 500)

@@ -30,7 +30,7 @@ def test_a_run_without_a_manifest_is_not_complete(tmp_path: Path) -> None:
     for run in made_runs(4):
         write_run(tmp_path, run)
     (tmp_path / "fluid.manifest.json").unlink()
-    assert [run.manifest.variant for run in read_runs(tmp_path)] == ["STATIC", "FREQUENCY"]
+    assert [run.manifest.variant for run in read_runs(tmp_path)] == ["STATIC", "FREQUENCY", "MRC"]
 
 
 @pytest.mark.parametrize(

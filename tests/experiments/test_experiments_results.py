@@ -27,7 +27,7 @@ def test_the_csv_has_the_seeds_header_first(tmp_path: Path) -> None:
     header, *rows = path.read_text().splitlines()
     assert header == ",".join(COLUMNS)
     assert header.startswith("strategy,total_requests,cache_hits,hit_rate_percent,avg_latency_ms,strategy_config,")
-    assert [row.split(",")[0] for row in rows] == ["STATIC", "FLUID", "FREQUENCY"]
+    assert [row.split(",")[0] for row in rows] == list(Strategy)
 
 
 def test_the_figure_shows_every_strategy_in_its_colour(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_the_figure_shows_every_strategy_in_its_colour(tmp_path: Path) -> None:
     image = matplotlib.image.imread(path)[..., :3]
     assert image.shape[0] > 1000
     assert image.shape[1] > 1500
-    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7)):
         distance = abs(image - [part / 255 for part in colour]).max(axis=2)
         assert (distance < 0.01).sum() > 5000, colour
 

@@ -100,7 +100,7 @@ def test_the_job_works_without_redis_and_closes_batches_by_time(run: Run) -> Non
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--strategy", "GUESS"], "--strategy: Input should be 'STATIC', 'FLUID' or 'FREQUENCY'"),
+        (["--strategy", "GUESS"], "--strategy: Input should be 'STATIC', 'FLUID', 'FREQUENCY' or 'MRC'"),
         (["--model", "/nowhere/model"], "--model: no config.json in '/nowhere/model'"),
         (["--redis-url", "http://example"], "redis_url: not a Redis URL"),
         (["--batch-size", "9", "--max-running", "8"], "--batch-size is above --max-running"),

@@ -1,0 +1,101 @@
+"""One budget of chunks for the local tiers of all slots of a job, which are processes, maybe on several hosts.
+
+Each slot tells the others by way of Redis what more chunks would gain there, reads what they have told, and computes
+the same shares as they do: nobody decides for another. What they read may be a moment apart, so that for that moment
+the shares may add up to more than the budget.
+"""
+
+import math
+from typing import Any
+
+from pydantic import TypeAdapter
+from redis import Redis
+from redis.exceptions import RedisError
+
+from cache.sizing.budget import Budget, SlotReport
+from core.clock import Clock
+from core.config import JobConfig, Strategy
+from operators.load_board import TIMEOUT_S
+from operators.periodic import Periodic
+
+STALE_MS = 3000
+"""A slot that has said nothing for this long has lost its share."""
+_REPORT = TypeAdapter(SlotReport)
+
+
+class BudgetBoard:
+    """Reports by slot, in Redis, under a name that no other job has."""
+
+    def __init__(self, redis_url: str, name: str, slots: int) -> None:
+        self._redis = Redis.from_url(redis_url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+        self._keys = [f"{name}:gains:{slot}" for slot in range(slots)]
+
+    def write(self, slot: int, report: SlotReport) -> None:
+        self._redis.set(self._keys[slot], _REPORT.dump_json(report), px=STALE_MS)
+
+    def read(self) -> dict[int, SlotReport]:
+        """Of the slots that have reported lately. Raises `ValueError` for what is no report."""
+        values: Any = self._redis.mget(self._keys)
+        return {slot: _REPORT.validate_json(value) for slot, value in enumerate(values) if value is not None}
+
+    def close(self) -> None:
+        self._redis.close()
+
+
+class BudgetShare:
+    """A slot's share, kept by a thread of its own; `cache.sizing.budgeted.Shares`.
+
+    It is an even part of the budget until what the others say is known, and where nothing has been for `STALE_MS`.
+    """
+
+    def __init__(self, budget: Budget, slot: int, board: BudgetBoard | None, clock: Clock) -> None:
+        """Without `board` the slot is the only one."""
+        self._budget = budget
+        self._slot = slot
+        self._board = board
+        self._clock = clock
+        self._read_ms = -math.inf
+        self._report: SlotReport | None = None
+        self.granted_chunks = budget.even_chunks
+        self._periodic = None if board is None else Periodic("budget-share", lambda: self._refresh(board))
+
+    @classmethod
+    def of(cls, config: JobConfig, slot: int, clock: Clock) -> "BudgetShare | None":
+        """The slot's share of the job's budget; none where each slot sizes itself."""
+        sizing, remote = config.cache.sizing, config.cache.remote
+        if sizing.budget_chunks is None or sizing.strategy is not Strategy.MRC:
+            return None
+        budget = Budget(
+            chunks=sizing.budget_chunks,
+            slots=config.parallelism,
+            least_chunks=sizing.min_capacity_chunks,
+            greatest_chunks=sizing.max_capacity_chunks,
+        )
+        board = None
+        if config.parallelism > 1 and remote.redis_url is not None:
+            name = f"{remote.redis_namespace}:{config.job_name}:{config.kafka.consumer_group}"
+            board = BudgetBoard(remote.redis_url, name, config.parallelism)
+        return cls(budget, slot, board, clock)
+
+    def offer(self, report: SlotReport) -> None:
+        self._report = report
+
+    def close(self) -> None:
+        """End the thread. The others have the share once the last report is stale."""
+        if self._periodic is not None:
+            self._periodic.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _refresh(self, board: BudgetBoard) -> None:
+        if self._report is None:
+            return
+        try:
+            board.write(self._slot, self._report)
+            reports = board.read()
+        except (RedisError, ValueError):
+            if self._clock.monotonic_ms() - self._read_ms > STALE_MS:
+                self.granted_chunks = self._budget.even_chunks
+            raise
+        self._read_ms = self._clock.monotonic_ms()
+        self.granted_chunks = self._budget.share(reports).get(self._slot, self._budget.even_chunks)

@@ -1,0 +1,37 @@
+"""Work that is done every so often by a thread of its own, and that Redis may fail."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from redis.exceptions import RedisError
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 0.1
+"""Time between two calls."""
+
+
+class Periodic:
+    """Calls `work` every so often until it is closed. A Redis that fails is told of once, and tried again."""
+
+    def __init__(self, name: str, work: Callable[[], None]) -> None:
+        self._work = work
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        failing = False
+        while not self._closed.wait(EVERY_S):
+            try:
+                self._work()
+                failing = False
+            except (RedisError, ValueError) as error:
+                if not failing:
+                    logger.warning("%s: %s", self._thread.name, " ".join(str(error).split()))
+                failing = True

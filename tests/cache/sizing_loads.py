@@ -1,0 +1,152 @@
+"""Loads that sizing policies are judged on, and what a policy makes of them in a real cache."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from cache.eviction import LRU
+from cache.keys import KeySchema
+from cache.local import LocalTier
+from cache.manager import TwoLevelCache
+from cache.protocol import ChunkShape, ModelIdentity
+from cache.sizing import SizingPolicy, StoreObserver, make_sizing
+from cache.sizing.miss_ratio_curve import MissRatioCurve
+from cache.stats import CacheStats
+from core.clock import ManualClock
+from core.config import SizingConfig
+from workloads.config import PhasesConfig, WorkloadConfig
+from workloads.phases import PhasesWorkload
+
+SHAPE = ChunkShape(layers=1, kv_heads=1, chunk_tokens=32, head_dim=0, dtype=torch.float32)
+"""What a policy decides does not depend on what chunks hold: nothing."""
+KEYS = KeySchema(ModelIdentity(weights_digest="w", tokenizer_digest="t", settings="s"), SHAPE)
+Load = tuple[tuple[float, list[int]], ...]
+"""`(ms since the begin, prompt)`."""
+
+
+@lru_cache
+def phases(requests: int, seed: int) -> Load:
+    """The load of the cache experiments: users grow, crowd and leave."""
+    config = WorkloadConfig(
+        requests=requests,
+        seed=seed,
+        max_new_tokens=16,
+        max_prompt_tokens=1024,
+        phases=PhasesConfig(base_interval_ms=600.0),
+    )
+    return tuple((timed.at_ms, list((timed.prompt or "").encode())) for timed in PhasesWorkload(config))
+
+
+@lru_cache
+def bursts(requests: int, seed: int) -> Load:
+    """Sessions in bursts, as in BurstGPT (Wang et al., 2024): gamma gaps of a variation above one, on and off.
+
+    A burst brings 8 requests a second of 30 sessions, for 20 s in the mean; between two it is 0.7 a second of 4.
+    """
+    dice = random.Random(seed)
+    system = [1] * 256
+    load: list[tuple[float, list[int]]] = []
+    sessions: list[list[int]] = []
+    at_s = left_s = 0.0
+    on, begun = False, 0
+    while len(load) < requests:
+        if left_s <= 0:
+            on = not on
+            left_s = 2 + dice.expovariate(1 / (20 if on else 40))
+        gap_s = dice.gammavariate(0.5, 2 / (8.0 if on else 0.7))
+        at_s, left_s = at_s + gap_s, left_s - gap_s
+        most = 30 if on else 4
+        del sessions[:-most]
+        if len(sessions) < most or dice.random() < 0.15:
+            begun += 1
+            sessions.append(_turns(dice, begun, dice.randint(3, 9)))
+            del sessions[:-most]
+            session = sessions[-1]
+        else:
+            session = dice.choice(sessions)
+        session += _turns(dice, begun, dice.randint(1, 3))
+        load.append((at_s * 1000, [*system, *session]))
+        if len(session) > 60 * SHAPE.chunk_tokens:
+            sessions.remove(session)
+    return tuple(load)
+
+
+def _turns(dice: random.Random, session: int, chunks: int) -> list[int]:
+    return [session, *(dice.randrange(1 << 16) for _ in range(chunks * SHAPE.chunk_tokens - 1))]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    hit_rate: float
+    """Of the chunks that were looked up."""
+    mean_chunks: float
+    """Chunk-seconds of capacity over the length of the load."""
+
+
+class Metered:
+    """A policy, and what its capacity adds up to over time."""
+
+    def __init__(self, policy: SizingPolicy) -> None:
+        self._policy = policy
+        self._at_ms: float | None = None
+        self.chunk_ms = 0.0
+
+    @property
+    def capacity_chunks(self) -> int:
+        return self._policy.capacity_chunks
+
+    def observe(self, now_ms: float, keys: Sequence[bytes]) -> int:
+        if self._at_ms is not None:
+            self.chunk_ms += self.capacity_chunks * (now_ms - self._at_ms)
+        self._at_ms = now_ms
+        return self._policy.observe(now_ms, keys)
+
+    def observe_stored(self, keys: Sequence[bytes]) -> None:
+        if isinstance(self._policy, StoreObserver):
+            self._policy.observe_stored(keys)
+
+
+def replay(policy: SizingPolicy, load: Load, answer_tokens: int = 0) -> CacheStats:
+    """Look each prompt up in a cache of the policy's and store it, with an answer that nobody asks for again."""
+    clock, dice = ManualClock(), random.Random(0)
+    local = LocalTier(policy.capacity_chunks, SHAPE.size_bytes, LRU())
+    cache = TwoLevelCache(shape=SHAPE, keys=KEYS, local=local, sizing=policy, remote=None, clock=clock)
+    for at_ms, prompt in load:
+        clock.advance(at_ms - clock.monotonic_ms())
+        cache.lookup(prompt).release()
+        cache.store([*prompt, *(dice.randrange(1 << 16) for _ in range(answer_tokens))], lambda index, out: None)
+    return cache.stats()
+
+
+def outcome(config: SizingConfig, load: Load, answer_tokens: int = 0) -> Outcome:
+    """What a policy makes of the load."""
+    policy = Metered(make_sizing(config))
+    stats = replay(policy, load, answer_tokens)
+    return Outcome(stats.local_chunks_hit / stats.chunks_looked_up, policy.chunk_ms / (load[-1][0] - load[0][0]))
+
+
+class Hindsight:
+    """Of every fixed capacity, the hit rate over the whole load."""
+
+    def __init__(self, load: Load) -> None:
+        curve = MissRatioCurve(8192, 8192)
+        self._depths: list[float] = []
+        self._accesses = 0
+        self.keys = [KEYS.of(prompt).hashes for _, prompt in load]
+        for (at_ms, _), keys in zip(load, self.keys, strict=True):
+            self._depths += [depth for depth in curve.look_up(at_ms, keys) if depth < math.inf]
+            self._accesses += len(keys)
+        self._depths.sort()
+
+    @property
+    def attainable(self) -> float:
+        """The hit rate of a cache that holds everything: all but first uses."""
+        return len(self._depths) / self._accesses
+
+    def smallest(self, hit_rate: float) -> int:
+        """The smallest fixed capacity that reaches `hit_rate`."""
+        return int(self._depths[math.ceil(hit_rate * self._accesses - 1e-9) - 1])

@@ -1,0 +1,37 @@
+"""A process that has a share of a budget and no model: `python -m tests.operators.budget_slot URL SLOT GAIN`.
+
+It prints what it is granted, whenever that changes, and does as it is told at once.
+"""
+
+import sys
+import time
+
+from cache.sizing.budget import Budget, SlotReport
+from cache.sizing.gain_curve import GainCurve, Step
+from core.clock import SystemClock
+from operators.budget_board import BudgetBoard, BudgetShare
+
+BUDGET = Budget(chunks=300, slots=3, least_chunks=20, greatest_chunks=250)
+
+
+def report(gain: float, holds: int) -> SlotReport:
+    """Of a slot that gains by 200 chunks."""
+    return SlotReport(GainCurve((Step(200, gain),)), holds)
+
+
+def board(url: str, name: str = "budget") -> BudgetBoard:
+    return BudgetBoard(url, name, BUDGET.slots)
+
+
+def main(url: str, slot: int, gain: float) -> None:
+    share, held = BudgetShare(BUDGET, slot, board(url), SystemClock()), BUDGET.even_chunks
+    while True:
+        share.offer(report(gain, held))
+        if share.granted_chunks != held:
+            held = share.granted_chunks
+            print(held, flush=True)  # noqa: T201
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))

@@ -1,0 +1,144 @@
+"""Slots in several processes come to the same shares of one budget, and one that dies loses its own."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from benchmarks.raw_redis import running_redis
+from cache.sizing.budget import SlotReport
+from core.clock import ManualClock, SystemClock
+from core.config import CacheConfig, JobConfig, RemoteConfig, SizingConfig, Strategy
+from core.errors import UserError
+from operators.budget_board import STALE_MS, BudgetShare
+from operators.slot import check_before_start
+from tests.operators.budget_slot import BUDGET, board, report
+from tests.operators.test_load_board import eventually
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_redis(None, tmp_path_factory.mktemp("budget")) as url:
+        yield url
+
+
+def grants(process: "subprocess.Popen[str]", until: int) -> list[int]:
+    """What the slot is granted one after the other, up to that."""
+    assert process.stdout is not None
+    granted = []
+    while not granted or granted[-1] != until:
+        line = process.stdout.readline()
+        assert line, "the slot's process has ended"
+        granted.append(int(line))
+    return granted
+
+
+@pytest.mark.integration
+def test_processes_agree_and_the_share_of_one_that_dies_goes_to_the_others(redis_url: str) -> None:
+    command = [sys.executable, "-m", "tests.operators.budget_slot", redis_url]
+    with ExitStack() as stack:
+
+        def start(slot: int, gain: float) -> "subprocess.Popen[str]":
+            process = subprocess.Popen([*command, str(slot), str(gain)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return process
+
+        slots = [start(slot, gain) for slot, gain in enumerate((3.0, 1.0, 2.0))]
+        # The least of each, then 180 more for who gains the most, and the rest for the second.
+        for process, share in zip(slots, (200, 20, 80), strict=True):
+            grants(process, share)
+        watching = board(redis_url)
+        stack.callback(watching.close)
+        eventually(lambda: [one.capacity_chunks for one in watching.read().values()] == [200, 20, 80])
+        slots[0].kill()
+        grants(slots[2], 200)
+        grants(slots[1], 100)
+        assert set(watching.read()) == {1, 2}
+
+
+@pytest.mark.integration
+def test_what_is_no_report_leaves_the_even_share_and_no_error(redis_url: str) -> None:
+    one = board(redis_url, "broken")
+    share = BudgetShare(BUDGET, 0, one, SystemClock())
+    try:
+        with Redis.from_url(redis_url) as client:
+            client.set("broken:gains:1", "[]", px=60_000)
+            share.offer(report(1.0, 5))
+            eventually(lambda: bool(client.exists("broken:gains:0")))
+            assert share.granted_chunks == BUDGET.even_chunks
+            client.delete("broken:gains:1")
+        eventually(lambda: share.granted_chunks == BUDGET.greatest_chunks)
+    finally:
+        share.close()
+
+
+class Flaky:
+    """A board that fails when told to."""
+
+    def __init__(self) -> None:
+        self.fails = False
+
+    def write(self, slot: int, report: SlotReport) -> None:
+        if self.fails:
+            raise ValueError("away")
+
+    def read(self) -> dict[int, SlotReport]:
+        return {0: report(5.0, 10), 1: report(1.0, 10)}
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_grant_outlives_a_short_fault_only() -> None:
+    clock, flaky = ManualClock(), Flaky()
+    share = BudgetShare(BUDGET, 0, flaky, clock)  # type: ignore[arg-type]
+    try:
+        assert share.granted_chunks == 100
+        share.offer(report(5.0, 10))
+        eventually(lambda: share.granted_chunks == 200)
+        flaky.fails = True
+        with pytest.raises(ValueError, match="away"):
+            share._refresh(flaky)  # type: ignore[arg-type]
+        assert share.granted_chunks == 200
+        clock.advance(STALE_MS + 1)
+        eventually(lambda: share.granted_chunks == 100)
+    finally:
+        share.close()
+
+
+def job(parallelism: int = 2, redis_url: str | None = "redis://h:1/0", **sizing: object) -> JobConfig:
+    values = {"strategy": Strategy.MRC, "budget_chunks": 200} | sizing
+    return JobConfig(
+        parallelism=parallelism,
+        cache=CacheConfig(sizing=SizingConfig(**values), remote=RemoteConfig(redis_url=redis_url)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "granted"),
+    [
+        (job(), 100),
+        (job(parallelism=1, redis_url=None), 200),
+        (job(budget_chunks=None), None),
+        (job(strategy=Strategy.FLUID), None),
+    ],
+)
+def test_a_slot_has_a_share_where_there_is_a_budget(config: JobConfig, granted: int | None) -> None:
+    share = BudgetShare.of(config, 0, ManualClock())
+    assert (None if share is None else share.granted_chunks) == granted
+    if share is not None:
+        share.close()
+
+
+def test_a_budget_that_cannot_be_is_refused_before_the_start() -> None:
+    with pytest.raises(UserError, match="--budget-chunks: slots share it by way of Redis; add --redis-url"):
+        check_before_start(job(redis_url=None))
+    with pytest.raises(ValueError, match="budget_chunks is below min_capacity_chunks of all slots"):
+        job(budget_chunks=63)
