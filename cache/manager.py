@@ -69,6 +69,7 @@ class TwoLevelCache:
         keys = self._keys.of(token_ids, salt)
         self._local.resize(self._sizing.observe(self._clock.monotonic_ms(), keys.hashes))
         used_chunks = self._local.used_chunks
+        self._local.request(keys.hashes)
         # Pinned before anything is promoted, which may evict.
         resident = {key: chunk for key in keys.hashes if (chunk := self._local.pin(key)) is not None}
         fetched = self._fetch(keys, resident, prefill_ms_per_token)
@@ -83,7 +84,7 @@ class TwoLevelCache:
             if key in fetched and self._local.put(key, fetched[key]):
                 self._local.pin(key)
         pinned = [key for key in hits if key in self._local]
-        self._local.touch(pinned)
+        self._local.arrange(pinned)
 
         lease = PrefixLease(
             chunks=[chunk for chunk, _ in prefix],
@@ -117,7 +118,7 @@ class TwoLevelCache:
                     pinned.append(key)
                     self._write_behind(keys.fingerprint, key, chunk)
         finally:
-            self._local.touch(pinned)
+            self._local.arrange(pinned)
             self._unpin(pinned)
             self._chunks_stored += stored
         return stored
@@ -171,9 +172,9 @@ class TwoLevelCache:
         self, fingerprint: bytes, index: int, key: bytes, read_chunk: Callable[[int, torch.Tensor], None]
     ) -> bool:
         """Read one chunk and keep it in the local tier or, if that has no room, for Redis; whether it was kept."""
-        with self._local.reserve() as reservation:
+        with self._local.reserve(key) as reservation:
             if reservation is not None:
-                reservation.commit(key, self._filled(index, read_chunk))
+                reservation.commit(self._filled(index, read_chunk))
                 return True
         self._chunks_refused += 1
         if self._remote is None or not self._remote.writes.wants(key) or not self._remote.writes.has_room():

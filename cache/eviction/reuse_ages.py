@@ -1,0 +1,100 @@
+"""How likely chunks are to be used again, by how often they were used and for how long not since: learned online."""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+
+USES = (2, 3, 4, 5, 6, 7, 9, 13, 21, 34, 55, 100)
+"""Uses at which the next class begins; the first class has one use."""
+CLASSES = len(USES) + 1
+YOUNGEST = 8
+"""Ages below this are not told apart; above it there are two bins an octave."""
+AGES = 36
+EDGES = (0.0, *(YOUNGEST * 2.0 ** (step / 2) for step in range(AGES)))
+"""Bin `i` is `[EDGES[i], EDGES[i + 1])`, the last one unbounded."""
+
+CLASS_WEIGHT = 8.0
+"""Expected uses for which the class below is believed as much as the class itself, as to the level ..."""
+SHAPE_WEIGHT = 20.0
+"""... and chunks in a bin, as to the course over the ages."""
+FADING = 0.9
+"""What an observation counts after another learning, in parts: loads change."""
+
+
+def class_of(uses: int) -> int:
+    """From 0 to `CLASSES - 1`."""
+    return bisect_right(USES, uses)
+
+
+def age_of(age: int) -> int:
+    """The bin, from 0 to `AGES - 1`, of an age of so many prompts."""
+    return min(bisect_right(EDGES, age) - 1, AGES - 1)
+
+
+class AgeTable:
+    """Counts ages at reuse, and of `learn` makes densities: expected uses for each chunk and unit of time."""
+
+    def __init__(self) -> None:
+        self._reused = [[0.0] * AGES for _ in range(CLASSES)]
+        self._given_up = [[0.0] * AGES for _ in range(CLASSES)]
+        # Until something is learned the younger is worth more, as for LRU.
+        self.density: Sequence[Sequence[float]] = [[1.0 / edge for edge in EDGES[1:]] for _ in range(CLASSES)]
+        """By class and age."""
+
+    def reused(self, kind: int, age: int) -> None:
+        """A key of class `kind` was used at this age (both as bins)."""
+        self._reused[kind][age] += 1
+
+    def given_up(self, kind: int, age: int) -> None:
+        """A key of class `kind` was forgotten at this age: it lived so long without a use, no more is known."""
+        self._given_up[kind][age] += 1
+
+    def learn(self, waiting: Iterable[tuple[int, int]]) -> None:
+        """Make `density` of all that was counted; `waiting` are class and age of every key that is remembered now."""
+        unused = [counts.copy() for counts in self._given_up]
+        for kind, age in waiting:
+            unused[kind][age] += 1
+        hazards: list[list[float]] = []
+        for reused, censored in zip(self._reused, unused, strict=True):
+            hazards.append(_hazards(reused, _exposed(reused, censored), hazards[-1] if hazards else None))
+        self.density = [_densities(hazard) for hazard in hazards]
+        for counts in (*self._reused, *self._given_up):
+            counts[:] = [count * FADING for count in counts]
+
+
+def _exposed(reused: Sequence[float], unused: Sequence[float]) -> list[float]:
+    """By age, how many keys lived through it; of those that went out of sight within it, half."""
+    exposed, older = [0.0] * len(reused), 0.0
+    for age in reversed(range(len(reused))):
+        older += reused[age] + unused[age]
+        exposed[age] = older - unused[age] / 2
+    return exposed
+
+
+def _hazards(reused: Sequence[float], exposed: Sequence[float], below: Sequence[float] | None) -> list[float]:
+    """By age, the probability that a key that has come to it is used within its bin.
+
+    Where little was seen it is the hazard of the class below, at this class's own level.
+    """
+    if below is None:
+        return [uses / (keys + 1.0) for uses, keys in zip(reused, exposed, strict=True)]
+    expected = sum(hazard * keys for hazard, keys in zip(below, exposed, strict=True))
+    level = (sum(reused) + CLASS_WEIGHT) / (expected + CLASS_WEIGHT)
+    return [
+        (uses + SHAPE_WEIGHT * min(hazard * level, 1.0)) / (keys + SHAPE_WEIGHT)
+        for uses, keys, hazard in zip(reused, exposed, below, strict=True)
+    ]
+
+
+def _densities(hazards: Sequence[float]) -> list[float]:
+    """By age, the greatest quotient of uses and time that keeping a chunk up to some later age promises."""
+    densities = []
+    for begin in range(len(hazards)):
+        left, uses, time, best = 1.0, 0.0, 0.0, 0.0
+        for age in range(begin, len(hazards)):
+            used = left * hazards[age]
+            time += (EDGES[age + 1] - EDGES[age]) * (left - used / 2)
+            uses += used
+            left -= used
+            best = max(best, uses / time)
+        densities.append(best)
+    return densities
