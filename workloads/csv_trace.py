@@ -20,7 +20,8 @@ def read_csv_trace(
     """
     columns = [str(field.alias) for field in row_type.model_fields.values() if field.is_required()]
     form = f"CSV trace with the columns {', '.join(columns)}"
-    lines = numbered_lines(path)
+    # Spreadsheets end a file with lines of separators alone: these are blank too.
+    lines = ((number, line) for number, line in numbered_lines(path) if line.strip(b",\r\n\t "))
     header = _header(path, lines, columns, form)
 
     def parse(line: bytes) -> Row:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,9 +16,12 @@ MAX_LINE_BYTES = 1 << 20
 
 
 class TimedRow(BaseModel):
-    """A row of a trace: a request, and in its field `timestamp` when it came."""
+    """A row of a trace: a request, and when it came."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    timestamp: Any
+    """As the format has it, under the format's alias and of its type."""
 
     @property
     def at_ms(self) -> float:
@@ -28,8 +31,8 @@ class TimedRow(BaseModel):
     def time_as_given(self) -> str:
         """The time for a person: the trace's name of it, and its value."""
         name = type(self).model_fields["timestamp"].alias or "timestamp"
-        value = getattr(self, "timestamp")  # noqa: B009 - each format declares it with a type of its own
-        return f"{name}: {value:.15g}" if isinstance(value, float) else f"{name}: {value}"
+        value = f"{self.timestamp:.15g}" if isinstance(self.timestamp, float) else self.timestamp
+        return f"{name}: {value}"
 
 
 Row = TypeVar("Row", bound=TimedRow)
@@ -65,6 +68,7 @@ def read_rows(
     """The rows that `parse` makes of `lines`, in order, one in memory at a time.
 
     Bad is a row that `parse` refuses with a `ValueError`, and one whose time is before that of the good row above.
+    One row whose time is far too late therefore makes all after it bad.
     Bad rows are left out and counted in `counts` under `SKIPPED_BAD_ROWS`, or raise `UserError` with file and line.
     Raises `UserError` for a trace without a good row; `form` says what it should be.
     """

@@ -40,7 +40,7 @@ def test_every_row_is_read_in_order(any_azure_trace: Path) -> None:
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(write_csv: Callable[[str], Path], row: str, complaint: str) -> None:
-    path = write_csv(HEADER + GOOD + "\n" + row)
+    path = write_csv(HEADER + GOOD + ",,\n" + row)
     rows = read_azure_trace(path)
     assert next(rows).prompt_tokens == 374
     with pytest.raises(UserError) as refused:

@@ -184,6 +184,17 @@ def test_a_trace_that_turns_bad_is_reported_after_what_came_before_is_delivered(
     assert (len(producer.records), producer.flushes) == (2, 1)
 
 
+def test_a_replay_says_what_it_left_out(made_burstgpt_sessions: Path) -> None:
+    producer = FakeProducer(ManualClock())
+    workload = make_workload(
+        WorkloadConfig(workload=WorkloadKind.BURSTGPT, replay=TraceConfig(trace=made_burstgpt_sessions))
+    )
+    report = KafkaLoadGenerator(producer, "t", workload, producer.clock, backlog=True).run()
+    assert [key for _, key, _ in producer.records].count(b"user-trace-7/s1") == 4
+    assert report.sent == 7
+    assert "skipped failed calls: 1" in report.lines()
+
+
 @pytest.fixture
 def kafka_config(stack: LocalStack) -> Iterator[KafkaConfig]:
     """A requests topic of this test's own in the real Kafka."""
