@@ -101,7 +101,7 @@ class TwoLevelCache:
         return lease
 
     def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:
-        """See `cache.protocol.KVCache`. Chunks without room in the local tier go to Redis alone, where there is one.
+        """See `cache.protocol.KVCache`. Chunks that the local tier does not take go to Redis alone, if there is one.
 
         A chunk that the local tier has already, but Redis is not known to, is queued without being read again.
         """
@@ -171,7 +171,7 @@ class TwoLevelCache:
     def _keep(
         self, fingerprint: bytes, index: int, key: bytes, read_chunk: Callable[[int, torch.Tensor], None]
     ) -> bool:
-        """Read one chunk and keep it in the local tier or, if that has no room, for Redis; whether it was kept."""
+        """Read one chunk and keep it in the local tier or, if that does not take it, for Redis; whether it was kept."""
         with self._local.reserve(key) as reservation:
             if reservation is not None:
                 reservation.commit(self._filled(index, read_chunk))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cache.eviction.protocol import EvictionPolicy
-from cache.eviction.reuse_ages import CLASSES, AgeTable, age_of, class_of
+from cache.eviction.reuse_ages import CLASSES, AgeTable, age_of, class_of_new, class_of_used
 
 GHOSTS_PER_CHUNK = 8
 """Keys remembered without their chunk, in parts of the capacity: conversations return after many such turnovers."""
@@ -52,7 +52,7 @@ class HitDensity(EvictionPolicy):
         self._now = 0
         self._latest: dict[int, _Group] = {}
         """By class, the groups of the prompt that came last."""
-        self._unasked = _Group(0, class_of(1))
+        self._unasked = _Group(0, class_of_new(1, 0))
         """What came in since the latest prompt and was in no prompt."""
         self._records: dict[bytes, _Record] = {}
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
@@ -69,8 +69,9 @@ class HitDensity(EvictionPolicy):
     def on_request(self, keys: Sequence[bytes]) -> None:
         self._now += 1
         self._latest = {}
+        kind_if_new = self._kind_of_new(keys)
         for key in reversed(keys):
-            self._count(key)
+            self._count(key, kind_if_new)
         self._regroup(keys)
         self._forget()
         self._uses_until_learned -= len(keys)
@@ -88,7 +89,7 @@ class HitDensity(EvictionPolicy):
         record = self._records.get(key)
         if record is None:  # Nobody asked for it: a chunk of an answer.
             if self._unasked.used_at < self._now:
-                self._unasked = _Group(self._now, class_of(1))
+                self._unasked = _Group(self._now, class_of_new(1, 0))
             record = self._records[key] = _Record(1, self._unasked, self._unasked.kind)
         else:
             del self._ghosts[key]
@@ -135,17 +136,25 @@ class HitDensity(EvictionPolicy):
                     least, least_density = group, density
         return least
 
-    def _count(self, key: bytes) -> None:
+    def _kind_of_new(self, keys: Sequence[bytes]) -> int:
+        known, last = 0, None
+        for key in keys:
+            record = self._records.get(key)
+            if record is None:
+                break
+            known, last = known + 1, record
+        return class_of_new(len(keys) - known, 0 if last is None else last.uses)
+
+    def _count(self, key: bytes, kind_if_new: int) -> None:
         """One use of `key`, whose group is as it was."""
         record = self._records.get(key)
         if record is None:
-            kind = class_of(1)
-            self._records[key] = _Record(1, _Group(self._now, kind), kind)
+            self._records[key] = _Record(1, _Group(self._now, kind_if_new), kind_if_new)
             self._ghosts[key] = None
         else:
             self._ages.reused(record.own_kind, age_of(self._now - record.group.used_at))
             record.uses += 1
-            record.own_kind = class_of(record.uses)
+            record.own_kind = class_of_used(record.uses)
             if key in self._ghosts:
                 self._ghosts.move_to_end(key)
 

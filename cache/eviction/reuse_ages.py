@@ -3,9 +3,14 @@
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-USES = (2, 3, 4, 5, 6, 7, 9, 13, 21, 34, 55, 100)
-"""Uses at which the next class begins; the first class has one use."""
-CLASSES = len(USES) + 1
+NEW_CHUNKS = (4, 16, 64)
+"""Chunks that are new in a prompt at which the next class of new chunks begins."""
+TURN_USES = 5
+"""New chunks that follow one with fewer uses than this are taken for a conversation's next turn, and counted apart."""
+USES = (3, 4, 5, 6, 7, 9, 13, 21, 34, 55, 100)
+"""Uses at which the next class of chunks that are not new begins; the first has two."""
+NEW_CLASSES = len(NEW_CHUNKS) + 1
+CLASSES = 2 * NEW_CLASSES + len(USES) + 1
 YOUNGEST = 8
 """Ages below this are not told apart; above it there are two bins an octave."""
 AGES = 36
@@ -14,15 +19,24 @@ EDGES = (0.0, *(YOUNGEST * 2.0 ** (step / 2) for step in range(AGES)))
 
 CLASS_WEIGHT = 8.0
 """Expected uses for which the class below is believed as much as the class itself, as to the level ..."""
-SHAPE_WEIGHT = 20.0
+SHAPE_WEIGHT = 50.0
 """... and chunks in a bin, as to the course over the ages."""
 FADING = 0.9
 """What an observation counts after another learning, in parts: loads change."""
 
 
-def class_of(uses: int) -> int:
-    """From 0 to `CLASSES - 1`."""
-    return bisect_right(USES, uses)
+def class_of_new(new_chunks: int, uses_before: int) -> int:
+    """Of a chunk's first use, in a prompt with so many new ones, the first of which follows one of so many uses.
+
+    None before it is no uses. From 0 to `CLASSES - 1`, as all classes are.
+    """
+    is_turn = 0 < uses_before < TURN_USES
+    return bisect_right(NEW_CHUNKS, new_chunks) + is_turn * NEW_CLASSES
+
+
+def class_of_used(uses: int) -> int:
+    """Of a chunk that is used for the second time or more."""
+    return 2 * NEW_CLASSES + bisect_right(USES, uses)
 
 
 def age_of(age: int) -> int:
