@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cache.eviction.protocol import EvictionPolicy
-from cache.eviction.reuse_ages import CLASSES, AgeTable, age_of, class_of_new, class_of_used
+from cache.eviction.reuse_ages import CLASSES, LAST, AgeTable, age_of, class_of_new, class_of_used
 
 GHOSTS_PER_CHUNK = 8
 """Keys remembered without their chunk, in parts of the capacity: conversations return after many such turnovers."""
+RELEARNINGS = 8
+"""How often the densities are learned anew while as many uses come as keys are remembered."""
 LEAST_RELEARNED = 1024
 """Uses after which the densities are learned anew at the earliest."""
 
@@ -41,8 +43,9 @@ class _Record:
 class HitDensity(EvictionPolicy):
     """The group whose chunks promise the fewest uses for their room leaves first, its last chunk before its first.
 
-    Time is counted in prompts, age is time since the last use, and a class is a number of uses. A chunk is worth at
-    least what those behind it in its prompt are. Densities rise and fall with age, so that of a class only the oldest
+    Time is counted in prompts, age is time since the last use. A class is a number of uses; that of the first use tells
+    how much is new in the prompt, and whether it goes on from what only few others had. A chunk is worth at least what
+    those behind it in its prompt are. Densities rise and fall with age, so that of a class only the oldest
     and the youngest groups are looked at: O(classes) for an eviction, O(1) for all else, but for learning, which takes
     time in proportion to the remembered keys after as many uses.
     """
@@ -70,8 +73,8 @@ class HitDensity(EvictionPolicy):
         self._now += 1
         self._latest = {}
         kind_if_new = self._kind_of_new(keys)
-        for key in reversed(keys):
-            self._count(key, kind_if_new)
+        for place, key in enumerate(reversed(keys)):
+            self._count(key, kind_if_new if place else LAST)
         self._regroup(keys)
         self._forget()
         self._uses_until_learned -= len(keys)
@@ -199,4 +202,4 @@ class HitDensity(EvictionPolicy):
         self._ages.learn(
             (record.own_kind, age_of(now - record.group.used_at)) for record in self._records.values()
         )
-        self._uses_until_learned = max(LEAST_RELEARNED, len(self._records) // 2)
+        self._uses_until_learned = max(LEAST_RELEARNED, len(self._records) // RELEARNINGS)

@@ -9,8 +9,11 @@ TURN_USES = 5
 """New chunks that follow one with fewer uses than this are taken for a conversation's next turn, and counted apart."""
 USES = (3, 4, 5, 6, 7, 9, 13, 21, 34, 55, 100)
 """Uses at which the next class of chunks that are not new begins; the first has two."""
-NEW_CLASSES = len(NEW_CHUNKS) + 1
-CLASSES = 2 * NEW_CLASSES + len(USES) + 1
+WIDTHS = len(NEW_CHUNKS) + 1
+LAST = 2 * WIDTHS
+"""Class of the first use of a prompt's last chunk: a partial one is never used again."""
+FIRST_USED = LAST + 1
+CLASSES = FIRST_USED + len(USES) + 1
 YOUNGEST = 8
 """Ages below this are not told apart; above it there are two bins an octave."""
 AGES = 36
@@ -18,10 +21,10 @@ EDGES = (0.0, *(YOUNGEST * 2.0 ** (step / 2) for step in range(AGES)))
 """Bin `i` is `[EDGES[i], EDGES[i + 1])`, the last one unbounded."""
 
 CLASS_WEIGHT = 8.0
-"""Expected uses for which the class below is believed as much as the class itself, as to the level ..."""
+"""Expected uses for which a class like it is believed as much as the class itself, as to the level ..."""
 SHAPE_WEIGHT = 50.0
 """... and chunks in a bin, as to the course over the ages."""
-FADING = 0.9
+FADING = 0.97
 """What an observation counts after another learning, in parts: loads change."""
 
 
@@ -31,12 +34,12 @@ def class_of_new(new_chunks: int, uses_before: int) -> int:
     None before it is no uses. From 0 to `CLASSES - 1`, as all classes are.
     """
     is_turn = 0 < uses_before < TURN_USES
-    return bisect_right(NEW_CHUNKS, new_chunks) + is_turn * NEW_CLASSES
+    return bisect_right(NEW_CHUNKS, new_chunks) + is_turn * WIDTHS
 
 
 def class_of_used(uses: int) -> int:
     """Of a chunk that is used for the second time or more."""
-    return 2 * NEW_CLASSES + bisect_right(USES, uses)
+    return FIRST_USED + bisect_right(USES, uses)
 
 
 def age_of(age: int) -> int:
@@ -67,9 +70,11 @@ class AgeTable:
         unused = [counts.copy() for counts in self._given_up]
         for kind, age in waiting:
             unused[kind][age] += 1
+        any_new = _hazards(_sums(self._reused[:FIRST_USED]), _sums(unused[:FIRST_USED]), None)
         hazards: list[list[float]] = []
-        for reused, censored in zip(self._reused, unused, strict=True):
-            hazards.append(_hazards(reused, _exposed(reused, censored), hazards[-1] if hazards else None))
+        for kind in range(CLASSES):
+            like = hazards[-1] if kind > FIRST_USED else any_new
+            hazards.append(_hazards(self._reused[kind], unused[kind], like))
         self.density = [_densities(hazard) for hazard in hazards]
         for counts in (*self._reused, *self._given_up):
             counts[:] = [count * FADING for count in counts]
@@ -84,18 +89,23 @@ def _exposed(reused: Sequence[float], unused: Sequence[float]) -> list[float]:
     return exposed
 
 
-def _hazards(reused: Sequence[float], exposed: Sequence[float], below: Sequence[float] | None) -> list[float]:
+def _sums(counts: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(ages) for ages in zip(*counts, strict=True)]
+
+
+def _hazards(reused: Sequence[float], unused: Sequence[float], like: Sequence[float] | None) -> list[float]:
     """By age, the probability that a key that has come to it is used within its bin.
 
-    Where little was seen it is the hazard of the class below, at this class's own level.
+    Where little was seen it is the hazard of a class that is `like` this one, at this one's own level.
     """
-    if below is None:
+    exposed = _exposed(reused, unused)
+    if like is None:
         return [uses / (keys + 1.0) for uses, keys in zip(reused, exposed, strict=True)]
-    expected = sum(hazard * keys for hazard, keys in zip(below, exposed, strict=True))
+    expected = sum(hazard * keys for hazard, keys in zip(like, exposed, strict=True))
     level = (sum(reused) + CLASS_WEIGHT) / (expected + CLASS_WEIGHT)
     return [
         (uses + SHAPE_WEIGHT * min(hazard * level, 1.0)) / (keys + SHAPE_WEIGHT)
-        for uses, keys, hazard in zip(reused, exposed, below, strict=True)
+        for uses, keys, hazard in zip(reused, exposed, like, strict=True)
     ]
 
 

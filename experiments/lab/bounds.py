@@ -25,7 +25,7 @@ def infinite(load: Iterable[BlockRequest]) -> Outcome:
     return outcome
 
 
-def belady(load: Iterable[BlockRequest], upcoming: array[int], capacity_chunks: int, *, bypass: bool) -> Outcome:
+def belady(load: Iterable[BlockRequest], upcoming: "array[int]", capacity_chunks: int, *, bypass: bool) -> Outcome:
     """Belady's optimum (1966): out goes the block whose next use is furthest away.
 
     With `bypass` that may be the one that has just come, which is then not kept; without, every block comes in, as
@@ -69,7 +69,7 @@ def belady(load: Iterable[BlockRequest], upcoming: array[int], capacity_chunks: 
     return outcome
 
 
-def next_uses(load: Iterable[BlockRequest]) -> array[int]:
+def next_uses(load: Iterable[BlockRequest]) -> "array[int]":
     """For each access in order, the place of the next access to the same block; `NEVER` where there is none."""
     upcoming = array("q")
     last: dict[int, int] = {}

@@ -50,7 +50,7 @@ class LabConfig(Config):
         default=4.0, ge=1, le=1000, description="greatest capacity that a sizing policy may set, likewise"
     )
     drive: Drive = Field(default=Drive.REQUEST, description="request: as the engine; access: block by block")
-    bounds: bool = Field(default=True, description="add infinite, belady and belady-bypass")
+    bounds: bool = Field(default=True, description="add the bounds: infinite, belady, belady-bypass")
     target_prefix_hit_ratio: float | None = Field(
         default=None, gt=0, lt=1, description="add the smallest static capacity of each eviction policy that reaches it"
     )

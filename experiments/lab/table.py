@@ -37,10 +37,10 @@ SHOWN: tuple[Shown, ...] = (
 class Course:
     """Capacity and prefix hits of one run, request by request."""
 
-    at_s: array[float] = field(default_factory=lambda: array("d"))
-    capacity_chunks: array[int] = field(default_factory=lambda: array("q"))
-    accesses: array[int] = field(default_factory=lambda: array("q"))
-    prefix_hits: array[int] = field(default_factory=lambda: array("q"))
+    at_s: "array[float]" = field(default_factory=lambda: array("d"))
+    capacity_chunks: "array[int]" = field(default_factory=lambda: array("q"))
+    accesses: "array[int]" = field(default_factory=lambda: array("q"))
+    prefix_hits: "array[int]" = field(default_factory=lambda: array("q"))
 
     def add(self, served: Served) -> None:
         self.at_s.append(served.at_ms / 1000)

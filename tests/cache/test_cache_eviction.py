@@ -286,7 +286,7 @@ def test_mq_keeps_frequent_blocks_and_remembers_uses_of_those_that_left():
     often = [1, 2] * 4
     assert use_each(MQ(), [*often, *range(10, 16), 1, 2], 4)[-2:] == [1, 2]
     policy = MQ()
-    use_each(policy, [*often, *range(10, 14)], 1)
+    use_each(policy, [*often, *range(10, 12)], 1)
     assert policy._uses[key(1)] == 4
 
 
