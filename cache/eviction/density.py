@@ -166,7 +166,7 @@ class HitDensity(EvictionPolicy):
         kinds, best = [], 0
         for key in reversed(keys):
             kind = self._records[key].own_kind
-            if not kinds or self._ages.density[kind][0] >= self._ages.density[best][0]:
+            if not kinds or self._ages.density[kind][0] > self._ages.density[best][0]:
                 best = kind
             kinds.append(best)
         for key, kind in zip(keys, reversed(kinds), strict=True):
@@ -199,7 +199,5 @@ class HitDensity(EvictionPolicy):
 
     def _learn(self) -> None:
         now = self._now
-        self._ages.learn(
-            (record.own_kind, age_of(now - record.group.used_at)) for record in self._records.values()
-        )
+        self._ages.learn((record.own_kind, age_of(now - record.group.used_at)) for record in self._records.values())
         self._uses_until_learned = max(LEAST_RELEARNED, len(self._records) // RELEARNINGS)

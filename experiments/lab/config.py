@@ -54,7 +54,7 @@ class LabConfig(Config):
     target_prefix_hit_ratio: float | None = Field(
         default=None, gt=0, lt=1, description="add the smallest static capacity of each eviction policy that reaches it"
     )
-    block_tokens: int = Field(
+    trace_block_tokens: int = Field(
         default=512, ge=1, le=1 << 20, description="burstgpt, azure: tokens of a block; a Mooncake trace has its own"
     )
     chunk_tokens: int = Field(

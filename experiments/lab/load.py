@@ -30,7 +30,7 @@ def make_load(config: LabConfig) -> Load:
             trace,
             trace_format,
             time_scale=replay.time_scale,
-            block_tokens=config.block_tokens,
+            block_tokens=config.trace_block_tokens,
             failed_calls=config.workload.burstgpt.failed_calls,
             bad_rows=replay.bad_rows,
             counts=Counter(),
@@ -53,5 +53,5 @@ def phases_blocks(config: WorkloadConfig, chunk_tokens: int) -> Iterator[BlockRe
     schema = KeySchema(ModelIdentity("policy lab", "bytes", ""), shape)
     for timed in PhasesWorkload(config):
         tokens = (timed.prompt or "").encode()
-        blocks = tuple(int.from_bytes(key[:8], "little") >> 1 for key in schema.of(tokens).hashes)
+        blocks = tuple(int.from_bytes(key[:8], "little") >> 1 for key in schema.of(list(tokens)).hashes)
         yield BlockRequest(timed.at_ms, blocks, len(tokens), chunk_tokens)

@@ -128,9 +128,7 @@ def table(results: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame([_columns(row) for row in results])
 
 
-def _run(
-    config: LabConfig, load: Load, eviction: Eviction, sizing: SizingConfig, course: Course | None
-) -> Outcome:
+def _run(config: LabConfig, load: Load, eviction: Eviction, sizing: SizingConfig, course: Course | None) -> Outcome:
     watch = (lambda served: None) if course is None else course.add
     return run(load(), make_eviction(eviction), make_sizing(sizing), config.drive, watch)
 
