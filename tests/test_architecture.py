@@ -54,11 +54,12 @@ def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
 def violations(path: str, source: str) -> list[str]:
     """Each import of the file at `path` (below the root, with slashes) that its room may not make."""
     room = max((room for room in MAY_IMPORT if path.startswith(f"{room}/")), key=len)
+    may_import = (path.split("/", maxsplit=1)[0], *MAY_IMPORT[room])
     found = []
     for line, name in imports(path, source):
         top = name.split(".", maxsplit=1)[0]
         if top in MAY_IMPORT:
-            allowed = any(f"{name}.".startswith(f"{prefix}.") for prefix in (path.split("/")[0], *MAY_IMPORT[room]))
+            allowed = any(f"{name}.".startswith(f"{prefix}.") for prefix in may_import)
         elif top == "pyflink":
             allowed = path == "operators/functions.py" or room == "pipelines"
         else:

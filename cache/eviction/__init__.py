@@ -1,5 +1,7 @@
 """Eviction policies: which chunk leaves a full local tier. They only order; the tier counts, pins and removes."""
 
+from collections.abc import Callable
+
 from cache.eviction.arc import ARC
 from cache.eviction.density import HitDensity
 from cache.eviction.fifo import FIFO
@@ -9,7 +11,7 @@ from cache.eviction.mq import MQ
 from cache.eviction.protocol import EvictionPolicy
 from core.config import Eviction
 
-_POLICIES: dict[Eviction, type[EvictionPolicy]] = {
+_POLICIES: dict[Eviction, Callable[[], EvictionPolicy]] = {
     Eviction.LRU: LRU,
     Eviction.FIFO: FIFO,
     Eviction.LFU: LFU,

@@ -1,6 +1,6 @@
 """Hit density: what is kept are the chunks that promise most uses for the room and time they will take.
 
-The idea is LHD's (Beckmann, Chen and Cidon, NSDI 2018): rank by expected hits over expected residence, with both learned
+The idea is LHD's (Beckmann, Chen and Cidon, NSDI 2018): rank by expected hits over expected residence, both learned
 from the ages at which chunks like this one were used again. Ours differs in two ways. A chunk is kept for as long as
 its density is at its best, which is the index of Gittins (1979); and a newcomer that promises less than all that is
 there is not admitted, as three chunks of four are never used again.
@@ -162,8 +162,9 @@ class HitDensity(EvictionPolicy):
                 self._ghosts.move_to_end(key)
 
     def _regroup(self, keys: Sequence[bytes]) -> None:
-        """Put the keys of a prompt into the groups of the latest prompt: each into the best class from it to the end."""
-        kinds, best = [], 0
+        """Put a prompt's keys into groups of the latest prompt: each into the best class from it to the end."""
+        kinds: list[int] = []
+        best = 0
         for key in reversed(keys):
             kind = self._records[key].own_kind
             if not kinds or self._ages.density[kind][0] > self._ages.density[best][0]:

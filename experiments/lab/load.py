@@ -1,4 +1,4 @@
-"""The load as requests of blocks, from a trace or made: iterated anew for every run, one request in memory at a time."""
+"""The load as requests of blocks, from a trace or made: iterated anew for every run, one in memory at a time."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

@@ -177,7 +177,7 @@ class TestInATier:
 @pytest.mark.parametrize("name", [name for name in Eviction if name is not Eviction.FIFO])
 @given(first=st.integers(1, 4), length=st.integers(5, 8))
 def test_a_longer_turn_comes_in_behind_the_one_before(name, first, length):
-    """Of a conversation that has gone on once, alone in the tier, its newest chunks leave first; in FIFO its oldest do."""
+    """Of a conversation that has gone on once, the newest chunks leave first; in FIFO its oldest do."""
     tier = LocalTier(length, SHAPE.size_bytes, make_eviction(name))
     for end in (first, length):
         prompt = keys(*range(end))

@@ -4,7 +4,7 @@ import csv
 import json
 import random
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import hypothesis
@@ -48,10 +48,8 @@ def conversations(requests: int, seed: int = 0) -> list[BlockRequest]:
     draw = random.Random(seed)
     going, fresh, made = [], 1, []
     for place in range(requests):
-        if going and draw.random() < 0.45:
-            blocks = going.pop(draw.randrange(len(going)))
-        else:
-            blocks = (0,)
+        goes_on = going and draw.random() < 0.45
+        blocks = going.pop(draw.randrange(len(going))) if goes_on else (0,)
         new = draw.randint(1, 6)
         blocks = (*blocks, *range(fresh, fresh + new))
         fresh += new
@@ -115,7 +113,7 @@ def test_no_policy_beats_the_optimum_and_all_meet_it_with_room_for_everything(ev
 def most_hits(numbers: tuple[int, ...], capacity: int, bypass: bool) -> int:
     """By trying every choice."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def from_here(place: int, held: frozenset[int]) -> int:
         if place == len(numbers):
             return 0
