@@ -67,8 +67,9 @@ def over_time(results: Sequence[Row], path: Path) -> None:
                         _draw_course(axes[0][column], axes[1][column], row, COLOURS[sizings.index(row.sizing)])
                 axes[0][column].set_title(f"{panel[0]}, from {panel[1]:,} chunks", pad=10)
                 axes[1][column].set_xlabel("virtual time (s)")
-                for axis in (axes[0][column], axes[1][column]):
-                    axis.set_ylim(bottom=0)
+            # The columns of a row share its scale, which all of them have to have set by now.
+            for first in axes[:, 0]:
+                first.set_ylim(bottom=0)
             axes[0][0].set_ylabel("capacity (chunks)")
             axes[1][0].set_ylabel(f"prefix hits (% of accesses,\n{WINDOWS} stretches of time)")
             handles, labels = axes[0][0].get_legend_handles_labels()
