@@ -1,6 +1,6 @@
 """The local tier: real tensors in the operator's process, counted in chunks of one size."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,6 +30,7 @@ class LocalTier:
         self._eviction = eviction
         self._entries: dict[bytes, _Entry] = {}
         self._in_flight = 0
+        eviction.on_resize(capacity_chunks)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._entries
@@ -70,28 +71,33 @@ class LocalTier:
         entry.pins -= 1
         self._evict_down_to(self.capacity_chunks)
 
-    def touch(self, keys_first_to_last: Iterable[bytes]) -> None:
-        """A prompt's chunks were used. Its first becomes the most recent: without it the others are of no use."""
-        for key in reversed(list(keys_first_to_last)):
-            self._eviction.on_access(key)
+    def request(self, keys: Sequence[bytes]) -> None:
+        """A prompt asks for its chunks, first to last: one use of each, whether it is here or may come."""
+        self._eviction.on_request(keys)
+
+    def arrange(self, keys: Sequence[bytes]) -> None:
+        """These chunks, which are here, are a prompt's, first to last: the last is to leave first."""
+        self._eviction.arrange(keys)
 
     def resize(self, capacity_chunks: int) -> None:
         """Set the capacity. Growing evicts nothing; shrinking evicts down to it, pinned chunks excepted."""
-        self.capacity_chunks = capacity_chunks
+        if capacity_chunks != self.capacity_chunks:
+            self.capacity_chunks = capacity_chunks
+            self._eviction.on_resize(capacity_chunks)
         self._evict_down_to(capacity_chunks)
 
     @contextmanager
-    def reserve(self) -> Iterator["Reservation | None"]:
-        """Room for one chunk while its memory is filled; `None` if everything here is pinned or in flight.
+    def reserve(self, key: bytes) -> Iterator["Reservation | None"]:
+        """Room for the chunk `key`, which is not here, while its memory is filled.
 
-        Room that is not used by `commit` before the block ends, in whatever way, is given back.
+        `None` if everything here is pinned or in flight, or is worth more by the eviction policy. Room that is not
+        used by `commit` before the block ends, in whatever way, is given back.
         """
-        self._evict_down_to(self.capacity_chunks - 1)
-        if self.used_chunks >= self.capacity_chunks:
+        if not self._make_room(key):
             yield None
             return
         self._in_flight += 1
-        reservation = Reservation(self)
+        reservation = Reservation(self, key)
         try:
             yield reservation
         finally:
@@ -99,12 +105,19 @@ class LocalTier:
                 self._in_flight -= 1
 
     def put(self, key: bytes, chunk: torch.Tensor) -> bool:
-        """Keep a finished chunk; false if there is no room, or none may be made."""
-        with self.reserve() as reservation:
+        """Keep a finished chunk; false if there is no room for it, or none may be made."""
+        with self.reserve(key) as reservation:
             if reservation is None:
                 return False
-            reservation.commit(key, chunk)
+            reservation.commit(chunk)
             return True
+
+    def _make_room(self, key: bytes) -> bool:
+        if self.used_chunks >= self.capacity_chunks:
+            if not self._eviction.admits(key):
+                return False
+            self._evict_down_to(self.capacity_chunks - 1)
+        return self.used_chunks < self.capacity_chunks
 
     def _insert(self, key: bytes, chunk: torch.Tensor) -> None:
         if key in self._entries:
@@ -126,11 +139,12 @@ class LocalTier:
 class Reservation:
     """Room for one chunk in a `LocalTier`."""
 
-    def __init__(self, tier: LocalTier) -> None:
+    def __init__(self, tier: LocalTier, key: bytes) -> None:
         self._tier = tier
+        self._key = key
         self.committed = False
 
-    def commit(self, key: bytes, chunk: torch.Tensor) -> None:
-        """Make `chunk` visible under `key`, which must not be in the tier."""
-        self._tier._insert(key, chunk)
+    def commit(self, chunk: torch.Tensor) -> None:
+        """Make `chunk` visible, which must not be in the tier."""
+        self._tier._insert(self._key, chunk)
         self.committed = True

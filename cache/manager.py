@@ -72,6 +72,7 @@ class TwoLevelCache:
         keys = self._keys.of(token_ids, salt)
         self._local.resize(self._sizing.observe(self._clock.monotonic_ms(), keys.hashes))
         used_chunks = self._local.used_chunks
+        self._local.request(keys.hashes)
         # Pinned before anything is promoted, which may evict.
         resident = {key: chunk for key in keys.hashes if (chunk := self._local.pin(key)) is not None}
         fetched = self._fetch(keys, resident, prefill_ms_per_token)
@@ -86,7 +87,7 @@ class TwoLevelCache:
             if key in fetched and self._local.put(key, fetched[key]):
                 self._local.pin(key)
         pinned = [key for key in hits if key in self._local]
-        self._local.touch(pinned)
+        self._local.arrange(pinned)
 
         lease = PrefixLease(
             chunks=[chunk for chunk, _ in prefix],
@@ -103,7 +104,7 @@ class TwoLevelCache:
         return lease
 
     def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:
-        """See `cache.protocol.KVCache`. Chunks without room in the local tier go to Redis alone, where there is one.
+        """See `cache.protocol.KVCache`. Chunks that the local tier does not take go to Redis alone, if there is one.
 
         A chunk that the local tier has already, but Redis is not known to, is queued without being read again.
         """
@@ -120,7 +121,7 @@ class TwoLevelCache:
                     pinned.append(key)
                     self._write_behind(keys.fingerprint, key, chunk)
         finally:
-            self._local.touch(pinned)
+            self._local.arrange(pinned)
             self._unpin(pinned)
             self._chunks_stored += stored
         if isinstance(self._sizing, StoreObserver):
@@ -176,10 +177,10 @@ class TwoLevelCache:
     def _keep(
         self, fingerprint: bytes, index: int, key: bytes, read_chunk: Callable[[int, torch.Tensor], None]
     ) -> bool:
-        """Read one chunk and keep it in the local tier or, if that has no room, for Redis; whether it was kept."""
-        with self._local.reserve() as reservation:
+        """Read one chunk and keep it in the local tier or, if that does not take it, for Redis; whether it was kept."""
+        with self._local.reserve(key) as reservation:
             if reservation is not None:
-                reservation.commit(key, self._filled(index, read_chunk))
+                reservation.commit(self._filled(index, read_chunk))
                 return True
         self._chunks_refused += 1
         if self._remote is None or not self._remote.writes.wants(key) or not self._remote.writes.has_room():

@@ -15,7 +15,8 @@ class CacheStats:
     chunks_stored: int
     """Chunks read from the engine and kept, in the local tier or only in the queue to Redis."""
     chunks_refused: int
-    """Chunks that found no room in the local tier, because everything there was leased or of the same prompt."""
+    """Chunks that the local tier did not take: everything there was leased, of the same prompt, or worth more by the
+    eviction policy."""
     evictions: int
 
     remote_errors: int

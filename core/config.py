@@ -77,6 +77,17 @@ class Eviction(StrEnum):
     """Which chunk leaves a full local tier."""
 
     LRU = "LRU"
+    """The least recently used."""
+    FIFO = "FIFO"
+    """The one that came in first."""
+    LFU = "LFU"
+    """The least frequently used."""
+    ARC = "ARC"
+    """LRU over those used once and those used again, the share of each learned."""
+    MQ = "MQ"
+    """LRU by classes of frequency, that fall with time; frequencies outlive the chunks."""
+    DENSITY = "DENSITY"
+    """The one that promises the fewest uses for its room, as learned from ages at reuse; it may be a newcomer."""
 
 
 class SizingConfig(Config):

@@ -1,10 +1,24 @@
 """Eviction policies: which chunk leaves a full local tier. They only order; the tier counts, pins and removes."""
 
+from collections.abc import Callable
+
+from cache.eviction.arc import ARC
+from cache.eviction.density import HitDensity
+from cache.eviction.fifo import FIFO
+from cache.eviction.lfu import LFU
 from cache.eviction.lru import LRU
+from cache.eviction.mq import MQ
 from cache.eviction.protocol import EvictionPolicy
 from core.config import Eviction
 
-_POLICIES: dict[Eviction, type[EvictionPolicy]] = {Eviction.LRU: LRU}
+_POLICIES: dict[Eviction, Callable[[], EvictionPolicy]] = {
+    Eviction.LRU: LRU,
+    Eviction.FIFO: FIFO,
+    Eviction.LFU: LFU,
+    Eviction.ARC: ARC,
+    Eviction.MQ: MQ,
+    Eviction.DENSITY: HitDensity,
+}
 
 
 def make_eviction(name: Eviction) -> EvictionPolicy:
@@ -12,4 +26,4 @@ def make_eviction(name: Eviction) -> EvictionPolicy:
     return _POLICIES[name]()
 
 
-__all__ = ["LRU", "EvictionPolicy", "make_eviction"]
+__all__ = ["ARC", "FIFO", "LFU", "LRU", "MQ", "EvictionPolicy", "HitDensity", "make_eviction"]

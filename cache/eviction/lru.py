@@ -1,20 +1,28 @@
 """Least recently used."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from cache.eviction.protocol import EvictionPolicy
 
 
-class LRU:
-    """The key whose last insertion or access lies furthest back leaves first. O(1) for every event."""
+class LRU(EvictionPolicy):
+    """The key whose last insertion or use lies furthest back leaves first. O(1) for every event."""
 
     def __init__(self) -> None:
         self._oldest_first: OrderedDict[bytes, None] = OrderedDict()
 
+    def on_request(self, keys: Sequence[bytes]) -> None:
+        held = self._oldest_first
+        for key in reversed(keys):
+            if key in held:
+                held.move_to_end(key)
+
     def on_insert(self, key: bytes) -> None:
         self._oldest_first[key] = None
 
-    def on_access(self, key: bytes) -> None:
-        self._oldest_first.move_to_end(key)
+    def arrange(self, keys: Sequence[bytes]) -> None:
+        self.on_request(keys)
 
     def on_remove(self, key: bytes) -> None:
         del self._oldest_first[key]

@@ -1,50 +1,392 @@
-"""One contract for every eviction policy, and the order that is LRU's own."""
+"""One contract for every eviction policy, and what is each one's own."""
 
 import pytest
-from cache_support import given
+from cache_support import LIMITS, SHAPE, given, stamp
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cache.eviction import LRU, make_eviction
+from cache.eviction import ARC, FIFO, LFU, LRU, MQ, EvictionPolicy, HitDensity, make_eviction
+from cache.eviction import density as density_module
+from cache.eviction import mq as mq_module
+from cache.eviction.reuse_ages import AGES, CLASSES, EDGES, AgeTable, age_of, class_of_new, class_of_used
+from cache.local import LocalTier
 from core.config import Eviction
 
-events = st.lists(st.tuples(st.sampled_from(["use", "remove"]), st.integers(0, 9)), max_size=60)
+NUMBERS = 12
+prompts = st.lists(st.integers(0, NUMBERS - 1), unique=True, min_size=1, max_size=6)
+GHOSTS_PER_CHUNK = {
+    Eviction.LRU: 0,
+    Eviction.FIFO: 0,
+    Eviction.LFU: 0,
+    Eviction.ARC: 2,
+    Eviction.MQ: mq_module.GHOSTS_PER_CHUNK,
+    Eviction.DENSITY: density_module.GHOSTS_PER_CHUNK,
+}
+"""Keys that a policy may remember beyond those in the tier, in parts of the capacity; every policy is named."""
 
 
 def key(number: int) -> bytes:
-    return bytes([number]) * 32
+    return number.to_bytes(4, "big") * 8
+
+
+def keys(*numbers: int) -> list[bytes]:
+    return [key(number) for number in numbers]
+
+
+def content(number: int):
+    return stamp([number] * SHAPE.chunk_tokens, 0)
+
+
+def remembered(policy: EvictionPolicy) -> set[bytes]:
+    """Every key that the policy's own dictionaries and sets hold, however deep in its lists."""
+    found: set[bytes] = set()
+    todo = list(vars(policy).values())
+    while todo:
+        value = todo.pop()
+        if isinstance(value, list):
+            todo += value
+        elif isinstance(value, dict | set):
+            found |= {one for one in value if isinstance(one, bytes)}
+            todo += [] if isinstance(value, set) else value.values()
+    return found
+
+
+class Contract(RuleBasedStateMachine):
+    """A tier of one policy, asked as the manager asks it: the keys that are in are known by a plain set."""
+
+    name: Eviction
+
+    @initialize(capacity=st.integers(0, 6))
+    def open(self, capacity):
+        self.policy = make_eviction(self.name)
+        self.policy.on_resize(capacity)
+        self.capacity = capacity
+        self.inside: set[bytes] = set()
+
+    def evict_to(self, chunks: int) -> None:
+        while len(self.inside) > max(chunks, 0):
+            victim = next(self.policy.victims())
+            self.policy.on_remove(victim)
+            self.inside.remove(victim)
+
+    def insert(self, number: int) -> bool:
+        if key(number) in self.inside or self.capacity == 0:
+            return key(number) in self.inside
+        if len(self.inside) >= self.capacity:
+            if not self.policy.admits(key(number)):
+                return False
+            self.evict_to(self.capacity - 1)
+        self.policy.on_insert(key(number))
+        self.inside.add(key(number))
+        return True
+
+    @rule(prompt=prompts)
+    def a_prompt_is_looked_up_and_stored(self, prompt):
+        self.policy.on_request(keys(*prompt))
+        for number in prompt:
+            self.insert(number)
+        self.policy.arrange([key(number) for number in prompt if key(number) in self.inside])
+
+    @rule(prompt=prompts)
+    def a_prompt_is_looked_up_and_its_store_fails(self, prompt):
+        self.policy.on_request(keys(*prompt))
+
+    @rule(prompt=prompts, other=prompts)
+    def two_prompts_are_in_flight_at_once(self, prompt, other):
+        self.policy.on_request(keys(*prompt))
+        self.policy.on_request(keys(*other))
+        for one in (other, prompt):
+            for number in one:
+                self.insert(number)
+            self.policy.arrange([key(number) for number in one if key(number) in self.inside])
+
+    @rule(number=st.integers(0, NUMBERS - 1))
+    def a_chunk_comes_that_nobody_asked_for(self, number):
+        self.insert(number)
+
+    @rule(number=st.integers(0, NUMBERS - 1))
+    def one_block_is_accessed(self, number):
+        self.policy.on_request(keys(number))
+        self.insert(number)
+
+    @precondition(lambda self: self.inside)
+    @rule(data=st.data())
+    def another_than_the_first_leaves(self, data):
+        """As where a lease holds the first."""
+        victim = data.draw(st.sampled_from(sorted(self.inside)))
+        self.policy.on_remove(victim)
+        self.inside.remove(victim)
+
+    @rule(capacity=st.integers(0, 6))
+    def resize(self, capacity):
+        self.capacity = capacity
+        self.policy.on_resize(capacity)
+        self.evict_to(capacity)
+
+    @invariant()
+    def victims_are_exactly_the_keys_that_are_in(self):
+        victims = list(self.policy.victims())
+        assert sorted(victims) == sorted(self.inside)
+        assert list(self.policy.victims()) == victims, "asking for victims changed their order"
+
+    @invariant()
+    def what_is_remembered_is_bounded(self):
+        assert len(remembered(self.policy) - self.inside) <= GHOSTS_PER_CHUNK[self.name] * self.capacity
+
+
+def machine(name: Eviction):
+    case = type(f"Contract{name}", (Contract,), {"name": name}).TestCase
+    case.settings = settings(LIMITS, max_examples=60, stateful_step_count=30)
+    return case
+
+
+TestContractLRU = machine(Eviction.LRU)
+TestContractFIFO = machine(Eviction.FIFO)
+TestContractLFU = machine(Eviction.LFU)
+TestContractARC = machine(Eviction.ARC)
+TestContractMQ = machine(Eviction.MQ)
+TestContractDENSITY = machine(Eviction.DENSITY)
+
+
+def test_every_policy_is_under_the_contract():
+    assert all(f"TestContract{name}" in globals() for name in Eviction)
+    assert set(GHOSTS_PER_CHUNK) == set(Eviction)
 
 
 @pytest.mark.parametrize("name", Eviction)
-class TestContract:
-    @given(events=events)
-    def test_victims_are_exactly_the_keys_that_are_in(self, name, events):
-        policy, inside = make_eviction(name), set()
-        for event, number in events:
-            if event == "use" and number in inside:
-                policy.on_access(key(number))
-            elif event == "use":
-                policy.on_insert(key(number))
-                inside.add(number)
-            elif number in inside:
-                policy.on_remove(key(number))
-                inside.remove(number)
-            victims = list(policy.victims())
-            assert sorted(victims) == sorted(map(key, inside))
-            assert list(policy.victims()) == victims, "asking for victims changed their order"
-
+class TestInATier:
     def test_policies_do_not_share_state(self, name):
         make_eviction(name).on_insert(key(1))
         assert list(make_eviction(name).victims()) == []
 
+    @given(length=st.integers(1, 8), capacity=st.integers(1, 8), times=st.integers(1, 3))
+    def test_a_prompts_last_chunks_leave_before_its_first(self, name, length, capacity, times):
+        tier = LocalTier(length, SHAPE.size_bytes, make_eviction(name))
+        prompt = keys(*range(length))
+        for _ in range(times):
+            tier.request(prompt)
+            for number in range(length):
+                if key(number) not in tier:
+                    assert tier.put(key(number), content(number))
+            tier.arrange(prompt)
+        tier.resize(capacity)
+        assert set(tier) == set(prompt[:capacity])
+
+
+@pytest.mark.parametrize("name", [name for name in Eviction if name is not Eviction.FIFO])
+@given(first=st.integers(1, 4), length=st.integers(5, 8))
+def test_a_longer_turn_comes_in_behind_the_one_before(name, first, length):
+    """Of a conversation that has gone on once, the newest chunks leave first; in FIFO its oldest do."""
+    tier = LocalTier(length, SHAPE.size_bytes, make_eviction(name))
+    for end in (first, length):
+        prompt = keys(*range(end))
+        tier.request(prompt)
+        for number in range(end):
+            if key(number) not in tier:
+                assert tier.put(key(number), content(number))
+        tier.arrange(prompt)
+    tier.resize(first)
+    assert set(tier) == set(keys(*range(first)))
+
+
+events = st.lists(st.tuples(st.sampled_from(["use", "remove"]), st.integers(0, 9)), max_size=60)
+
+
+def played(policy: EvictionPolicy, happened, on_use) -> list[bytes]:
+    """Let `happened` happen to `policy`, single blocks; `on_use(number, is_new)` for each use."""
+    policy.on_resize(10)
+    inside: set[int] = set()
+    for event, number in happened:
+        if event == "use":
+            policy.on_request(keys(number))
+            if number not in inside:
+                policy.on_insert(key(number))
+            on_use(number, number not in inside)
+            inside.add(number)
+        elif number in inside:
+            policy.on_remove(key(number))
+            inside.remove(number)
+    return [one for one in policy.victims() if one in set(keys(*inside))]
+
 
 @given(events)
 def test_lru_orders_by_last_use(events):
-    policy, order = LRU(), []
-    for event, number in events:
-        if event == "use":
-            (policy.on_access if number in order else policy.on_insert)(key(number))
-            order = [n for n in order if n != number] + [number]
-        elif number in order:
-            policy.on_remove(key(number))
-            order.remove(number)
-    assert list(policy.victims()) == [key(n) for n in order]
+    order: list[int] = []
+
+    def use(number, _):
+        order[:] = [n for n in order if n != number] + [number]
+
+    assert played(LRU(), events, use) == [one for one in keys(*order) if one in set(inside_after(events))]
+
+
+def inside_after(happened) -> list[bytes]:
+    inside: set[int] = set()
+    for event, number in happened:
+        (inside.add if event == "use" else inside.discard)(number)
+    return keys(*inside)
+
+
+@given(events)
+def test_fifo_orders_by_arrival(events):
+    order: list[int] = []
+
+    def use(number, is_new):
+        if is_new:
+            order[:] = [n for n in order if n != number] + [number]
+
+    assert played(FIFO(), events, use) == [one for one in keys(*order) if one in set(inside_after(events))]
+
+
+@given(st.lists(st.integers(0, 9), max_size=60))
+def test_lfu_orders_by_uses_and_then_by_who_reached_them_first(numbers):
+    uses: dict[int, tuple[int, int]] = {}
+
+    def use(number, _):
+        uses[number] = (uses.get(number, (0, 0))[0] + 1, len(uses) + sum(count for count, _ in uses.values()))
+
+    victims = played(LFU(), [("use", number) for number in numbers], use)
+    assert victims == keys(*sorted(uses, key=uses.get))
+
+
+def use_each(policy: EvictionPolicy, numbers, capacity: int) -> list[int]:
+    """One block after the other through a tier; which of them were hits."""
+    policy.on_resize(capacity)
+    inside: set[bytes] = set()
+    hits = []
+    for number in numbers:
+        policy.on_request(keys(number))
+        if key(number) in inside:
+            hits.append(number)
+            continue
+        if len(inside) >= capacity:
+            if not policy.admits(key(number)):
+                continue
+            victim = next(policy.victims())
+            policy.on_remove(victim)
+            inside.remove(victim)
+        policy.on_insert(key(number))
+        inside.add(key(number))
+    return hits
+
+
+def test_arc_keeps_what_was_used_twice_through_a_scan():
+    numbers = [1, 2, 1, 2, *range(10, 40), 1, 2]
+    assert use_each(ARC(), numbers, 4)[2:] == [1, 2]
+    assert use_each(LRU(), numbers, 4)[2:] == []
+
+
+def test_arc_learns_from_ghosts_which_list_to_favour():
+    policy = ARC()
+    use_each(policy, [1, 2, 1, 2, 3, 4, 5, 6, 3], 4)
+    assert policy._p > 0, "3 came back from those that were used once: their list should have had more room"
+
+
+def test_mq_keeps_frequent_blocks_and_remembers_uses_of_those_that_left():
+    often = [1, 2] * 4
+    assert use_each(MQ(), [*often, *range(10, 16), 1, 2], 4)[-2:] == [1, 2]
+    policy = MQ()
+    use_each(policy, [*often, *range(10, 12)], 1)
+    assert policy._uses[key(1)] == 4
+
+
+def test_mq_lets_what_was_once_frequent_sink():
+    policy = MQ()
+    use_each(policy, [1, 1, 1, 1, *range(10, 60)], 4)
+    assert policy._queue_of.get(key(1), -1) < 2
+
+
+class TestHitDensity:
+    @staticmethod
+    def conversations(rounds: int, once: int, begin: int = 1000):
+        """In each round 3 conversations of 4 blocks return, and `once` prompts of 4 blocks come that never do."""
+        fresh = iter(range(begin, 10**9))
+        for _ in range(rounds):
+            for conversation in range(3):
+                yield [100 * conversation + n for n in range(4)]
+                for _ in range(once // 3):
+                    yield [next(fresh) for _ in range(4)]
+
+    @staticmethod
+    def prefix_hits(policy: EvictionPolicy, prompts, capacity: int) -> int:
+        tier = LocalTier(capacity, SHAPE.size_bytes, policy)
+        nothing = content(0)
+        hits = 0
+        for prompt in prompts:
+            wanted = keys(*prompt)
+            tier.request(wanted)
+            for one in wanted:
+                if one not in tier:
+                    break
+                hits += 1
+            for one in wanted:
+                if one not in tier:
+                    tier.put(one, nothing)
+            tier.arrange([one for one in wanted if one in tier])
+        return hits
+
+    def test_what_returns_stays_where_lru_loses_all_of_it(self):
+        load = list(self.conversations(rounds=60, once=30))
+        reusable = 60 * 12 - 12
+        assert self.prefix_hits(LRU(), load, 24) == 0
+        assert self.prefix_hits(HitDensity(), load, 24) > 0.5 * reusable
+
+    def test_newcomers_that_promise_less_than_all_that_is_there_are_refused(self):
+        policy = HitDensity()
+        self.prefix_hits(policy, self.conversations(rounds=60, once=30), 12)
+        policy.on_request(keys(*range(10**6, 10**6 + 4)))
+        assert not any(policy.admits(key(10**6 + place)) for place in range(4))
+
+    def test_a_change_of_the_load_is_learned(self):
+        policy = HitDensity()
+        self.prefix_hits(policy, self.conversations(rounds=60, once=30), 24)
+        others = [[n + 500 for n in prompt] for prompt in self.conversations(60, 30, begin=10**6)]
+        tier_hits = self.prefix_hits(policy_after(policy), others, 24)
+        assert tier_hits > 0.25 * (60 * 12 - 12)
+
+
+def policy_after(policy: HitDensity) -> HitDensity:
+    """A policy that has learned what `policy` has, for a tier that is empty."""
+    fresh = HitDensity()
+    fresh._ages = policy._ages
+    return fresh
+
+
+class TestReuseAges:
+    @given(st.integers(0, 1 << 40))
+    def test_an_age_is_within_its_bin(self, age):
+        place = age_of(age)
+        assert EDGES[place] <= age
+        assert place == AGES - 1 or age < EDGES[place + 1]
+
+    def test_classes_are_told_apart_and_in_range(self):
+        new = {class_of_new(chunks, before) for chunks in (1, 4, 16, 64, 1000) for before in (0, 1, 50)}
+        used = {class_of_used(uses) for uses in (2, 3, 5, 10, 1000)}
+        assert not new & used
+        assert new | used <= set(range(CLASSES))
+
+    def test_density_is_uses_by_time_for_the_best_stay(self):
+        """Of 100 keys all are used again at an age within bin 6: none earlier, so density grows up to it."""
+        table = AgeTable()
+        for _ in range(100):
+            table.reused(0, 6)
+        table.learn([])
+        density = table.density[0]
+        assert all(density[age] < density[age + 1] for age in range(6))
+        # Kept up to the end of bin 6, and out of sight on average in its middle.
+        expected = (100 / 101) / (EDGES[6] + (EDGES[7] - EDGES[6]) * (1 - 100 / 101 / 2))
+        assert density[0] == pytest.approx(expected, rel=0.03)
+
+    def test_what_is_never_used_again_is_worth_less_the_longer_it_waits(self):
+        table = AgeTable()
+        for _ in range(50):
+            table.reused(1, 3)
+        table.learn((1, 10) for _ in range(50))
+        assert table.density[1][0] > table.density[1][8]
+
+    def test_a_class_that_was_never_seen_is_taken_for_the_one_below(self):
+        table = AgeTable()
+        for _ in range(500):
+            table.reused(0, 4)
+        table.learn((0, 8) for _ in range(500))
+        assert table.density[1] == pytest.approx(table.density[0], rel=0.15)

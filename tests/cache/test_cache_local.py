@@ -58,7 +58,7 @@ class LocalTierAgainstModel(RuleBasedStateMachine):
         if number in self.order:
             return
         self.make_room(self.capacity - 1)
-        with suppress(KeyboardInterrupt), self.tier.reserve() as reservation:
+        with suppress(KeyboardInterrupt), self.tier.reserve(key(number)) as reservation:
             assert (reservation is not None) is (len(self.order) < self.capacity)
             assert self.tier.used_chunks == len(self.order) + (reservation is not None)
             assert self.tier.used_chunks <= max(self.capacity, len(self.order))
@@ -84,7 +84,8 @@ class LocalTierAgainstModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def touch(self, data):
         prompt = data.draw(st.lists(st.sampled_from(self.order), unique=True, min_size=1))
-        self.tier.touch(map(key, prompt))
+        self.tier.request(list(map(key, prompt)))
+        self.tier.arrange(list(map(key, prompt)))
         self.order = [n for n in self.order if n not in prompt] + prompt[::-1]
 
     @rule(capacity=st.integers(0, 8))
@@ -125,14 +126,14 @@ def test_a_prompts_last_chunks_leave_before_its_first(length, capacity):
     tier = LocalTier(length, SHAPE.size_bytes, LRU())
     for number in range(length):
         tier.put(key(number), content(number))
-    tier.touch(map(key, range(length)))
+    tier.arrange(list(map(key, range(length))))
     tier.resize(capacity)
     assert set(tier) == set(map(key, range(min(length, capacity))))
 
 
 def test_room_in_flight_counts_against_what_others_may_have():
     tier = LocalTier(2, SHAPE.size_bytes, LRU())
-    with tier.reserve() as first, tier.reserve() as second, tier.reserve() as third:
+    with tier.reserve(key(1)) as first, tier.reserve(key(2)) as second, tier.reserve(key(3)) as third:
         assert first is not None
         assert second is not None
         assert third is None
@@ -154,3 +155,38 @@ def test_unpinning_what_is_not_pinned_is_an_error():
     tier.put(key(1), content(1))
     with pytest.raises(RuntimeError, match="unpinned"):
         tier.unpin(key(1))
+
+
+class Refusing(LRU):
+    """Lets nothing in that another would have to leave for."""
+
+    def admits(self, key: bytes) -> bool:
+        return False
+
+
+def test_a_chunk_that_the_policy_refuses_makes_nothing_leave():
+    tier = LocalTier(2, SHAPE.size_bytes, Refusing())
+    assert tier.put(key(1), content(1))
+    assert tier.put(key(2), content(2)), "there was room: nobody had to leave"
+    assert not tier.put(key(3), content(3))
+    assert set(tier) == {key(1), key(2)}
+    assert tier.evictions == 0
+
+
+class Recording(LRU):
+    """Keeps what it was told of the capacity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.capacities: list[int] = []
+
+    def on_resize(self, capacity_chunks: int) -> None:
+        self.capacities.append(capacity_chunks)
+
+
+def test_the_policy_is_told_the_capacity_at_first_and_when_it_changes():
+    policy = Recording()
+    tier = LocalTier(2, SHAPE.size_bytes, policy)
+    for capacity in (2, 5, 5, 0):
+        tier.resize(capacity)
+    assert policy.capacities == [2, 5, 0]

@@ -1,0 +1,35 @@
+"""First in, first out."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from cache.eviction.protocol import EvictionPolicy
+
+
+class FIFO(EvictionPolicy):
+    """The key that came in first leaves first, however often it was used. O(1) for every event."""
+
+    def __init__(self) -> None:
+        self._oldest_first: OrderedDict[bytes, None] = OrderedDict()
+        self._new: set[bytes] = set()
+        """Came in since the last prompt was arranged: what a prompt has just brought counts as one arrival."""
+
+    def on_insert(self, key: bytes) -> None:
+        self._oldest_first[key] = None
+        self._new.add(key)
+
+    def arrange(self, keys: Sequence[bytes]) -> None:
+        for key in reversed(keys):
+            if key in self._new:
+                self._oldest_first.move_to_end(key)
+        self._new.clear()
+
+    def on_request(self, keys: Sequence[bytes]) -> None:
+        self._new.clear()
+
+    def on_remove(self, key: bytes) -> None:
+        del self._oldest_first[key]
+        self._new.discard(key)
+
+    def victims(self) -> Iterator[bytes]:
+        return iter(self._oldest_first)

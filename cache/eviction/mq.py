@@ -1,0 +1,103 @@
+"""Multi-queue (Zhou, Philbin and Li, USENIX ATC 2001): made for a second-level cache, whose reuse comes late."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from cache.eviction.protocol import EvictionPolicy
+
+QUEUES = 8
+GHOSTS_PER_CHUNK = 4
+"""Keys remembered after they left, in parts of the capacity; the paper's."""
+DISTANCES = 64
+"""Octaves of distances that are told apart."""
+LEAST_TURNOVER = 1024
+"""Uses that are counted at least before `life` is learned anew, however small the tier."""
+
+
+class MQ(EvictionPolicy):
+    """LRU queues by the logarithm of the uses; the lowest that holds something gives the victim.
+
+    A key that is not used for `life` uses of any key sinks by one queue. Uses are remembered for a while after a key
+    has left (`GHOSTS_PER_CHUNK`). As in the paper, `life` is the most frequent distance between two uses of a key,
+    learned as it goes; distances are counted by octaves, and halved in number as often as the tier turns over, so that
+    old ones fade. O(1) for every event.
+    """
+
+    def __init__(self) -> None:
+        self._capacity = 0
+        self._now = 0
+        self._queues: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in range(QUEUES)]
+        self._queue_of: dict[bytes, int] = {}
+        self._sinks_at: dict[bytes, int] = {}
+        self._uses: dict[bytes, int] = {}
+        self._used_at: dict[bytes, int] = {}
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+        self._distances = [0] * DISTANCES
+        self._life = 0
+
+    def on_resize(self, capacity_chunks: int) -> None:
+        self._capacity = capacity_chunks
+        self._life = self._life or capacity_chunks
+        self._forget()
+
+    def on_request(self, keys: Sequence[bytes]) -> None:
+        for key in reversed(keys):
+            self._now += 1
+            if key in self._used_at:
+                self._distances[(self._now - self._used_at[key]).bit_length()] += 1
+                self._uses[key] += 1
+                self._used_at[key] = self._now
+            if key in self._queue_of:
+                self._leave_queue(key)
+                self._enter(key)
+            self._sink()
+
+    def on_insert(self, key: bytes) -> None:
+        if key in self._ghosts:
+            del self._ghosts[key]
+        else:
+            self._uses[key] = 1
+            self._used_at[key] = self._now
+        self._enter(key)
+
+    def arrange(self, keys: Sequence[bytes]) -> None:
+        for key in reversed(keys):
+            if key in self._queue_of:
+                self._queues[self._queue_of[key]].move_to_end(key)
+
+    def on_remove(self, key: bytes) -> None:
+        self._leave_queue(key)
+        self._ghosts[key] = None
+        self._forget()
+
+    def victims(self) -> Iterator[bytes]:
+        return chain.from_iterable(self._queues)
+
+    def _enter(self, key: bytes) -> None:
+        queue = min(self._uses[key].bit_length() - 1, QUEUES - 1)
+        self._queues[queue][key] = None
+        self._queue_of[key] = queue
+        self._sinks_at[key] = self._now + self._life
+
+    def _leave_queue(self, key: bytes) -> None:
+        del self._queues[self._queue_of.pop(key)][key]
+        del self._sinks_at[key]
+
+    def _sink(self) -> None:
+        """Lower the keys at the heads of the queues whose time is over, and learn anew what that time is."""
+        for queue in range(1, QUEUES):
+            key = next(iter(self._queues[queue]), None)
+            if key is not None and self._sinks_at[key] < self._now:
+                del self._queues[queue][key]
+                self._queues[queue - 1][key] = None
+                self._queue_of[key] = queue - 1
+                self._sinks_at[key] = self._now + self._life
+        if self._now % max(self._capacity, LEAST_TURNOVER) == 0 and any(self._distances):
+            self._life = 1 << self._distances.index(max(self._distances))
+            self._distances = [count // 2 for count in self._distances]
+
+    def _forget(self) -> None:
+        while len(self._ghosts) > GHOSTS_PER_CHUNK * self._capacity:
+            key, _ = self._ghosts.popitem(last=False)
+            del self._uses[key], self._used_at[key]

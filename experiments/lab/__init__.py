@@ -1,0 +1,1 @@
+"""The policy laboratory: traces against the very cache manager in virtual time, without a model, beside bounds."""

@@ -1,0 +1,128 @@
+"""What the policy laboratory can be told."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from core.config import CacheConfig, Config, Eviction, SizingConfig, Strategy
+from experiments.config import ROOT, distinct_numbers
+from workloads.block_trace import TraceFormat
+from workloads.config import WorkloadConfig
+
+Name = TypeVar("Name", bound=StrEnum)
+
+MOST_CHUNKS = 1 << 30
+
+
+class LoadFormat(StrEnum):
+    """Where the prompts come from: a trace in one of `TraceFormat`, or the made load of the cache experiments."""
+
+    MOONCAKE = TraceFormat.MOONCAKE
+    BURSTGPT = TraceFormat.BURSTGPT
+    AZURE = TraceFormat.AZURE
+    PHASES = "phases"
+
+
+class Drive(StrEnum):
+    """How the cache is asked."""
+
+    REQUEST = "request"
+    """As the engine does: a whole prompt is looked up by the cache manager, then stored."""
+    ACCESS = "access"
+    """As the literature does: one block after the other; a hit is used, a miss comes in at once."""
+
+
+class LabConfig(Config):
+    """Runs eviction and sizing policies over a load in virtual time."""
+
+    format: LoadFormat = Field(default=LoadFormat.PHASES, description="mooncake, burstgpt, azure, or phases: no trace")
+    capacity: str = Field(default="64,128,256", description="capacities in chunks, separated by commas")
+    eviction: str = Field(default=",".join(Eviction).lower(), description="eviction policies, separated by commas")
+    sizing: str = Field(
+        default=Strategy.STATIC.lower(), description=f"sizing policies, of {', '.join(Strategy).lower()}"
+    )
+    least_capacity: float = Field(
+        default=0.25, ge=0, le=1, description="least capacity that a sizing policy may set, in parts of the capacity"
+    )
+    greatest_capacity: float = Field(
+        default=4.0, ge=1, le=1000, description="greatest capacity that a sizing policy may set, likewise"
+    )
+    drive: Drive = Field(default=Drive.REQUEST, description="request: as the engine; access: block by block")
+    bounds: bool = Field(default=True, description="add the bounds: infinite, belady, belady-bypass")
+    target_prefix_hit_ratio: float | None = Field(
+        default=None, gt=0, lt=1, description="add the smallest static capacity of each eviction policy that reaches it"
+    )
+    trace_block_tokens: int = Field(
+        default=512, ge=1, le=1 << 20, description="burstgpt, azure: tokens of a block; a Mooncake trace has its own"
+    )
+    chunk_tokens: int = Field(
+        default=CacheConfig.model_fields["chunk_tokens"].default, ge=1, le=4096, description="phases: tokens of a chunk"
+    )
+    out: Path = Field(
+        default=ROOT / "results" / "policy_lab" / "policy_lab.csv", description="CSV; figures are put beside it"
+    )
+    figures: bool = Field(default=True, description="draw the figures")
+    policy: SizingConfig = SizingConfig()
+    workload: WorkloadConfig = WorkloadConfig()
+
+    @field_validator("capacity")
+    @classmethod
+    def _capacities(cls, value: str) -> str:
+        distinct_numbers(value, MOST_CHUNKS)
+        return value
+
+    @field_validator("eviction")
+    @classmethod
+    def _evictions(cls, value: str) -> str:
+        _named(Eviction, value)
+        return value
+
+    @field_validator("sizing")
+    @classmethod
+    def _sizings(cls, value: str) -> str:
+        _named(Strategy, value)
+        return value
+
+    @model_validator(mode="after")
+    def _trace_where_needed(self) -> "LabConfig":
+        if self.format is not LoadFormat.PHASES and self.workload.replay.trace is None:
+            raise ValueError(f"trace is missing; give the path of a trace, as format is {self.format}")
+        if self.format is LoadFormat.PHASES and self.workload.replay.trace is not None:
+            raise ValueError("trace is not read where format is phases; say with format what it is")
+        return self
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        return distinct_numbers(self.capacity, MOST_CHUNKS)
+
+    @property
+    def evictions(self) -> tuple[Eviction, ...]:
+        return _named(Eviction, self.eviction)
+
+    @property
+    def sizings(self) -> tuple[Strategy, ...]:
+        return _named(Strategy, self.sizing)
+
+    def sizing_config(self, strategy: Strategy, capacity_chunks: int) -> SizingConfig:
+        """Of one run: the policy begins at `capacity_chunks`, and moves within the parts of it that are set."""
+        update = {
+            "strategy": strategy,
+            "capacity_chunks": capacity_chunks,
+            "min_capacity_chunks": int(self.least_capacity * capacity_chunks),
+            "max_capacity_chunks": int(self.greatest_capacity * capacity_chunks),
+        }
+        return SizingConfig.model_validate(self.policy.model_dump() | update)
+
+
+def _named(names: type[Name], value: str) -> tuple[Name, ...]:
+    """The members that `value` names, in any case and separated by commas. Raises `ValueError` for anything else."""
+    words = [word.strip().upper() for word in value.split(",") if word.strip()]
+    unknown = [word.lower() for word in words if word not in set(names)]
+    if unknown or not words:
+        known = ", ".join(names).lower()
+        raise ValueError(f"unknown policy {', '.join(unknown) or repr(value)}; choose of {known}")
+    if len(set(words)) < len(words):
+        raise ValueError("a policy is named twice; name each once")
+    return tuple(names(word) for word in words)

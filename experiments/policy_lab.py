@@ -1,0 +1,96 @@
+"""Eviction and sizing policies of the local KV cache on a trace, in virtual time and without a model, beside bounds."""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from core.config import Strategy
+from core.errors import exit_on_user_error
+from experiments.config import Command, check_writable
+from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
+from experiments.lab.config import LabConfig
+from experiments.lab.figure import over_capacity, over_time
+from experiments.lab.load import make_load
+from experiments.lab.table import BOUNDS, SHOWN, Row, rows, steps, table
+from experiments.report import show, write_csv
+
+_NOT_HERE = "the laboratory has no engine and no broker; leave it out"
+_BY_FORMAT = "say with --format what the load is"
+
+COMMAND = Command(
+    LabConfig,
+    "scripts/run_policy_lab.sh",
+    __doc__ or "",
+    own_defaults={},
+    decided={
+        "strategy": "name the policies to compare with --sizing",
+        "capacity_chunks": "name the capacities to compare with --capacity",
+        "min_capacity_chunks": "give it in parts of the capacity, with --least-capacity",
+        "max_capacity_chunks": "give it in parts of the capacity, with --greatest-capacity",
+        "workload": _BY_FORMAT,
+        "vocab_size": _NOT_HERE,
+        "output_scale": _NOT_HERE,
+        "long_prompts": _NOT_HERE,
+        "block_tokens": "a Mooncake trace has blocks of its own; give those of others with --trace-block-tokens",
+        "shared_blocks": _NOT_HERE,
+        "prompt_scale": _NOT_HERE,
+        "rate_per_s": _BY_FORMAT,
+        "arrivals": _BY_FORMAT,
+        "prompt_tokens": _BY_FORMAT,
+        "answer_tokens": _BY_FORMAT,
+        "length_cv": _BY_FORMAT,
+        "even_over": _BY_FORMAT,
+    },
+)
+
+
+def main() -> None:
+    """Run the laboratory as `sys.argv` states."""
+    config = COMMAND.parse()
+    load = make_load(config)
+    check_writable(config.out.parent)
+    trace = config.workload.replay.trace
+    name = config.format.value if trace is None else trace.name
+    try:
+        with interruptible(), _progress_bar() as progress:
+            task = progress.add_task("", total=steps(config))
+            results = []
+            for row in rows(config, load, name, lambda doing: progress.update(task, description=doing)):
+                results.append(row)
+                progress.advance(task)
+    except Interrupted:
+        print("interrupted: nothing was written", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_STATUS)
+    _report(config, results)
+
+
+def _report(config: LabConfig, results: Sequence[Row]) -> None:
+    found = table(results)
+    write_csv(found, config.out)
+    made = {"CSV": config.out}
+    if config.figures:
+        if any(row.sizing == Strategy.STATIC.lower() and row.eviction not in BOUNDS for row in results):
+            made["hits"] = config.out.with_suffix(".png")
+            over_capacity(results, made["hits"])
+        if any(row.course for row in results):
+            made["sizes"] = config.out.with_name(f"{config.out.stem}_over_time.png")
+            over_time(results, made["sizes"])
+    for column in ("hit", "prefix_hit", "token_hit"):
+        found[f"{column}_percent"] = 100 * found[f"{column}_ratio"]
+    show(found, SHOWN)
+    console = Console(highlight=False, soft_wrap=True)
+    for name, path in made.items():
+        console.print(f"{name + ':':8}{path}", markup=False)
+
+
+def _progress_bar() -> Progress:
+    """On stderr, and only where a person sees it."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Compares eviction and sizing policies on a trace, in virtual time:  scripts/run_policy_lab.sh [options]   (--help)
+# Needs neither a model nor Kafka, Redis or Flink. Results go to results/policy_lab unless --out names a CSV.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+"$root/scripts/setup.sh" --quiet
+# A relative path among the options means the caller's folder; the modules are found by the virtual environment.
+exec "$root/.venv/bin/python" -P -m experiments.policy_lab "$@"

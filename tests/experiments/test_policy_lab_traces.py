@@ -1,0 +1,93 @@
+"""The laboratory beside an independent simulator, libcachesim, and what our policy must hold on a trace."""
+
+import os
+import random
+from pathlib import Path
+
+import libcachesim
+import pytest
+
+from cache.eviction import make_eviction
+from cache.sizing import make_sizing
+from core.config import Eviction, SizingConfig
+from experiments.lab import bounds
+from experiments.lab.config import Drive
+from experiments.lab.drive import Outcome, run
+from workloads.block_trace import BlockRequest, TraceFormat, read_blocks
+
+TRACES = os.environ.get("INFERTUNER_TRACES")
+"""Folder of real traces under the names of their release; without it the tests run on a made load alone."""
+MADE_CAPACITIES = (10, 100, 400)
+REAL_CAPACITIES = (100, 1000, 5000, 10_000)
+PEERS = {Eviction.LRU: libcachesim.LRU, Eviction.FIFO: libcachesim.FIFO, Eviction.LFU: libcachesim.LFU}
+
+
+def made_conversations(requests: int, seed: int) -> list[BlockRequest]:
+    """All begin with block 0, some of many go on; after a while, as their users read and type."""
+    draw = random.Random(seed)
+    due: list[tuple[int, tuple[int, ...]]] = []
+    fresh, made = 1, []
+    for place in range(requests):
+        ready = [one for one in due if one[0] <= place]
+        blocks: tuple[int, ...] = (0,)
+        if ready:
+            due.remove(ready[0])
+            blocks = ready[0][1]
+        new = draw.randint(1, 3) if len(blocks) > 1 else draw.randint(2, 20)
+        blocks = (*blocks, *range(fresh, fresh + new))
+        fresh += new
+        if draw.random() < (0.3 if len(blocks) <= 21 else 0.7):
+            due.append((place + round(draw.lognormvariate(4.0, 0.7)), blocks))
+        made.append(BlockRequest(100.0 * place, blocks, 512 * len(blocks), 512))
+    return made
+
+
+@pytest.fixture(scope="module", params=["made", "real"] if TRACES else ["made"])
+def load(request: pytest.FixtureRequest) -> tuple[list[BlockRequest], tuple[int, ...]]:
+    """Requests, and capacities that suit them."""
+    if request.param == "made":
+        return made_conversations(3000, seed=1), MADE_CAPACITIES
+    trace = Path(TRACES or "") / "mooncake_conversation_trace.jsonl"
+    return list(read_blocks(trace, TraceFormat.MOONCAKE)), REAL_CAPACITIES
+
+
+def served(load: list[BlockRequest], eviction: Eviction, capacity: int, drive: Drive) -> Outcome:
+    return run(load, make_eviction(eviction), make_sizing(SizingConfig(capacity_chunks=capacity)), drive)
+
+
+def peer_hits(load: list[BlockRequest], eviction: Eviction, capacity: int) -> int:
+    cache = PEERS[eviction](cache_size=capacity, hashpower=16)
+    access = libcachesim.Request()
+    access.obj_size = 1
+    hits = 0
+    for request in load:
+        for block in request.blocks:
+            access.obj_id = block
+            hits += cache.get(access)
+    return hits
+
+
+@pytest.mark.parametrize("eviction", PEERS)
+def test_hits_equal_those_of_an_independent_simulator(load, eviction: Eviction) -> None:
+    requests, capacities = load
+    ours = [served(requests, eviction, capacity, Drive.ACCESS).hits for capacity in capacities]
+    assert ours == [peer_hits(requests, eviction, capacity) for capacity in capacities]
+
+
+def test_the_optimum_is_above_every_policy(load) -> None:
+    requests, capacities = load
+    upcoming = bounds.next_uses(requests)
+    for capacity in capacities:
+        belady = bounds.belady(requests, upcoming, capacity, bypass=False).hits
+        assert bounds.belady(requests, upcoming, capacity, bypass=True).hits >= belady
+        assert all(belady >= peer_hits(requests, eviction, capacity) for eviction in PEERS)
+
+
+def test_hit_density_is_never_below_lru_and_mq(load) -> None:
+    requests, capacities = load
+    found = {
+        eviction: [served(requests, eviction, capacity, Drive.REQUEST).prefix_hits for capacity in capacities]
+        for eviction in (Eviction.DENSITY, Eviction.LRU, Eviction.MQ)
+    }
+    for eviction in (Eviction.LRU, Eviction.MQ):
+        assert all(ours >= theirs for ours, theirs in zip(found[Eviction.DENSITY], found[eviction], strict=True))
