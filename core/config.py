@@ -88,6 +88,8 @@ class Eviction(StrEnum):
     """LRU by classes of frequency, that fall with time; frequencies outlive the chunks."""
     DENSITY = "DENSITY"
     """The one that promises the fewest uses for its room, as learned from ages at reuse; it may be a newcomer."""
+    LEADER = "LEADER"
+    """LRU or DENSITY: the one that would have hit more so far."""
 
 
 class SizingConfig(Config):

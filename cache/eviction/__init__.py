@@ -5,6 +5,7 @@ from collections.abc import Callable
 from cache.eviction.arc import ARC
 from cache.eviction.density import HitDensity
 from cache.eviction.fifo import FIFO
+from cache.eviction.leader import FollowTheLeader
 from cache.eviction.lfu import LFU
 from cache.eviction.lru import LRU
 from cache.eviction.mq import MQ
@@ -18,6 +19,8 @@ _POLICIES: dict[Eviction, Callable[[], EvictionPolicy]] = {
     Eviction.ARC: ARC,
     Eviction.MQ: MQ,
     Eviction.DENSITY: HitDensity,
+    # LRU first: where recency is all there is to know, nothing is lost on finding that out.
+    Eviction.LEADER: lambda: FollowTheLeader(LRU(), HitDensity()),
 }
 
 
@@ -26,4 +29,4 @@ def make_eviction(name: Eviction) -> EvictionPolicy:
     return _POLICIES[name]()
 
 
-__all__ = ["ARC", "FIFO", "LFU", "LRU", "MQ", "EvictionPolicy", "HitDensity", "make_eviction"]
+__all__ = ["ARC", "FIFO", "LFU", "LRU", "MQ", "EvictionPolicy", "FollowTheLeader", "HitDensity", "make_eviction"]

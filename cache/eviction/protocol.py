@@ -1,10 +1,10 @@
 """What the local tier tells an eviction policy, and what it asks of it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 
-class EvictionPolicy(Protocol):
+class EvictionPolicy(ABC):
     """An order over the keys that the local tier holds. Knows neither leases nor tensors.
 
     Policies inherit from this class: what one has no use for does nothing. In all of it a prompt's chunks are given
@@ -31,6 +31,7 @@ class EvictionPolicy(Protocol):
     def on_remove(self, key: bytes) -> None:
         """`key`, which was in the tier, has been evicted."""
 
+    @abstractmethod
     def victims(self) -> Iterator[bytes]:
         """Every key of the tier once, the first to leave first. Valid until the next call that changes the order.
 

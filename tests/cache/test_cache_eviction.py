@@ -1,15 +1,18 @@
 """One contract for every eviction policy, and what is each one's own."""
 
+import random
+
 import pytest
 from cache_support import LIMITS, SHAPE, given, stamp
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cache.eviction import ARC, FIFO, LFU, LRU, MQ, EvictionPolicy, HitDensity, make_eviction
+from cache.eviction import ARC, FIFO, LFU, LRU, MQ, EvictionPolicy, FollowTheLeader, HitDensity, make_eviction
 from cache.eviction import density as density_module
 from cache.eviction import mq as mq_module
 from cache.eviction.reuse_ages import AGES, CLASSES, EDGES, AgeTable, age_of, class_of_new, class_of_used
+from cache.eviction.shadow import ShadowTier
 from cache.local import LocalTier
 from core.config import Eviction
 
@@ -22,6 +25,8 @@ GHOSTS_PER_CHUNK = {
     Eviction.ARC: 2,
     Eviction.MQ: mq_module.GHOSTS_PER_CHUNK,
     Eviction.DENSITY: density_module.GHOSTS_PER_CHUNK,
+    # Two shadows, what one of them remembers, and what both were told of.
+    Eviction.LEADER: density_module.GHOSTS_PER_CHUNK + 3,
 }
 """Keys that a policy may remember beyond those in the tier, in parts of the capacity; every policy is named."""
 
@@ -39,13 +44,15 @@ def content(number: int):
 
 
 def remembered(policy: EvictionPolicy) -> set[bytes]:
-    """Every key that the policy's own dictionaries and sets hold, however deep in its lists."""
+    """Every key that the policy's dictionaries and sets hold, however deep in its lists and in parts of its own."""
     found: set[bytes] = set()
     todo = list(vars(policy).values())
     while todo:
         value = todo.pop()
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             todo += value
+        elif isinstance(value, EvictionPolicy | ShadowTier):
+            todo += vars(value).values()
         elif isinstance(value, dict | set):
             found |= {one for one in value if isinstance(one, bytes)}
             todo += [] if isinstance(value, set) else value.values()
@@ -147,6 +154,7 @@ TestContractLFU = machine(Eviction.LFU)
 TestContractARC = machine(Eviction.ARC)
 TestContractMQ = machine(Eviction.MQ)
 TestContractDENSITY = machine(Eviction.DENSITY)
+TestContractLEADER = machine(Eviction.LEADER)
 
 
 def test_every_policy_is_under_the_contract():
@@ -308,7 +316,7 @@ class TestHitDensity:
                     yield [next(fresh) for _ in range(4)]
 
     @staticmethod
-    def prefix_hits(policy: EvictionPolicy, prompts, capacity: int) -> int:
+    def prefix_hits(policy: EvictionPolicy, prompts, capacity: int, after_each=lambda: None) -> int:
         tier = LocalTier(capacity, SHAPE.size_bytes, policy)
         nothing = content(0)
         hits = 0
@@ -323,6 +331,7 @@ class TestHitDensity:
                 if one not in tier:
                     tier.put(one, nothing)
             tier.arrange([one for one in wanted if one in tier])
+            after_each()
         return hits
 
     def test_what_returns_stays_where_lru_loses_all_of_it(self):
@@ -343,6 +352,42 @@ class TestHitDensity:
         others = [[n + 500 for n in prompt] for prompt in self.conversations(60, 30, begin=10**6)]
         tier_hits = self.prefix_hits(policy_after(policy), others, 24)
         assert tier_hits > 0.25 * (60 * 12 - 12)
+
+
+class MostRecent(LRU):
+    """What was used last leaves first: best for what is read in circles."""
+
+    def victims(self):
+        return reversed(self._oldest_first)
+
+
+class TestFollowTheLeader:
+    def test_it_follows_what_hits_more(self):
+        load = list(TestHitDensity.conversations(rounds=60, once=30))
+        policy = make_eviction(Eviction.LEADER)
+        hits = TestHitDensity.prefix_hits(policy, load, 24)
+        assert isinstance(policy.leader, HitDensity)
+        assert hits > 0.8 * TestHitDensity.prefix_hits(HitDensity(), load, 24)
+
+    def test_it_changes_with_the_load_and_back(self):
+        """A circle of 30 blocks through 24 chunks, of which LRU hits none; then a window that moves on; the circle."""
+        circle = [[place % 30] for place in range(900)]
+        window = [[1000 + place + back] for place in range(900) for back in (3, 2, 1, 0)]
+        policy = FollowTheLeader(LRU(), MostRecent())
+        leaders = []
+        TestHitDensity.prefix_hits(policy, [*circle, *window, *circle], 24, lambda: leaders.append(type(policy.leader)))
+        assert leaders[0] is LRU
+        assert leaders[len(circle) - 1] is MostRecent
+        assert leaders[len(circle) + len(window) - 1] is LRU
+
+    def test_two_that_are_as_good_do_not_change_places(self):
+        """Single blocks at random: no policy is better than another."""
+        draw = random.Random(3)
+        policy = FollowTheLeader(LRU(), FIFO())
+        leaders = set()
+        load = [[draw.randrange(60)] for _ in range(3000)]
+        TestHitDensity.prefix_hits(policy, load, 24, lambda: leaders.add(type(policy.leader)))
+        assert leaders == {LRU}
 
 
 def policy_after(policy: HitDensity) -> HitDensity:

@@ -12,7 +12,7 @@ import matplotlib.image
 import pytest
 from hypothesis import strategies as st
 
-from cache.eviction import make_eviction
+from cache.eviction import FollowTheLeader, make_eviction
 from cache.sizing import make_sizing
 from core.config import Eviction, SizingConfig, Strategy
 from core.errors import UserError
@@ -57,6 +57,19 @@ def conversations(requests: int, seed: int = 0) -> list[BlockRequest]:
             going.append(blocks)
         made.append(request(1000.0 * place, *blocks))
     return made
+
+
+@pytest.mark.parametrize("name", [Eviction.LRU, Eviction.DENSITY])
+@pytest.mark.parametrize("capacity", [1, 7, 40, 150])
+def test_a_tier_that_follows_one_leader_hits_what_that_policy_hits(name, capacity):
+    """To the chunk: what its shadow holds is what the cache manager would have kept."""
+    load = conversations(400, seed=capacity)
+    leading = FollowTheLeader(make_eviction(name), make_eviction(name))
+    sizing = make_sizing(SizingConfig(capacity_chunks=capacity))
+    followed = run(load, leading, sizing, Drive.REQUEST)
+    alone = served(load, name, capacity)
+    assert (followed.hits, followed.prefix_hits) == (alone.hits, alone.prefix_hits)
+    assert followed.hits > 0
 
 
 def test_hits_prefix_hits_and_tokens_of_a_load_by_hand() -> None:

@@ -13,7 +13,9 @@ from core.config import Eviction, SizingConfig
 from experiments.lab import bounds
 from experiments.lab.config import Drive
 from experiments.lab.drive import Outcome, run
+from experiments.lab.load import phases_blocks
 from workloads.block_trace import BlockRequest, TraceFormat, read_blocks
+from workloads.config import WorkloadConfig
 
 TRACES = os.environ.get("INFERTUNER_TRACES")
 """Folder of real traces under the names of their release; without it the tests run on a made load alone."""
@@ -83,11 +85,20 @@ def test_the_optimum_is_above_every_policy(load) -> None:
         assert all(belady >= peer_hits(requests, eviction, capacity) for eviction in PEERS)
 
 
-def test_hit_density_is_never_below_lru_and_mq(load) -> None:
+def test_our_policies_are_not_below_lru_and_mq(load) -> None:
     requests, capacities = load
-    found = {
-        eviction: [served(requests, eviction, capacity, Drive.REQUEST).prefix_hits for capacity in capacities]
-        for eviction in (Eviction.DENSITY, Eviction.LRU, Eviction.MQ)
-    }
-    for eviction in (Eviction.LRU, Eviction.MQ):
-        assert all(ours >= theirs for ours, theirs in zip(found[Eviction.DENSITY], found[eviction], strict=True))
+    names = (Eviction.LRU, Eviction.MQ, Eviction.DENSITY, Eviction.LEADER)
+    for capacity in capacities:
+        hits = {name: served(requests, name, capacity, Drive.REQUEST).prefix_hits for name in names}
+        assert hits[Eviction.DENSITY] >= max(hits[Eviction.LRU], hits[Eviction.MQ])
+        assert hits[Eviction.LEADER] >= hits[Eviction.LRU]
+        # What it costs to find out who leads: of a short load more than of a long one.
+        assert hits[Eviction.LEADER] >= 0.9 * hits[Eviction.DENSITY]
+
+
+@pytest.mark.parametrize("capacity", [32, 64, 128, 256])
+def test_the_leader_is_not_below_lru_where_recency_is_all(capacity: int) -> None:
+    config = WorkloadConfig(requests=600, max_prompt_tokens=1024)
+    requests = list(phases_blocks(config, chunk_tokens=32))
+    ours, lru = (served(requests, one, capacity, Drive.REQUEST).prefix_hits for one in (Eviction.LEADER, Eviction.LRU))
+    assert ours >= lru > 0
