@@ -346,6 +346,7 @@ def measure(config: AlternativesConfig, console: Console) -> Report:
         rounds=config.rounds,
         settings=config.model_dump(mode="json", exclude={"out", "flink", "job", "layouts"})
         | {
+            "trace": None if config.trace is None else config.trace.name,
             "job": job.model_dump(mode="json", exclude={"kafka": True, "cache": {"remote"}}),
             "loads": sizes,
             "tried_tokens_per_s": {
