@@ -55,6 +55,7 @@ class TwoLevelCache:
         self._keys = keys
         self._local = local
         self._sizing = sizing
+        self._store_observer = sizing if isinstance(sizing, StoreObserver) else None
         self._remote = remote
         self._clock = clock
         self._lookups = 0
@@ -124,8 +125,8 @@ class TwoLevelCache:
             self._local.arrange(pinned)
             self._unpin(pinned)
             self._chunks_stored += stored
-        if isinstance(self._sizing, StoreObserver):
-            self._sizing.observe_stored(keys.hashes)
+        if self._store_observer is not None:
+            self._store_observer.observe_stored(keys.hashes)
         return stored
 
     def flush(self, timeout_s: float = 5.0) -> bool:

@@ -1,8 +1,6 @@
 """Compares sizing and eviction policies of the local KV cache on one load: the same requests, in order, from cold."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import Field, field_validator
 
@@ -10,11 +8,9 @@ from core.config import Config, Eviction, JobConfig, Strategy
 from core.errors import exit_on_user_error
 from experiments.cache_figure import cache_figure
 from experiments.cache_metrics import SHOWN, table
-from experiments.config import ROOT, Command, RunConfig, Variant, in_own_space
+from experiments.config import ROOT, Command, RunConfig, Variant, distinct_members, in_own_space
 from experiments.experiment import Experiment, execute, new_run_id
 from workloads.config import WorkloadConfig
-
-E = TypeVar("E", bound=StrEnum)
 
 
 class CacheExperimentConfig(Config):
@@ -34,32 +30,20 @@ class CacheExperimentConfig(Config):
     @field_validator("strategies")
     @classmethod
     def _known_strategies(cls, value: str) -> str:
-        return ",".join(_named(value, Strategy, "strategy"))
+        return ",".join(distinct_members(value, Strategy, "strategy"))
 
     @field_validator("eviction")
     @classmethod
     def _known_evictions(cls, value: str) -> str:
-        return ",".join(_named(value, Eviction, "eviction policy"))
+        return ",".join(distinct_members(value, Eviction, "eviction policy"))
 
     @property
     def chosen(self) -> tuple[Strategy, ...]:
-        return _named(self.strategies, Strategy, "strategy")
+        return distinct_members(self.strategies, Strategy, "strategy")
 
     @property
     def evictions(self) -> tuple[Eviction, ...]:
-        return _named(self.eviction, Eviction, "eviction policy")
-
-
-def _named(value: str, kinds: type[E], what: str) -> tuple[E, ...]:
-    """The members of `kinds` that `value` names, in any case. Raises `ValueError` for anything else."""
-    known = {kind.value.upper(): kind for kind in kinds}
-    names = [name.strip().upper() for name in value.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(f"unknown {what} {', '.join(unknown) or repr(value)}; choose of {', '.join(kinds)}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"a{'n' if what[0] in 'aeiou' else ''} {what} is named twice; name each once")
-    return tuple(known[name] for name in names)
+        return distinct_members(self.eviction, Eviction, "eviction policy")
 
 
 COMMAND = Command(

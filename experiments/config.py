@@ -1,8 +1,9 @@
 """What every experiment can be told, and how a job is given services and a space of its own."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +16,7 @@ from core.options import Parser, add_options, from_options, set_own_defaults
 ROOT = Path(__file__).resolve().parent.parent
 
 C = TypeVar("C", bound=Config)
+M = TypeVar("M", bound=StrEnum)
 
 
 class RunConfig(Config):
@@ -95,6 +97,21 @@ def distinct_numbers(value: str, most: int) -> tuple[int, ...]:
     if len(set(numbers)) < len(numbers):
         raise ValueError("a number is named twice; name each once")
     return numbers
+
+
+def distinct_members(value: str, kinds: type[M], what: str, spelled: Callable[[str], str] = str.upper) -> tuple[M, ...]:
+    """The members of `kinds` that `value` names, in any case and separated by commas.
+
+    Raises `ValueError` for anything else: of `what`, with names as `spelled` has them.
+    """
+    known = {kind.upper(): kind for kind in kinds}
+    names = [name.strip().upper() for name in value.split(",") if name.strip()]
+    unknown = [spelled(name) for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"unknown {what} {', '.join(unknown) or repr(value)}; choose of {spelled(', '.join(known))}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"a{'n' if what[0] in 'aeiou' else ''} {what} is named twice; name each once")
+    return tuple(known[name] for name in names)
 
 
 def with_profile_found(job: JobConfig) -> JobConfig:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from core.config import Strategy
 from core.errors import exit_on_user_error
@@ -15,6 +14,7 @@ from experiments.lab.figure import over_capacity, over_time
 from experiments.lab.load import make_load
 from experiments.lab.table import BOUNDS, SHOWN, Row, rows, steps, table
 from experiments.report import show, write_csv
+from workloads.progress import progress_bar
 
 _NOT_HERE = "the laboratory has no engine and no broker; leave it out"
 _BY_FORMAT = "say with --format what the load is"
@@ -54,7 +54,7 @@ def main() -> None:
     trace = config.workload.replay.trace
     name = config.format.value if trace is None else trace.name
     try:
-        with interruptible(), _progress_bar() as progress:
+        with interruptible(), progress_bar() as progress:
             task = progress.add_task("", total=steps(config))
             results = []
             for row in rows(config, load, name, lambda doing: progress.update(task, description=doing)):
@@ -83,13 +83,6 @@ def _report(config: LabConfig, results: Sequence[Row]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for name, path in made.items():
         console.print(f"{name + ':':8}{path}", markup=False)
-
-
-def _progress_bar() -> Progress:
-    """On stderr, and only where a person sees it."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from redis import Redis
 from redis.exceptions import RedisError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from core.clock import SystemClock
 from core.config import JobConfig
@@ -24,6 +22,7 @@ from experiments.provenance import provenance, without_secrets
 from experiments.records import Load, Manifest, RunRecords
 from workloads.config import WorkloadConfig
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connected, offered
+from workloads.progress import progress_bar
 from workloads.timed_request import Workload
 
 LATE_SUBMISSION_S = 2.0
@@ -63,7 +62,7 @@ def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords
         answers = cleanup.enter_context(reading(job.kafka, [job.kafka.responses_topic, job.kafka.dead_letters_topic]))
         ledger = Ledger()
         collector = Collector(answers, job.kafka, ledger)
-        with _progress() as bar:
+        with progress_bar("{task.description:22}") as bar:
             task = bar.add_task(f"{variant.name}: slots ready", total=job.parallelism)
             slots = wait_ready(
                 ready,
@@ -148,10 +147,3 @@ def delete_keys(redis_url: str, namespace: str) -> int:
     except (RedisError, OSError) as error:
         raise UserError(f"keys {namespace}:* are left in Redis ({' '.join(str(error).split())})") from None
     return deleted
-
-
-def _progress() -> Progress:
-    """On stderr, and only where a person sees it."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -253,8 +253,8 @@ class Engine:
         tokens = sum(sequence.piece_tokens for sequence in chosen)
         if not chosen:
             self._decode_ms = _averaged(self._decode_ms, took_ms)
-        elif not running or self._decode_ms is not None:
-            self._learn_prefill_cost(tokens, took_ms - (self._decode_ms or 0.0) * bool(running))
+        elif (rows_ms := self._decode_ms if running else 0.0) is not None:
+            self._learn_prefill_cost(tokens, took_ms - rows_ms)
         for sequence, outcome in zip(running, outcomes, strict=False):
             self._append(sequence, outcome, len(running), done)
         for sequence, outcome in zip(chosen, outcomes[len(running) :], strict=True):

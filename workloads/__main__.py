@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pydantic import Field
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from core.clock import SystemClock
 from core.config import Config, KafkaConfig
@@ -19,6 +17,7 @@ from core.options import Parser, add_options, from_options
 from workloads.catalogue import make_workload
 from workloads.config import WorkloadConfig
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connected
+from workloads.progress import progress_bar
 from workloads.timed_request import Workload
 
 
@@ -54,7 +53,7 @@ def main() -> None:
 
 def _send(config: LoadConfig, workload: Workload) -> LoadReport:
     topic = config.kafka.requests_topic
-    with _stopped_by_signal() as stop, connected(config.kafka) as producer, _progress_bar() as progress:
+    with _stopped_by_signal() as stop, connected(config.kafka) as producer, progress_bar() as progress:
         task = progress.add_task("requests", total=workload.requests)
         generator = KafkaLoadGenerator(producer, topic, workload, SystemClock(), backlog=config.backlog)
         return generator.run(stop, on_sent=lambda _: progress.advance(task))
@@ -81,13 +80,6 @@ def _stopped_by_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
-
-
-def _progress_bar() -> Progress:
-    """On stderr, and only where a person sees it."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

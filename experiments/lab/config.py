@@ -2,16 +2,13 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from core.config import CacheConfig, Config, Eviction, SizingConfig, Strategy
-from experiments.config import ROOT, distinct_numbers
+from experiments.config import ROOT, distinct_members, distinct_numbers
 from workloads.block_trace import TraceFormat
 from workloads.config import WorkloadConfig
-
-Name = TypeVar("Name", bound=StrEnum)
 
 MOST_CHUNKS = 1 << 30
 
@@ -76,13 +73,13 @@ class LabConfig(Config):
     @field_validator("eviction")
     @classmethod
     def _evictions(cls, value: str) -> str:
-        _named(Eviction, value)
+        distinct_members(value, Eviction, "policy", str.lower)
         return value
 
     @field_validator("sizing")
     @classmethod
     def _sizings(cls, value: str) -> str:
-        _named(Strategy, value)
+        distinct_members(value, Strategy, "policy", str.lower)
         return value
 
     @model_validator(mode="after")
@@ -99,11 +96,11 @@ class LabConfig(Config):
 
     @property
     def evictions(self) -> tuple[Eviction, ...]:
-        return _named(Eviction, self.eviction)
+        return distinct_members(self.eviction, Eviction, "policy", str.lower)
 
     @property
     def sizings(self) -> tuple[Strategy, ...]:
-        return _named(Strategy, self.sizing)
+        return distinct_members(self.sizing, Strategy, "policy", str.lower)
 
     def sizing_config(self, strategy: Strategy, capacity_chunks: int) -> SizingConfig:
         """Of one run: the policy begins at `capacity_chunks`, and moves within the parts of it that are set."""
@@ -114,15 +111,3 @@ class LabConfig(Config):
             "max_capacity_chunks": int(self.greatest_capacity * capacity_chunks),
         }
         return SizingConfig.model_validate(self.policy.model_dump() | update)
-
-
-def _named(names: type[Name], value: str) -> tuple[Name, ...]:
-    """The members that `value` names, in any case and separated by commas. Raises `ValueError` for anything else."""
-    words = [word.strip().upper() for word in value.split(",") if word.strip()]
-    unknown = [word.lower() for word in words if word not in set(names)]
-    if unknown or not words:
-        known = ", ".join(names).lower()
-        raise ValueError(f"unknown policy {', '.join(unknown) or repr(value)}; choose of {known}")
-    if len(set(words)) < len(words):
-        raise ValueError("a policy is named twice; name each once")
-    return tuple(names(word) for word in words)

@@ -1,6 +1,5 @@
 """The load as requests of blocks, from a trace or made: iterated anew for every run, one in memory at a time."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from cache.keys import KeySchema
@@ -33,7 +32,6 @@ def make_load(config: LabConfig) -> Load:
             block_tokens=config.trace_block_tokens,
             failed_calls=config.workload.burstgpt.failed_calls,
             bad_rows=replay.bad_rows,
-            counts=Counter(),
         )
 
     if next(iter(load()), None) is None:
