@@ -140,7 +140,7 @@ class SizingConfig(Config):
         default=30, ge=0, description="MRC: first requests, in which the tier grows with what is looked up"
     )
     mrc_grow_factor: float = Field(default=2.0, gt=1, description="MRC: the most that one decision multiplies by")
-    mrc_shrink_factor: float = Field(default=1.3, gt=1, description="MRC: the most that one decision divides by")
+    mrc_shrink_factor: float = Field(default=2.0, gt=1, description="MRC: the most that one decision divides by")
     mrc_hysteresis: float = Field(
         default=0.05, ge=0, lt=1, description="MRC: a change by no more than this share is not made"
     )

@@ -1,7 +1,8 @@
 """Eviction and sizing policies of the local KV cache on a trace, in virtual time and without a model, beside bounds."""
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
@@ -49,7 +50,8 @@ COMMAND = Command(
 def main() -> None:
     """Run the laboratory as `sys.argv` states."""
     config = COMMAND.parse()
-    load = make_load(config)
+    left_out: Counter[str] = Counter()
+    load = make_load(config, left_out)
     check_writable(config.out.parent)
     trace = config.workload.replay.trace
     name = config.format.value if trace is None else trace.name
@@ -63,10 +65,10 @@ def main() -> None:
     except Interrupted:
         print("interrupted: nothing was written", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_STATUS)
-    _report(config, results)
+    _report(config, results, left_out)
 
 
-def _report(config: LabConfig, results: Sequence[Row]) -> None:
+def _report(config: LabConfig, results: Sequence[Row], left_out: Mapping[str, int]) -> None:
     found = table(results)
     write_csv(found, config.out)
     made = {"CSV": config.out}
@@ -74,7 +76,7 @@ def _report(config: LabConfig, results: Sequence[Row]) -> None:
         if any(row.sizing == Strategy.STATIC.lower() and row.eviction not in BOUNDS for row in results):
             made["hits"] = config.out.with_suffix(".png")
             over_capacity(results, made["hits"])
-        if any(row.course for row in results):
+        if any(row.moves for row in results):
             made["sizes"] = config.out.with_name(f"{config.out.stem}_over_time.png")
             over_time(results, made["sizes"])
     for column in ("hit", "prefix_hit", "token_hit"):
@@ -83,6 +85,8 @@ def _report(config: LabConfig, results: Sequence[Row]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for name, path in made.items():
         console.print(f"{name + ':':8}{path}", markup=False)
+    for reason, count in left_out.items():
+        console.print(f"{reason.replace('_', ' ')}: {count:,}", markup=False)
 
 
 if __name__ == "__main__":

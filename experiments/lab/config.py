@@ -14,12 +14,14 @@ MOST_CHUNKS = 1 << 30
 
 
 class LoadFormat(StrEnum):
-    """Where the prompts come from: a trace in one of `TraceFormat`, or the made load of the cache experiments."""
+    """Where the prompts come from: a trace in one of `TraceFormat`, or a made load."""
 
     MOONCAKE = TraceFormat.MOONCAKE
     BURSTGPT = TraceFormat.BURSTGPT
     AZURE = TraceFormat.AZURE
     PHASES = "phases"
+    """The load of the cache experiments."""
+    BURSTS = "bursts"
 
 
 class Drive(StrEnum):
@@ -34,7 +36,9 @@ class Drive(StrEnum):
 class LabConfig(Config):
     """Runs eviction and sizing policies over a load in virtual time."""
 
-    format: LoadFormat = Field(default=LoadFormat.PHASES, description="mooncake, burstgpt, azure, or phases: no trace")
+    format: LoadFormat = Field(
+        default=LoadFormat.PHASES, description="mooncake, burstgpt, azure; or made, without a trace: phases, bursts"
+    )
     capacity: str = Field(default="64,128,256", description="capacities in chunks, separated by commas")
     eviction: str = Field(default=",".join(Eviction).lower(), description="eviction policies, separated by commas")
     sizing: str = Field(
@@ -84,11 +88,16 @@ class LabConfig(Config):
 
     @model_validator(mode="after")
     def _trace_where_needed(self) -> "LabConfig":
-        if self.format is not LoadFormat.PHASES and self.workload.replay.trace is None:
+        if not self.is_made and self.workload.replay.trace is None:
             raise ValueError(f"trace is missing; give the path of a trace, as format is {self.format}")
-        if self.format is LoadFormat.PHASES and self.workload.replay.trace is not None:
-            raise ValueError("trace is not read where format is phases; say with format what it is")
+        if self.is_made and self.workload.replay.trace is not None:
+            raise ValueError(f"trace is not read where format is {self.format}; say with format what it is")
         return self
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the load is made, and no trace read."""
+        return self.format in (LoadFormat.PHASES, LoadFormat.BURSTS)
 
     @property
     def capacities(self) -> tuple[int, ...]:

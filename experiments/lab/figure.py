@@ -17,7 +17,7 @@ BOUND_DASHES = {INFINITE: (1, 2), BELADY: (5, 2), BELADY_BYPASS: (8, 2, 2, 2)}
 MARKERS = "osD^vPX"
 WINDOWS = 60
 """Stretches of virtual time that hits are averaged over."""
-MOST_PANELS = 6
+MOST_PANELS = 3
 
 
 def over_capacity(results: Sequence[Row], path: Path) -> None:
@@ -52,7 +52,7 @@ def over_time(results: Sequence[Row], path: Path) -> None:
     Of more combinations than fit, the first. Raises `ValueError` if no run has a capacity that may change.
     """
     moving = [row for row in results if row.course is not None]
-    if not moving:
+    if not any(row.moves for row in moving):
         raise ValueError("no run has a sizing policy that changes the capacity; there is nothing to draw")
     panels = list(dict.fromkeys((row.eviction, row.capacity_chunks) for row in moving))[:MOST_PANELS]
     sizings = list(dict.fromkeys(row.sizing for row in moving))
@@ -65,6 +65,7 @@ def over_time(results: Sequence[Row], path: Path) -> None:
                 for row in moving:
                     if (row.eviction, row.capacity_chunks) == panel:
                         _draw_course(axes[0][column], axes[1][column], row, COLOURS[sizings.index(row.sizing)])
+                _draw_best_static(axes[0][column], [row for row in results if row.eviction == panel[0]])
                 axes[0][column].set_title(f"{panel[0]}, from {panel[1]:,} chunks", pad=10)
                 axes[1][column].set_xlabel("virtual time (s)")
             # The columns of a row share its scale, which all of them have to have set by now.
@@ -102,6 +103,12 @@ def _draw_course(capacity: Any, hits: Any, row: Row, colour: str) -> None:
     found, _ = np.histogram(at_s, edges, weights=np.asarray(course.prefix_hits))
     some = accesses > 0
     hits.plot(((edges[1:] + edges[:-1]) / 2)[some], 100 * found[some] / accesses[some], color=colour, lw=1.8)
+
+
+def _draw_best_static(capacity: Any, results: Sequence[Row]) -> None:
+    for row in results:
+        if row.sizing == BEST_STATIC:
+            capacity.axhline(row.capacity_chunks, color="black", lw=1.5, dashes=BOUND_DASHES[BELADY], label=BEST_STATIC)
 
 
 def _names(results: Sequence[Row], but: Sequence[str]) -> list[str]:

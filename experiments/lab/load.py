@@ -1,5 +1,6 @@
 """The load as requests of blocks, from a trace or made: iterated anew for every run, one in memory at a time."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from cache.keys import KeySchema
@@ -8,6 +9,7 @@ from core.errors import UserError
 from experiments.lab.config import LabConfig, LoadFormat
 from experiments.lab.keys import BLOCK_SHAPE
 from workloads.block_trace import BlockRequest, TraceFormat, read_blocks
+from workloads.bursts import bursts
 from workloads.config import WorkloadConfig, WorkloadKind, trace_file
 from workloads.phases import PhasesWorkload
 
@@ -15,16 +17,23 @@ Load = Callable[[], Iterable[BlockRequest]]
 """Each call gives the same requests from the first on."""
 
 
-def make_load(config: LabConfig) -> Load:
-    """The load that `config` states. Raises `UserError` for one without requests or with options that contradict."""
+def make_load(config: LabConfig, left_out: Counter[str] | None = None) -> Load:
+    """The load that `config` states. Raises `UserError` for one without requests or with options that contradict.
+
+    `left_out`: what the latest reading of the trace has left out, by reason.
+    """
     if config.format is LoadFormat.PHASES:
         workload = config.workload.model_copy(update={"workload": WorkloadKind.PHASES})
         return lambda: phases_blocks(workload, config.chunk_tokens)
+    if config.format is LoadFormat.BURSTS:
+        return lambda: bursts(config.workload.requests, config.workload.seed)
     trace = trace_file(config.workload)
     replay = config.workload.replay
     trace_format = TraceFormat(config.format)
 
     def load() -> Iterator[BlockRequest]:
+        if left_out is not None:
+            left_out.clear()
         return read_blocks(
             trace,
             trace_format,
@@ -32,6 +41,7 @@ def make_load(config: LabConfig) -> Load:
             block_tokens=config.trace_block_tokens,
             failed_calls=config.workload.burstgpt.failed_calls,
             bad_rows=replay.bad_rows,
+            counts=left_out,
         )
 
     if next(iter(load()), None) is None:

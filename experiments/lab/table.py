@@ -59,7 +59,12 @@ class Row:
     capacity_chunks: int
     outcome: Outcome
     course: Course | None = None
-    """Of runs in which the capacity may change."""
+    """Where sizing policies are compared."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether its capacity may have changed on the way."""
+        return self.course is not None and self.sizing != Strategy.STATIC.lower()
 
 
 def combinations(config: LabConfig) -> list[tuple[Eviction, Strategy, int]]:
@@ -72,7 +77,7 @@ def combinations(config: LabConfig) -> list[tuple[Eviction, Strategy, int]]:
 
 
 def steps(config: LabConfig) -> int:
-    """How often `step` will be called by `rows`."""
+    """How many rows `rows` makes at most."""
     found = len(combinations(config))
     if config.bounds:
         found += 1 + 2 * len(config.capacities)
@@ -86,26 +91,28 @@ def rows(config: LabConfig, load: Load, trace: str, step: Callable[[str], None] 
     for eviction, strategy, capacity in combinations(config):
         step(f"{eviction} {strategy} {capacity}".lower())
         sizing = config.sizing_config(strategy, capacity)
-        course = None if strategy is Strategy.STATIC else Course()
+        course = None if config.sizings == (Strategy.STATIC,) else Course()
         outcome = _run(config, load, eviction, sizing, course)
         yield Row(trace, eviction.lower(), strategy.lower(), capacity, outcome, course)
     if config.bounds:
         yield from _bounds(config, load, trace, step)
     if config.target_prefix_hit_ratio is not None:
         for eviction in config.evictions:
-            step(f"{eviction} {BEST_STATIC}".lower())
-            found = best_static(config, load, eviction, config.target_prefix_hit_ratio)
+            found = best_static(config, load, eviction, config.target_prefix_hit_ratio, step)
             if found is not None:
                 yield Row(trace, eviction.lower(), BEST_STATIC, *found)
 
 
-def best_static(config: LabConfig, load: Load, eviction: Eviction, target: float) -> tuple[int, Outcome] | None:
+def best_static(
+    config: LabConfig, load: Load, eviction: Eviction, target: float, step: Callable[[str], None] = lambda doing: None
+) -> tuple[int, Outcome] | None:
     """The smallest fixed capacity whose prefix hit ratio is `target`, and its run; none where all blocks miss it.
 
     Found by halving, and so exact where more room never costs hits: of LRU surely, of the others nearly.
     """
 
     def at(capacity: int) -> Outcome:
+        step(f"{eviction} {BEST_STATIC}, {capacity}?".lower())
         return _run(config, load, eviction, config.sizing_config(Strategy.STATIC, capacity), None)
 
     enough = bounds.infinite(load()).peak_capacity_chunks

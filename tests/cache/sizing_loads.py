@@ -18,6 +18,7 @@ from cache.sizing.miss_ratio_curve import MissRatioCurve
 from cache.stats import CacheStats
 from core.clock import ManualClock
 from core.config import SizingConfig
+from workloads.bursts import bursts as made_bursts
 from workloads.config import PhasesConfig, WorkloadConfig
 from workloads.phases import PhasesWorkload
 
@@ -43,40 +44,12 @@ def phases(requests: int, seed: int) -> Load:
 
 @lru_cache
 def bursts(requests: int, seed: int) -> Load:
-    """Sessions in bursts, as in BurstGPT (Wang et al., 2024): gamma gaps of a variation above one, on and off.
-
-    A burst brings 8 requests a second of 30 sessions, for 20 s in the mean; between two it is 0.7 a second of 4.
-    """
-    dice = random.Random(seed)
-    system = [1] * 256
-    load: list[tuple[float, list[int]]] = []
-    sessions: list[list[int]] = []
-    at_s = left_s = 0.0
-    on, begun = False, 0
-    while len(load) < requests:
-        if left_s <= 0:
-            on = not on
-            left_s = 2 + dice.expovariate(1 / (20 if on else 40))
-        gap_s = dice.gammavariate(0.5, 2 / (8.0 if on else 0.7))
-        at_s, left_s = at_s + gap_s, left_s - gap_s
-        most = 30 if on else 4
-        del sessions[:-most]
-        if len(sessions) < most or dice.random() < 0.15:
-            begun += 1
-            sessions.append(_turns(dice, begun, dice.randint(3, 9)))
-            del sessions[:-most]
-            session = sessions[-1]
-        else:
-            session = dice.choice(sessions)
-        session += _turns(dice, begun, dice.randint(1, 3))
-        load.append((at_s * 1000, [*system, *session]))
-        if len(session) > 60 * SHAPE.chunk_tokens:
-            sessions.remove(session)
-    return tuple(load)
-
-
-def _turns(dice: random.Random, session: int, chunks: int) -> list[int]:
-    return [session, *(dice.randrange(1 << 16) for _ in range(chunks * SHAPE.chunk_tokens - 1))]
+    """Sessions in bursts: each block of the load as tokens of its own."""
+    size = SHAPE.chunk_tokens
+    return tuple(
+        (request.at_ms, [block for block in request.blocks for _ in range(size)])
+        for request in made_bursts(requests, seed)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The policy laboratory on small made loads, its bounds against a search of all choices, and its files."""
 
 import csv
+import itertools
 import json
 import random
 import sys
@@ -187,7 +188,10 @@ def test_every_combination_is_a_row_and_bounds_stand_beside(tmp_path: Path) -> N
     ]
     assert [name[0] for name in names[8:13]] == ["infinite", "belady", "belady", "belady-bypass", "belady-bypass"]
     assert [name[:2] for name in names[13:]] == [("lru", "best-static"), ("density", "best-static")]
-    assert len(told) == steps(config) == len(names)
+    assert steps(config) == len(names)
+    assert told[:2] == ["lru static 10", "lru static 40"]
+    assert told[8:13] == ["infinite", "belady 10", "belady 40", "belady-bypass 10", "belady-bypass 40"]
+    assert {doing.partition(",")[0] for doing in told[13:]} == {"lru best-static", "density best-static"}
     assert set(found["accesses"]) == {sum(len(made.blocks) for made in conversations(200))}
 
 
@@ -220,6 +224,30 @@ def test_the_phases_load_shares_its_prefixes() -> None:
     assert len(system) == 1, "the system prompt of 256 tokens is everybody's first 8 chunks"
     assert list(make_load(config)()) == load
     assert served(load, capacity=64).prefix_hits > 0
+
+
+def test_bursts_are_made_anew_at_each_reading() -> None:
+    config = parsed("--format", "bursts", "--capacity", "64", "--requests", "300", "--seed", "3")
+    load = list(make_load(config)())
+    assert len(load) == 300
+    assert list(make_load(config)()) == load
+    gaps = sorted(later.at_ms - earlier.at_ms for earlier, later in itertools.pairwise(load))
+    assert gaps[0] >= 0
+    assert gaps[-1] > 10 * gaps[len(gaps) // 2], "bursts and lulls"
+    assert served(load, capacity=200).prefix_hits > 300 * 8
+
+
+def test_rows_that_are_left_out_are_counted_once_however_often_the_trace_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    trace = conversation_trace(tmp_path)
+    trace.write_text("no row\n" + trace.read_text() + "nor this\n")
+    arguments = ["--trace", str(trace), "--format", "mooncake", "--capacity", "10", "--eviction", "lru,fifo"]
+    monkeypatch.setattr(
+        sys, "argv", ["policy_lab", *arguments, "--bad-rows", "skip", "--out", str(tmp_path / "lab.csv")]
+    )
+    main()
+    assert "skipped bad rows: 2\n" in capsys.readouterr().out
 
 
 def test_the_command_writes_a_csv_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
