@@ -1,11 +1,12 @@
 """One budget of chunks for the local tiers of all slots of a job, which are processes, maybe on several hosts.
 
 Each slot tells the others by way of Redis what more chunks would gain there, reads what they have told, and computes
-the same shares as they do: nobody decides for another. What they read may be a moment apart, so that for that moment
-the shares may add up to more than the budget.
+the same shares as they do: nobody decides for another. What they read may be a moment apart, so who grows says so first
+and then looks whether all that has been said fits: shares never add up to more than the budget.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -45,7 +46,8 @@ class BudgetBoard:
 class BudgetShare:
     """A slot's share, kept by a thread of its own; `cache.sizing.budgeted.Shares`.
 
-    It is an even part of the budget until what the others say is known, and where nothing has been for `STALE_MS`.
+    It is the least until what the others say is known, as they may hold all the rest, and an even part of the budget
+    where nothing has been for `STALE_MS`.
     """
 
     def __init__(self, budget: Budget, slot: int, board: BudgetBoard | None, clock: Clock) -> None:
@@ -56,7 +58,7 @@ class BudgetShare:
         self._clock = clock
         self._read_ms = -math.inf
         self._report: SlotReport | None = None
-        self.granted_chunks = budget.even_chunks
+        self.granted_chunks = budget.even_chunks if board is None else budget.least_chunks
         self._periodic = None if board is None else Periodic("budget-share", lambda: self._refresh(board))
 
     @classmethod
@@ -88,14 +90,26 @@ class BudgetShare:
             self._board.close()
 
     def _refresh(self, board: BudgetBoard) -> None:
-        if self._report is None:
+        report = self._report
+        if report is None:
             return
+        # What was granted is taken at the next look-up: it counts as held.
+        held = max(report.capacity_chunks, self.granted_chunks)
         try:
-            board.write(self._slot, self._report)
-            reports = board.read()
+            reports = self._exchange(board, replace(report, capacity_chunks=held))
+            share = self._budget.share(reports).get(self._slot, self._budget.least_chunks)
+            if share > held and not self._fits(self._exchange(board, replace(report, capacity_chunks=share))):
+                share = held
         except (RedisError, ValueError):
             if self._clock.monotonic_ms() - self._read_ms > STALE_MS:
                 self.granted_chunks = self._budget.even_chunks
             raise
         self._read_ms = self._clock.monotonic_ms()
-        self.granted_chunks = self._budget.share(reports).get(self._slot, self._budget.even_chunks)
+        self.granted_chunks = share
+
+    def _exchange(self, board: BudgetBoard, report: SlotReport) -> dict[int, SlotReport]:
+        board.write(self._slot, report)
+        return board.read()
+
+    def _fits(self, reports: dict[int, SlotReport]) -> bool:
+        return sum(report.capacity_chunks for report in reports.values()) <= self._budget.chunks

@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from redis import Redis
 
 from benchmarks.raw_redis import running_redis
@@ -72,11 +74,66 @@ def test_what_is_no_report_leaves_the_even_share_and_no_error(redis_url: str) ->
             client.set("broken:gains:1", "[]", px=60_000)
             share.offer(report(1.0, 5))
             eventually(lambda: bool(client.exists("broken:gains:0")))
-            assert share.granted_chunks == BUDGET.even_chunks
+            eventually(lambda: share.granted_chunks == BUDGET.even_chunks)
             client.delete("broken:gains:1")
         eventually(lambda: share.granted_chunks == BUDGET.greatest_chunks)
     finally:
         share.close()
+
+
+class Shared(dict[int, SlotReport]):
+    """A board in memory; around each reading and writing another slot may come in between."""
+
+    def __init__(self, turns: Iterator[int]) -> None:
+        super().__init__()
+        self._turns = turns
+        self.shares: list[BudgetShare] = []
+        self._inside: set[int] = set()
+
+    def write(self, slot: int, report: SlotReport) -> None:
+        self._let_others_in()
+        self[slot] = report
+
+    def read(self) -> dict[int, SlotReport]:
+        self._let_others_in()
+        found = dict(self)
+        self._let_others_in()
+        return found
+
+    def refresh(self, slot: int) -> None:
+        if slot not in self._inside:
+            self._inside.add(slot)
+            self.shares[slot]._refresh(self)  # type: ignore[arg-type]
+            self._inside.remove(slot)
+
+    def _let_others_in(self) -> None:
+        other = next(self._turns, -1)
+        if 0 <= other < len(self.shares):
+            self.refresh(other)
+
+
+@given(
+    st.lists(st.integers(-3, 2), min_size=20, max_size=60),
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 0, 0, 1, 2, 3])), min_size=20, max_size=60),
+)
+@settings(max_examples=120)
+def test_slots_never_hold_more_than_the_budget_however_their_steps_interleave(
+    turns: list[int], doings: list[tuple[int, int]]
+) -> None:
+    """A slot asks what it may hold, or looks a prompt up: then it holds that, and its gain has changed."""
+    shared = Shared(iter(turns))
+    shared.shares = [BudgetShare(BUDGET, slot, None, ManualClock()) for slot in range(BUDGET.slots)]
+    held = [BUDGET.even_chunks] * BUDGET.slots
+    for slot, share in enumerate(shared.shares):
+        share.offer(report(1.0, held[slot]))
+        shared[slot] = report(1.0, held[slot])
+    for slot, gain in doings:
+        if gain:
+            held[slot] = shared.shares[slot].granted_chunks
+            shared.shares[slot].offer(report(gain, held[slot]))
+            assert sum(held) <= BUDGET.chunks
+        else:
+            shared.refresh(slot)
 
 
 class Flaky:
@@ -100,7 +157,7 @@ def test_a_grant_outlives_a_short_fault_only() -> None:
     clock, flaky = ManualClock(), Flaky()
     share = BudgetShare(BUDGET, 0, flaky, clock)  # type: ignore[arg-type]
     try:
-        assert share.granted_chunks == 100
+        assert share.granted_chunks == BUDGET.least_chunks
         share.offer(report(5.0, 10))
         eventually(lambda: share.granted_chunks == 200)
         flaky.fails = True
@@ -124,7 +181,7 @@ def job(parallelism: int = 2, redis_url: str | None = "redis://h:1/0", **sizing:
 @pytest.mark.parametrize(
     ("config", "granted"),
     [
-        (job(), 100),
+        (job(), SizingConfig().min_capacity_chunks),
         (job(parallelism=1, redis_url=None), 200),
         (job(budget_chunks=None), None),
         (job(strategy=Strategy.FLUID), None),
