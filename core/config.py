@@ -223,6 +223,11 @@ class EngineConfig(Config):
         description="continuous: longest that a prompt above step_prefill_tokens holds running ones; 0: no limit",
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of one slot; 0: cores / parallelism")
+    request_timeout_ms: float = Field(
+        default=600_000.0,
+        ge=0,
+        description="a request that is not answered this long after it was decoded becomes a dead letter; 0: never",
+    )
 
     @model_validator(mode="after")
     def _profile_where_simulated(self) -> Self:
@@ -231,6 +236,25 @@ class EngineConfig(Config):
         if self.engine is not EngineKind.SIMULATED and self.profile is not None:
             raise ValueError("profile is only read where engine is simulated; leave it out, or add that")
         return self
+
+
+class SupervisionConfig(Config):
+    """What is done about the process of a slot that dies or hangs, and about requests that it dies of."""
+
+    slot_restarts: int = Field(
+        default=5,
+        ge=0,
+        description="restarts of a slot's process in a row, without an answer between them, before the job fails",
+    )
+    engine_timeout_s: float = Field(
+        default=120.0, gt=0, le=1e6, description="a slot's process that says nothing for this long hangs, and is killed"
+    )
+    load_timeout_s: float = Field(
+        default=600.0, gt=0, le=1e6, description="the same while it loads its model and warms up"
+    )
+    max_attempts: int = Field(
+        default=2, ge=1, description="deaths of a slot's process in the midst of a request that make it a dead letter"
+    )
 
 
 class BatchingConfig(Config):
@@ -307,6 +331,7 @@ class JobConfig(Config):
     )
     engine: EngineConfig = EngineConfig()
     cache: CacheConfig = CacheConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
     batching: BatchingConfig = BatchingConfig()
     placing: PlacementConfig = PlacementConfig()
     kafka: KafkaConfig = KafkaConfig()

@@ -16,6 +16,9 @@ class ActiveSequence:
     sampler: Sampler
     arrived_ms: float
     expires_ms: float
+    """When its own deadline passes: what there is by then is the answer."""
+    times_out_ms: float
+    """When the engine gives it up."""
     weight: int
     """Tokens that it may come to hold."""
     row: int = -1
@@ -38,6 +41,11 @@ class ActiveSequence:
     """Of a long one's latest piece."""
     piece_tokens: int = 0
     """Of its prompt, in the step that is under way."""
+
+    @property
+    def ends_ms(self) -> float:
+        """When it leaves the engine at the latest."""
+        return min(self.expires_ms, self.times_out_ms)
 
     @property
     def missing(self) -> int:

@@ -37,3 +37,8 @@ class Failure:
 
     request: Request
     reason: str
+
+
+def timed_out(timeout_ms: float) -> str:
+    """Why a request has no answer that has been waited for so long."""
+    return f"timeout: not answered within {timeout_ms:.0f} ms; see --request-timeout-ms"

@@ -10,7 +10,7 @@ import heapq
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from core.config import EngineConfig
 from core.errors import UserError
 from core.records import FinishReason, Request
 from inference_service.active_sequence import ActiveSequence
-from inference_service.completion import Completion, Failure
+from inference_service.completion import Completion, Failure, timed_out
 from inference_service.model import LoadedModel, load_model
 from inference_service.packed_linear import pack_linears
 from inference_service.pieces import Piece
@@ -56,12 +56,24 @@ class Engine:
     """One model, rows to run sequences in, one cache. Single-threaded: call everything from one thread."""
 
     def __init__(
-        self, model: ServedModel, config: EngineConfig, cache: KVCache | None, chunk_tokens: int, clock: Clock
+        self,
+        model: ServedModel,
+        config: EngineConfig,
+        cache: KVCache | None,
+        chunk_tokens: int,
+        clock: Clock,
+        *,
+        on_begin: Callable[[Request], None] = lambda request: None,
+        on_pass: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_begin` is called before anything is done for a request that has waited, `on_pass` after each pass."""
         self.model = model
         self.chunk_shape = model.chunk_shape(chunk_tokens)
         self._cache = cache
         self._clock = clock
+        self._on_begin = on_begin
+        self._on_pass = on_pass
+        self._timeout_ms = config.request_timeout_ms or math.inf
         self._runner = model.make_runner(config.max_running, chunk_tokens)
         self._most_tokens = config.max_running_tokens or config.max_running * model.max_len
         self._step_tokens = config.step_prefill_tokens or math.inf
@@ -96,8 +108,9 @@ class Engine:
         prompt = prompt_tokens(request, self.model)
         expires_ms = math.inf if request.deadline_ms is None else request.created_at_ms + request.deadline_ms
         weight = min(len(prompt) + request.max_new_tokens, self.model.max_len)
-        sequence = ActiveSequence(request, prompt, Sampler(request), arrived_ms, expires_ms, weight)
-        self._next_expiry_ms = min(self._next_expiry_ms, expires_ms)
+        times_out_ms = arrived_ms + self._timeout_ms
+        sequence = ActiveSequence(request, prompt, Sampler(request), arrived_ms, expires_ms, times_out_ms, weight)
+        self._next_expiry_ms = min(self._next_expiry_ms, sequence.ends_ms)
         heapq.heappush(self._waiting, (-request.priority, next(self._arrivals), sequence))
 
     def step(self) -> list[Completion | Failure]:
@@ -140,22 +153,24 @@ class Engine:
         if self._cache is not None:
             self._cache.close()
 
-    def _expire(self) -> Iterator[Completion]:
-        """Answer those whose deadline has passed before their first token: waiting for a row must not hide it."""
-        if self._clock.wall_ms() < self._next_expiry_ms:
+    def _expire(self) -> Iterator[Completion | Failure]:
+        """Let go of those whose time is over before their first token: waiting for a row must not hide it."""
+        now_ms = self._clock.wall_ms()
+        if now_ms < self._next_expiry_ms:
             return
-        late = [sequence for _, _, sequence in sorted(self._waiting) if self._expired(sequence)]
+        late = [sequence for _, _, sequence in sorted(self._waiting) if now_ms >= sequence.ends_ms]
         for sequence in late:
             sequence.began_ms = self._clock.wall_ms()
         if late:
             self._waiting = [entry for entry in self._waiting if entry[2] not in late]
             heapq.heapify(self._waiting)
-        partial = [sequence for sequence in self._prefilling if self._expired(sequence)]
+        partial = [sequence for sequence in self._prefilling if now_ms >= sequence.ends_ms]
         self._prefilling = [sequence for sequence in self._prefilling if sequence not in partial]
         remaining = [*(sequence for _, _, sequence in self._waiting), *self._prefilling]
-        self._next_expiry_ms = min((sequence.expires_ms for sequence in remaining), default=math.inf)
+        self._next_expiry_ms = min((sequence.ends_ms for sequence in remaining), default=math.inf)
         for sequence in (*late, *partial):
-            yield self._complete(sequence, FinishReason.DEADLINE)
+            own = now_ms >= sequence.expires_ms
+            yield self._complete(sequence, FinishReason.DEADLINE) if own else self._timeout(sequence)
 
     def _choose(self) -> tuple[list[ActiveSequence], list[Failure]]:
         """Spend the step's budget on prompts: whose pieces to compute, and who could not begin.
@@ -182,8 +197,11 @@ class Engine:
             if not self._has_room(sequence, chosen) or self._may_reuse(sequence, chosen):
                 break
             heapq.heappop(self._waiting)
+            self._on_begin(sequence.request)
             try:
                 self._begin(sequence)
+            except torch.AcceleratorError:
+                raise
             except Exception as error:  # one failing request fails alone; the others' rows are untouched
                 failed.append(_failure(sequence, "cache", error))
                 continue
@@ -264,16 +282,25 @@ class Engine:
         """What a pass gives to each. Where it fails each is tried alone, so that one failing request fails alone.
 
         All of them hold what was computed before anything is moved from row to row.
+        Raises `torch.AcceleratorError`: nothing runs on the device in this process any more.
         """
         pieces = [sequence.piece for sequence in sequences]
+        failed: Exception | None = None
         try:
             logits = self._runner.forward(pieces)
             best = logits.argmax(dim=-1).tolist()
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
-            if len(sequences) == 1:
-                return [error]
-            logger.exception("a pass over %d sequences failed; each is tried alone", len(sequences))
-            return [self._forward([sequence])[0] for sequence in sequences]
+            if len(sequences) > 1:
+                logger.exception("a pass over %d sequences failed; each is tried alone", len(sequences))
+            # Its frames hold the tensors of the pass, that others need the memory of.
+            failed = error.with_traceback(None)
+        self._on_pass()
+        if failed is not None:
+            if isinstance(failed, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            return [failed] if len(sequences) == 1 else [self._forward([sequence])[0] for sequence in sequences]
         for sequence, piece in zip(sequences, pieces, strict=True):
             sequence.held = piece.end
         return [_Logits(row, token) for row, token in zip(logits, best, strict=True)]
@@ -385,10 +412,10 @@ class Engine:
         done: list[Completion | Failure] = []
         for sequence in reversed(tuple(self._running)):
             reason = self._finish_reason(sequence)
-            if reason is None:
+            if reason is None and self._clock.wall_ms() < sequence.times_out_ms:
                 continue
             try:
-                done.append(self._complete(sequence, reason))
+                done.append(self._complete(sequence, reason) if reason is not None else self._timeout(sequence))
             except Exception as error:  # one answer that cannot be written as text fails alone
                 done.append(_failure(sequence, "answer", error))
             if sequence.held // self.chunk_shape.chunk_tokens > len(sequence.prompt) // self.chunk_shape.chunk_tokens:
@@ -415,6 +442,10 @@ class Engine:
 
     def _expired(self, sequence: ActiveSequence) -> bool:
         return self._clock.wall_ms() >= sequence.expires_ms
+
+    def _timeout(self, sequence: ActiveSequence) -> Failure:
+        where = "in the queue" if sequence.row < 0 else f"with {len(sequence.output)} tokens of its answer"
+        return Failure(sequence.request, f"{timed_out(self._timeout_ms)} ({where})")
 
     def _complete(self, sequence: ActiveSequence, reason: FinishReason) -> Completion:
         answer = sequence.output[:-1] if reason is FinishReason.STOP else sequence.output

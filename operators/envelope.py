@@ -25,10 +25,26 @@ class Envelope:
     raw: bytes
     source: Source
     decoded_at_ms: float
+    """Or when it was handed in again after a restart of the job."""
+    attempts: int = 0
+    """Deaths of the slot's process in the midst of the request."""
 
     @property
     def request(self) -> Request:
         return Request.from_json(self.raw)
+
+    def unanswered(self, reason: str) -> "Answer":
+        """What comes of it where no answer can."""
+        letter = DeadLetter.of(
+            self.raw,
+            reason=reason,
+            stage="inference",
+            request_id=self.request.request_id,
+            topic=self.source.topic,
+            partition=self.source.partition,
+            offset=self.source.offset,
+        )
+        return Answer(self.source, letter)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Rows of two strings leave them, `key` and `value`, for the topic that their stre
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
 from pyflink.common import Row, Types
@@ -21,7 +22,7 @@ from operators.envelope import Answer, Envelope, Source, WarmUp
 from operators.load_board import LoadBoard, LoadReport, LoadView
 from operators.placement import BalancedPlacement, Placing, SessionAffinity
 from operators.pump import Pump
-from operators.slot_process import SlotProcess
+from operators.supervisor import Supervisor
 
 KEY_VALUE = Types.ROW_NAMED(["key", "value"], [Types.STRING(), Types.STRING()])
 DEAD_LETTERS = OutputTag("dead-letters", KEY_VALUE)
@@ -90,7 +91,7 @@ class SlotFunction(KeyedProcessFunction):
         self._clock = SystemClock()
         self._opened = ExitStack()
         index = runtime_context.get_index_of_this_subtask()
-        self._slot = self._opened.enter_context(closing(SlotProcess(self._config, index)))
+        self._slot = self._opened.enter_context(closing(Supervisor(self._config, index, self._clock)))
         self._restored: set[int] = set()
 
     def close(self) -> None:
@@ -103,6 +104,10 @@ class SlotFunction(KeyedProcessFunction):
             yield READY, Row(f"slot-{ready.slot}", ready.model_dump_json())
         else:
             yield from self._take_in(value, ctx)
+
+    def _again(self, envelope: Envelope) -> Envelope:
+        """As it is handed in after a restart: the time that the job was down counts for no time-out."""
+        return replace(envelope, decoded_at_ms=self._clock.wall_ms())
 
     @abstractmethod
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
@@ -155,6 +160,8 @@ class ContinuousFunction(SlotFunction):
     def _leave(self, ctx: KeyedProcessFunction.Context, timeout_s: float) -> Iterator[Any]:
         """What has finished under the current key; as long as more is in flight there, a timer looks again."""
         key = ctx.get_current_key()
+        for envelope in self._pump.retried(key):
+            self._in_flight.put(_ticket(envelope.source), envelope)
         for answer in self._pump.take(key, timeout_s):
             self._in_flight.remove(_ticket(answer.source))
             yield _row(answer)
@@ -176,7 +183,7 @@ class ContinuousFunction(SlotFunction):
         self._restored.add(key)
         waiting = (envelope for _, envelope in self._in_flight.items())
         for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
-            self._pump.submit(key, envelope)
+            self._pump.submit(key, self._again(envelope))
 
 
 class MicroBatchFunction(SlotFunction):
@@ -217,7 +224,7 @@ class MicroBatchFunction(SlotFunction):
         waiting = list(self._pending.get() or ())
         self._pending.clear()
         for envelope in waiting:
-            yield from self._add(envelope, ctx)
+            yield from self._add(self._again(envelope), ctx)
 
     def _add(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         first = len(self._batcher) == 0

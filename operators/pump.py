@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import Protocol
 
 from core.clock import Clock
+from operators.custody import Retry
 from operators.envelope import Answer, Envelope, Source
 
 
@@ -17,8 +18,8 @@ class Serving(Protocol):
 
     def send(self, order: Envelope) -> None: ...
 
-    def receive(self) -> list[Answer]:
-        """What has finished; waits for it, and raises once the slot has ended."""
+    def receive(self) -> list[Answer | Retry]:
+        """What has finished or is asked again; waits for it, and raises once the slot has ended."""
         ...
 
     def end(self) -> None:
@@ -38,6 +39,7 @@ class Pump:
         self._clock = clock
         self._changed = threading.Condition()
         self._finished: dict[int, list[Answer]] = defaultdict(list)
+        self._retried: dict[int, dict[Source, Envelope]] = defaultdict(dict)
         self._owners: dict[Source, int] = {}
         """Of what is in the slot."""
         self._outstanding: dict[int, int] = defaultdict(int)
@@ -77,9 +79,16 @@ class Pump:
                 self._changed.wait_for(lambda: self._finished[owner] or self._error, timeout_s)
             self._require_alive()
             finished = self._finished.pop(owner, [])
+            for answer in finished:
+                self._retried[owner].pop(answer.source, None)
             self._outstanding[owner] -= len(finished)
         now_ms = self._clock.wall_ms()
         return [answer.leaving(now_ms) for answer in finished]
+
+    def retried(self, owner: int) -> list[Envelope]:
+        """Of what is outstanding of `owner`, what was asked again since the last call, with its attempts."""
+        with self._changed:
+            return list(self._retried.pop(owner, {}).values())
 
     def close(self) -> None:
         """End the slot after the step it is in. What is unanswered stays so."""
@@ -89,10 +98,13 @@ class Pump:
     def _receive(self) -> None:
         try:
             while True:
-                answers = self._slot.receive()
+                came = self._slot.receive()
                 with self._changed:
-                    for answer in answers:
-                        self._finished[self._owners.pop(answer.source)].append(answer)
+                    for one in came:
+                        if isinstance(one, Answer):
+                            self._finished[self._owners.pop(one.source)].append(one)
+                        else:
+                            self._retried[self._owners[one.envelope.source]][one.envelope.source] = one.envelope
                     self._changed.notify_all()
         except BaseException as error:  # it is raised again where the stream calls
             with self._changed:

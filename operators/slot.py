@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import transformers
@@ -14,7 +14,7 @@ from cache.redis_wire import RedisAddress
 from core.clock import Clock
 from core.config import Batching, EngineKind, JobConfig
 from core.errors import UserError
-from core.records import DeadLetter, Response
+from core.records import Response
 from inference_service.completion import Completion, Failure
 from inference_service.device_profile import DeviceProfile
 from inference_service.engine import Engine, load_checked_model
@@ -22,7 +22,7 @@ from inference_service.model import resolve_model
 from inference_service.protocol import ServedModel
 from inference_service.simulated import load_simulated
 from operators.budget_board import BudgetShare
-from operators.envelope import Answer, Envelope, Ready
+from operators.envelope import Answer, Envelope, Ready, Source
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,16 @@ def check_before_start(config: JobConfig) -> None:
 class InferenceSlot:
     """Loads its model when it is made; raises `UserError` where that cannot be. Single-threaded, as the engine is."""
 
-    def __init__(self, config: JobConfig, slot: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        slot: int,
+        clock: Clock,
+        *,
+        on_begin: Callable[[Source], None] = lambda source: None,
+        on_pass: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_begin` is called before anything is computed for a request, `on_pass` after each pass."""
         began = time.monotonic()
         self.index = slot
         self._clock = clock
@@ -67,10 +76,18 @@ class InferenceSlot:
                 self._share = BudgetShare.of(config, slot, clock)
                 shape = loaded.chunk_shape(chunk_tokens)
                 cache = open_cache(config.cache, shape, loaded.identity, clock, self._share)
-        self._engine = Engine(model, engine, cache, chunk_tokens, clock)
-        self._engine.warm_up()
         self._envelopes: dict[int, Envelope] = {}
         """What the engine has, by the identity of the request: ids of requests may repeat."""
+        self._engine = Engine(
+            model,
+            engine,
+            cache,
+            chunk_tokens,
+            clock,
+            on_begin=lambda request: on_begin(self._envelopes[id(request)].source),
+            on_pass=on_pass,
+        )
+        self._engine.warm_up()
         self._batch_ids = (f"{slot}-{int(clock.wall_ms())}-{number}" for number in itertools.count())
         self._load_s = time.monotonic() - began
 
@@ -110,7 +127,7 @@ class InferenceSlot:
         else:
             self._envelopes[id(request)] = envelope
             return None
-        return Answer(envelope.source, _dead_letter(reason, request.request_id, envelope))
+        return envelope.unanswered(reason)
 
     def step(self) -> list[Answer]:
         """One step of the engine; what has finished with it, each request by itself."""
@@ -142,7 +159,7 @@ class InferenceSlot:
     ) -> Answer:
         """`batch_size`: of its group; without one it is what ran in the engine when the request began."""
         if isinstance(result, Failure):
-            return Answer(envelope.source, _dead_letter(result.reason, result.request.request_id, envelope))
+            return envelope.unanswered(result.reason)
         return Answer(envelope.source, self._response(result, batch_id, batch_size or result.began_with))
 
     def _response(self, done: Completion, batch_id: str, batch_size: int) -> Response:
@@ -181,16 +198,3 @@ class InferenceSlot:
             cache_used_chunks=done.cache_used_chunks,
             chunk_bytes=self._engine.chunk_shape.size_bytes,
         )
-
-
-def _dead_letter(reason: str, request_id: str, envelope: Envelope) -> DeadLetter:
-    source = envelope.source
-    return DeadLetter.of(
-        envelope.raw,
-        reason=reason,
-        stage="inference",
-        request_id=request_id,
-        topic=source.topic,
-        partition=source.partition,
-        offset=source.offset,
-    )

@@ -1,24 +1,27 @@
 """A slot in a process of its own, as Flink's worker sees it.
 
 The engine and the threads of Flink's worker would otherwise take turns at one interpreter lock, and each poll of the
-stream would hold up a step of the engine. What takes the engine down leaves the worker alive to say so.
+stream would hold up a step of the engine. What takes the engine down leaves the worker alive.
 """
 
 import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 from core.config import JobConfig
 from core.errors import UserError
-from operators.envelope import Answer, Envelope, Group, Ready
+from operators.envelope import Answer, Envelope, Group, Ready, Source
 
 SERVER = "operators.slot_server"
 END_TIMEOUT_S = 10.0
@@ -48,89 +51,124 @@ class Broken:
     traceback: str
 
 
+@dataclass(frozen=True)
+class Began:
+    """The engine is about to begin with the request that stands at `source`."""
+
+    source: Source
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The process lives: between two passes, or idle."""
+
+
+Said = Ready | Began | Beat | list[Answer]
+
+
 class SlotDiedError(RuntimeError):
-    """The process has ended though nobody told it to."""
+    """The process has ended though nobody told it to; `how` says it in a line."""
+
+    def __init__(self, how: str, details: str = "") -> None:
+        super().__init__(f"the slot's process {how}\n{details}".rstrip())
+        self.how = how
 
 
 class SlotProcess:
-    """Starts the process and waits until its slot is ready; raises `UserError` where that cannot be.
+    """Starts the process. It loads its slot, says so by `Ready`, and then answers what it is sent.
 
-    One thread may send while another receives. Raises `SlotDiedError` from either once the process has ended.
+    One thread hears; any may send, kill or end.
     """
 
     def __init__(self, config: JobConfig, slot: int) -> None:
+        """Does not wait for the process. Raises `SlotDiedError` where there can be none."""
         self._socket, theirs = socket.socketpair()
+        # Should it stop in the midst of a message, nobody may wait for the rest of it for ever.
+        longest = struct.pack("@ll", int(config.supervision.engine_timeout_s) + 1, 0)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, longest)
         self._connection = Connection(os.dup(self._socket.fileno()))
+        self._outbox: SimpleQueue[Any] = SimpleQueue()
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", SERVER, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                # Flink puts what was submitted with the job on the path of its worker only.
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            )
-        try:
-            self._send(Start(config, slot, logging.getLogger().getEffectiveLevel()))
-            said = self._hear()
-            if isinstance(said, Refused):
-                raise UserError(said.reason)
-        except BaseException:
-            self.close()
-            raise
-        self.ready: Ready = said
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", SERVER, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    # Flink puts what was submitted with the job on the path of its worker only.
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                )
+            except OSError as error:
+                self._connection.close()
+                self._socket.close()
+                raise SlotDiedError(f"could not be started: {error}") from error
+        self._sender = threading.Thread(target=self._write, name="to-slot", daemon=True)
+        self._sender.start()
+        self._outbox.put(Start(config, slot, logging.getLogger().getEffectiveLevel()))
 
     def send(self, order: Envelope | Group) -> None:
-        """Hand over a request that may enter and leave by itself, or a closed group."""
-        self._send(order)
+        """Hand over a request that may enter and leave by itself, or a closed group. Never waits.
 
-    def receive(self) -> list[Answer]:
-        """What has finished, of requests sent one by one or of one whole group; waits for it."""
-        answers: list[Answer] = self._hear()
-        return answers
+        What comes of it is heard: should the process end, nothing does.
+        """
+        self._outbox.put(order)
 
-    def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
-        """Answer a closed group, in the order in which its requests finish."""
-        self._send(Group(batch))
-        return self.receive()
+    def hear(self, timeout_s: float) -> Said | None:
+        """What it says next, within `timeout_s`. Its log records go to this process's log.
 
-    def end(self) -> None:
-        """End the process: who receives is told that it has died."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
-        try:
-            self._process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def close(self) -> None:
-        """End it, and close the way to it: nobody may send or receive meanwhile."""
-        self.end()
-        self._connection.close()
-        self._socket.close()
-
-    def _send(self, what: Any) -> None:
-        try:
-            self._connection.send(what)
-        except OSError:
-            raise self._died() from None
-
-    def _hear(self) -> Any:
+        Raises `UserError` where the slot cannot be made of what the user gave, `SlotDiedError` once it has ended.
+        """
+        until_s = time.monotonic() + timeout_s
         while True:
             try:
+                if not self._connection.poll(max(0.0, until_s - time.monotonic())):
+                    return None
                 said = self._connection.recv()
             except (EOFError, OSError):
                 raise self._died() from None
+            if isinstance(said, Refused):
+                raise UserError(said.reason)
             if isinstance(said, Broken):
-                raise SlotDiedError(f"the slot's process failed\n{said.traceback}")
+                raise SlotDiedError(f"failed: {said.traceback.strip().splitlines()[-1]}", said.traceback)
             if not isinstance(said, logging.LogRecord):
-                return said
+                found: Said = said
+                return found
             logging.getLogger(said.name).handle(said)
 
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
+        self._process.kill()
+
+    def end(self) -> None:
+        """End the process: who hears is told that it has died."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        if not self._has_ended():
+            self._process.kill()
+            # A process that waits for a device's driver in the kernel may outlive even that.
+            self._has_ended()
+
+    def close(self) -> None:
+        """End it, and close the way to it: nobody may send or hear meanwhile."""
+        self.end()
+        self._outbox.put(None)
+        self._sender.join()
+        self._connection.close()
+        self._socket.close()
+
+    def _write(self) -> None:
+        with suppress(OSError):
+            while (what := self._outbox.get()) is not None:
+                self._connection.send(what)
+
+    def _has_ended(self) -> bool:
+        """Whether it has, within `END_TIMEOUT_S`."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_TIMEOUT_S)
+        return self._process.returncode is not None
+
     def _died(self) -> SlotDiedError:
-        try:
-            status = self._process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return SlotDiedError("the slot's process does not speak any more")
+        if not self._has_ended():
+            return SlotDiedError("does not speak any more")
+        status = self._process.returncode
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-        return SlotDiedError(f"the slot's process was ended {how}")
+        return SlotDiedError(f"was ended {how}")

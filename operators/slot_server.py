@@ -13,13 +13,16 @@ from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 from typing import Any
 
-from core.clock import SystemClock
+from core.clock import Clock, SystemClock
 from core.config import Batching, JobConfig
 from core.errors import UserError
 from operators.envelope import Group
 from operators.load_board import LoadBoard, LoadReport
 from operators.slot import InferenceSlot
-from operators.slot_process import Broken, Refused, Start
+from operators.slot_process import Beat, Began, Broken, Refused, Start
+
+BEAT_S = 0.5
+"""Time between two signs of life."""
 
 
 class HungUpError(EOFError):
@@ -46,9 +49,9 @@ class Line:
         except (EOFError, ConnectionError) as error:
             raise HungUpError from error
 
-    def speaks(self, wait: bool) -> bool:
-        """Whether something has come, or the other side has ended; `wait` until then."""
-        return self._connection.poll(None if wait else 0.0)
+    def speaks(self, timeout_s: float) -> bool:
+        """Whether something has come, or the other side has ended, within `timeout_s`."""
+        return self._connection.poll(timeout_s)
 
 
 class LogOnLine(QueueHandler):
@@ -61,16 +64,32 @@ class LogOnLine(QueueHandler):
         self.queue.send(record)  # type: ignore[attr-defined]
 
 
-def serve(line: Line, slot: InferenceSlot) -> None:
+class Pulse:
+    """Tells the worker that the process lives, as often as `BEAT_S` allows."""
+
+    def __init__(self, line: Line, clock: Clock) -> None:
+        self._line = line
+        self._clock = clock
+        self._next_ms = clock.monotonic_ms()
+
+    def beat(self) -> None:
+        now_ms = self._clock.monotonic_ms()
+        if now_ms >= self._next_ms:
+            self._next_ms = now_ms + BEAT_S * 1e3
+            self._line.send(Beat())
+
+
+def serve(line: Line, slot: InferenceSlot, pulse: Pulse) -> None:
     """Answer what comes, until `HungUpError` is raised."""
     while True:
-        while line.speaks(wait=slot.unfinished == 0):
+        pulse.beat()
+        if line.speaks(0.0 if slot.unfinished else BEAT_S):
             order = line.receive()
             if isinstance(order, Group):
                 line.send(slot.answer(order.envelopes))
             elif (refused := slot.submit(order)) is not None:
                 line.send([refused])
-        if answers := slot.step():
+        elif slot.unfinished and (answers := slot.step()):
             line.send(answers)
 
 
@@ -78,15 +97,24 @@ def run(line: Line) -> None:
     start: Start = line.receive()
     # The worker's log adds level and name.
     logging.basicConfig(level=start.log_level, format="%(message)s", handlers=[LogOnLine(line)])
+    clock = SystemClock()
+    pulse = Pulse(line, clock)
     with ExitStack() as opened:
         try:
-            slot = opened.enter_context(closing(InferenceSlot(start.config, start.slot, SystemClock())))
+            slot = InferenceSlot(
+                start.config,
+                start.slot,
+                clock,
+                on_begin=lambda source: line.send(Began(source)),
+                on_pass=pulse.beat,
+            )
         except UserError as error:
             line.send(Refused(str(error)))
             return
+        opened.enter_context(closing(slot))
         _report(opened, start.config, slot)
         line.send(slot.ready)
-        serve(line, slot)
+        serve(line, slot, pulse)
 
 
 def _report(opened: ExitStack, config: JobConfig, slot: InferenceSlot) -> None:

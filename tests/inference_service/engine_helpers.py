@@ -87,10 +87,12 @@ def make_engine(
     cache: "MemoryCache | None" = None,
     max_running: int = 4,
     clock: Clock | None = None,
+    on_begin: Callable[[Request], None] = lambda request: None,
+    on_pass: Callable[[], None] = lambda: None,
     **settings: Any,
 ) -> Engine:
     config = EngineConfig(max_running=max_running, max_model_len=MAX_LEN, **settings)
-    return Engine(model, config, cache, CHUNK, clock or ManualClock())
+    return Engine(model, config, cache, CHUNK, clock or ManualClock(), on_begin=on_begin, on_pass=on_pass)
 
 
 def answers(done: Iterable[Completion | Failure]) -> dict[str, Completion]:

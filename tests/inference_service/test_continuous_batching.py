@@ -1,6 +1,7 @@
 """Between two steps anything may come or go: answers stay those of the model alone, and nobody waits for long."""
 
 import random
+import weakref
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -255,6 +256,100 @@ def test_a_deadline_passes_while_it_runs_and_what_it_has_is_its_answer(model: Lo
     assert 0 < len(late.token_ids) < 30
 
 
+TIMEOUT = {"request_timeout_ms": 50.0}
+
+
+def timed_out(engine: Engine, clock: ManualClock) -> tuple[str, str]:
+    """The only one that leaves at its time, and why."""
+    clock.advance(49)
+    assert engine.step() == []
+    clock.advance(1)
+    (late,) = engine.step()
+    assert isinstance(late, Failure)
+    return late.request.request_id, late.reason
+
+
+def test_a_request_times_out_in_the_queue(model: LoadedModel) -> None:
+    clock = ManualClock(1000.0)
+    engine = make_engine(model, max_running=1, clock=clock, **TIMEOUT)
+    engine.submit(ask("running", tokens_of(1, 4), 30), 1001.0)
+    engine.step()
+    engine.submit(ask("late", tokens_of(2, 4), 4), 1000.0)
+    assert timed_out(engine, clock) == (
+        "late",
+        "timeout: not answered within 50 ms; see --request-timeout-ms (in the queue)",
+    )
+    assert engine.unfinished == 1
+
+
+def test_a_request_times_out_in_the_midst_of_its_prompt(model: LoadedModel) -> None:
+    clock = ManualClock(1000.0)
+    engine = make_engine(model, max_running=2, clock=clock, step_prefill_tokens=4, **TIMEOUT)
+    engine.submit(ask("late", tokens_of(2, 60), 4), 1000.0)
+    engine.step()
+    name, reason = timed_out(engine, clock)
+    assert (name, reason.partition(" (")[2]) == ("late", "with 0 tokens of its answer)")
+    # Its row is free again.
+    engine.submit(ask("next", tokens_of(3, 9), 5), clock.wall_ms())
+    assert answers(finish(engine))["next"].token_ids == plain_answer(model, tokens_of(3, 9), 5)
+
+
+def test_a_request_times_out_while_it_runs_and_others_go_on(model: LoadedModel) -> None:
+    clock = ManualClock(1000.0)
+    engine = make_engine(model, clock=clock, **TIMEOUT)
+    engine.submit(ask("late", tokens_of(2, 5), 40), 1000.0)
+    engine.submit(ask("running", tokens_of(3, 9), 12), 1030.0)
+    engine.step()
+    name, reason = timed_out(engine, clock)
+    assert (name, reason.partition(" (")[2]) == ("late", "with 3 tokens of its answer)")
+    assert answers(finish(engine))["running"].token_ids == plain_answer(model, tokens_of(3, 9), 12)
+
+
+def test_a_deadline_of_its_own_comes_before_the_time_out(model: LoadedModel) -> None:
+    clock = ManualClock(1000.0)
+    engine = make_engine(model, max_running=1, clock=clock, **TIMEOUT)
+    for name in ("running", "waiting"):
+        engine.submit(ask(name, tokens_of(2, 5), 40, created_at_ms=1000.0, deadline_ms=50.0), 1000.0)
+    engine.step()
+    clock.advance(60)
+    done = answers(engine.step())
+    assert {one.finish_reason for one in done.values()} == {FinishReason.DEADLINE}
+    assert [len(done[name].token_ids) > 0 for name in ("running", "waiting")] == [True, False]
+
+
+def test_without_a_time_out_a_request_may_take_for_ever(model: LoadedModel) -> None:
+    clock = ManualClock(1000.0)
+    engine = make_engine(model, clock=clock, request_timeout_ms=0)
+    engine.submit(ask("a", tokens_of(2, 5), 3), 1000.0)
+    clock.advance(1e12)
+    assert answers(finish(engine)).keys() == {"a"}
+
+
+def test_the_engine_says_whom_it_begins_with_before_it_does_anything_for_them(model: LoadedModel) -> None:
+    said: list[str] = []
+    cache = MemoryCache(model.chunk_shape(CHUNK))
+    lookup = cache.lookup
+
+    def told(*arguments: object) -> object:
+        said.append("lookup")
+        return lookup(*arguments)  # type: ignore[arg-type]
+
+    cache.lookup = told  # type: ignore[method-assign,assignment]
+    engine = make_engine(
+        model,
+        cache=cache,
+        max_running=1,
+        on_begin=lambda request: said.append(request.request_id),
+        on_pass=lambda: said.append("pass"),
+    )
+    engine.warm_up()
+    assert said == []
+    for name in ("a", "b"):
+        engine.submit(ask(name, tokens_of(ord(name), 5), 2), 0.0)
+    finish(engine)
+    assert said == ["a", "lookup", "pass", "pass", "b", "lookup", "pass", "pass"]
+
+
 def test_a_higher_priority_begins_first_and_equals_in_order(model: LoadedModel) -> None:
     engine = make_engine(model, max_running=1)
     for name, priority in (("a", 0), ("b", 5), ("c", 0), ("d", 5), ("e", -1)):
@@ -283,6 +378,63 @@ def test_a_poison_request_in_a_running_batch_fails_alone(model: LoadedModel) -> 
     found = answers(one for one in done if not isinstance(one, Failure))
     for request in requests:
         assert found[request.request_id].token_ids == plain_answer(model, request.prompt_token_ids, 6)
+
+
+def test_memory_that_one_request_has_too_little_of_is_freed_for_the_others(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass that holds the poisonous one allocates and fails; what it had is gone when each is tried alone."""
+    engine = make_engine(model)
+    requests = [ask(f"r{number}", tokens_of(number, 6 + number), 6) for number in range(3)]
+    for request in (requests[0], ask("bad", tokens_of(9, 11), 6), *requests[1:]):
+        engine.submit(request, 0.0)
+    held: list[weakref.ref[torch.Tensor]] = []
+    emptied: list[int] = []
+    alive: list[bool] = []
+
+    def exhausts(pieces: Sequence[Piece]) -> bool:
+        alive.extend(tensor() is not None for tensor in held)
+        owners = {sequence.row: sequence.request.request_id for sequence in engine._running}
+        if any(piece.start >= 13 and owners.get(piece.row) == "bad" for piece in pieces):
+            activations = torch.zeros(10)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return False
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(held)))
+    # pytest's log keeps tracebacks, and with them what a pass had.
+    monkeypatch.setattr(engine_module.logger, "disabled", True)
+    Watch(engine, exhausts)
+    done = finish(engine)
+    (failure,) = [one for one in done if isinstance(one, Failure)]
+    assert failure.request.request_id == "bad"
+    assert failure.reason == "decode failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    found = answers(one for one in done if not isinstance(one, Failure))
+    for request in requests:
+        assert found[request.request_id].token_ids == plain_answer(model, request.prompt_token_ids, 6)
+    # Of the pass with all of them, and of the one with it alone.
+    assert emptied == [1, 2]
+    assert alive
+    assert not any(alive)
+
+
+@pytest.mark.parametrize("at", ["a pass", "the cache"])
+def test_a_device_that_has_failed_is_nobodys_failure(model: LoadedModel, at: str) -> None:
+    """After it nothing runs in the process any more: it has to be another one that goes on."""
+
+    def fails(*_: object) -> bool:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    cache = MemoryCache(model.chunk_shape(CHUNK))
+    engine = make_engine(model, cache=cache)
+    for number in range(2):
+        engine.submit(ask(f"r{number}", tokens_of(number, 6), 6), 0.0)
+    if at == "a pass":
+        Watch(engine, fails)
+    else:
+        cache.lookup = fails  # type: ignore[method-assign,assignment]
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
 
 
 def test_a_step_that_fails_once_costs_no_request(model: LoadedModel) -> None:

@@ -2,45 +2,138 @@
 
 import builtins
 import logging
+import os
 import runpy
+import signal
 import sys
-import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from core.clock import Clock
 from core.config import JobConfig
-from operators.envelope import Answer, Envelope, Ready
+from core.errors import UserError
+from core.records import Response
+from operators.envelope import Answer, Envelope, Ready, Source
 
 logger = logging.getLogger("stand-in")
+STEP_S = 0.002
 
 
 class StandInSlot:
-    """Fails in its first step by the error that the job is named after; a group takes it for ever.
+    """Answers a request after as many steps as it wants tokens. Its prompt says what else happens in the third of them:
 
-    A model named `broken` cannot be loaded.
+    `kill`, `stop`: the process is, by its signal; `tokenize`: it is killed before the request is in the queue;
+    `stall`: the step never ends; `raise NAME`: the engine does. What begins with `refuse` is refused.
+    A model named `broken` cannot be loaded, one named `refused` is the user's fault, `stalled` takes for ever, `killed`
+    kills.
     """
 
-    def __init__(self, config: JobConfig, slot: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        slot: int,
+        clock: Clock,
+        on_begin: Callable[[Source], None] = lambda source: None,
+        on_pass: Callable[[], None] = lambda: None,
+    ) -> None:
         logger.info("loading")
         if config.engine.model == "broken":
             raise OSError("disk lost")
-        self._error = config.job_name
+        if config.engine.model == "refused":
+            raise UserError("model: not this one")
+        if config.engine.model == "stalled":
+            time.sleep(3600)
+        if config.engine.model == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._on_begin = on_begin
+        self._on_pass = on_pass
+        self._rows = config.engine.max_running
+        self._waiting: list[Envelope] = []
+        self._running: dict[Source, tuple[Envelope, int]] = {}
         self.ready = Ready(slot=slot, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
-        self.unfinished = 0
 
-    def submit(self, envelope: Envelope) -> None:
-        self.unfinished += 1
+    @property
+    def unfinished(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    def submit(self, envelope: Envelope) -> Answer | None:
+        if envelope.request.prompt == "tokenize":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (envelope.request.prompt or "").startswith("refuse"):
+            return envelope.unanswered("refused")
+        self._waiting.append(envelope)
+        return None
 
     def step(self) -> list[Answer]:
-        raise getattr(builtins, self._error)("device lost")
+        time.sleep(STEP_S)
+        while self._waiting and len(self._running) < self._rows:
+            envelope = self._waiting.pop(0)
+            self._on_begin(envelope.source)
+            self._running[envelope.source] = (envelope, 0)
+        for source, (envelope, steps) in self._running.items():
+            self._running[source] = (envelope, steps + 1)
+            if steps == 2:
+                misbehave(envelope.request.prompt or "")
+        self._on_pass()
+        done = [envelope for envelope, steps in self._running.values() if steps >= envelope.request.max_new_tokens]
+        for envelope in done:
+            del self._running[envelope.source]
+        return [Answer(envelope.source, response(envelope, self.ready.slot)) for envelope in done]
 
     def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
-        threading.Event().wait()
-        return []
+        answers = [answer for envelope in batch if (answer := self.submit(envelope)) is not None]
+        while self.unfinished:
+            answers += self.step()
+        return answers
 
     def close(self) -> None:
         pass
+
+
+def misbehave(prompt: str) -> None:
+    if prompt == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if prompt == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if prompt == "stall":
+        time.sleep(3600)
+    if prompt.startswith("raise "):
+        raise getattr(builtins, prompt.removeprefix("raise "))("device lost")
+
+
+def response(envelope: Envelope, slot: int) -> Response:
+    """Of which the text is the process that it comes from."""
+    request = envelope.request
+    return Response(
+        request_id=request.request_id,
+        session_id=request.session_id,
+        user_id=request.user_id,
+        text=str(os.getpid()),
+        token_ids=(1,) * request.max_new_tokens,
+        finish_reason="length",
+        slot=slot,
+        device="cpu",
+        engine="e",
+        model="m",
+        batch_id="b",
+        batch_size=1,
+        prompt_tokens=1,
+        local_tokens=0,
+        remote_tokens=0,
+        computed_tokens=1,
+        output_tokens=request.max_new_tokens,
+        created_at_ms=request.created_at_ms,
+        completed_at_ms=request.created_at_ms,
+        wait_ms=0.0,
+        ttft_ms=None,
+        tpot_ms=None,
+        inference_ms=0.0,
+        e2e_ms=0.0,
+        cache_capacity_chunks=0,
+        cache_used_chunks=0,
+        chunk_bytes=1,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The continuous function without a cluster: its state, who is answered when, and what a restart asks again."""
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from operators.envelope import Answer, Envelope, Ready, WarmUp
 from operators.functions import DEAD_LETTERS, END_OF_INPUT, FULL_POLL_S, POLL_S, READY, ContinuousFunction
 from operators.pump import Pump
 from tests.experiments.experiment_samples import response
-from tests.operators.test_pump import GatedSlot, envelope
+from tests.operators.test_pump import WAIT_S, GatedSlot, envelope
 from tests.operators.timer_context import KEY, TimerContext
 
 
@@ -72,7 +73,7 @@ class Context(TimerContext):
 @pytest.fixture
 def open_function(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Context], ContinuousFunction]]:
     monkeypatch.setattr(functions, "SystemClock", lambda: ManualClock(1000.0))
-    monkeypatch.setattr(functions, "SlotProcess", Slot)
+    monkeypatch.setattr(functions, "Supervisor", Slot)
     opened: list[ContinuousFunction] = []
 
     def make(context: Context) -> ContinuousFunction:
@@ -217,6 +218,26 @@ def test_after_a_restart_what_was_in_flight_is_asked_again_before_anything_newer
     assert Slot.made[1].sent == [1, 2, 3, 9]
     assert sorted(out) == [1, 2, 3, 9]
     assert state.of_key[KEY] == {}
+
+
+def test_attempts_survive_a_restart_of_the_job_and_the_time_it_was_down_does_not_count(open_function: Open) -> None:
+    state = State()
+    context = Context(state)
+    function = open_function(context)
+    process(function, context, 1, 2)
+    Slot.made[0].ask_again(2)
+    deadline_s = time.monotonic() + WAIT_S
+    while state.of_key[KEY]["0-2"].attempts == 0:
+        assert time.monotonic() < deadline_s
+        list(function.on_timer(context.processing[-1], context))
+    assert state.of_key[KEY]["0-1"].attempts == 0
+    process(open_function(context), context, 3)
+    again = Slot.made[1]._running
+    assert {offset: (one.attempts, one.decoded_at_ms) for offset, one in again.items()} == {
+        1: (0, 1000.0),
+        2: (1, 1000.0),
+        3: (0, 0.0),
+    }
 
 
 def test_a_timer_alone_restores_what_was_in_flight(open_function: Open) -> None:

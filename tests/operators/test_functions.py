@@ -66,7 +66,7 @@ class Context(TimerContext):
 def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     made = ManualClock(1000.0)
     monkeypatch.setattr(functions, "SystemClock", lambda: made)
-    monkeypatch.setattr(functions, "SlotProcess", EchoSlot)
+    monkeypatch.setattr(functions, "Supervisor", EchoSlot)
     return made
 
 

@@ -1,12 +1,15 @@
 """Requests come and go while the slot steps; each answer reaches whoever handed its request in, once."""
 
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from core.clock import ManualClock
 from core.records import DeadLetter, Response
+from operators.custody import Retry
 from operators.envelope import Answer, Envelope, Source
 from operators.pump import Pump
 from tests.experiments.experiment_samples import response
@@ -25,6 +28,7 @@ class GatedSlot:
         self._running: dict[int, Envelope] = {}
         self._let_go: set[int] = set()
         self._fault: Exception | None = None
+        self._retries: list[Answer | Retry] = []
 
     def send(self, order: Envelope) -> None:
         with self._changed:
@@ -32,18 +36,28 @@ class GatedSlot:
             self._running[order.source.offset] = order
             self._changed.notify_all()
 
-    def receive(self) -> list[Answer]:
+    def receive(self) -> list[Answer | Retry]:
         with self._changed:
-            self._changed.wait_for(lambda: self._fault or self._let_go & set(self._running))
+            self._changed.wait_for(lambda: self._fault or self._retries or self._let_go & set(self._running))
             if self._fault is not None:
                 raise self._fault
             gone = self._let_go & set(self._running)
             self._let_go -= gone
-            return [self._answer(self._running.pop(offset)) for offset in sorted(gone)]
+            retries, self._retries = self._retries, []
+            return retries + [self._answer(self._running.pop(offset)) for offset in sorted(gone)]
 
     def let_go(self, *offsets: int) -> None:
         with self._changed:
             self._let_go.update(offsets)
+            self._changed.notify_all()
+
+    def ask_again(self, *offsets: int) -> None:
+        """As after a death with these requests in the midst of it."""
+        with self._changed:
+            for offset in offsets:
+                tried = self._running[offset]
+                self._running[offset] = replace(tried, attempts=tried.attempts + 1)
+                self._retries.append(Retry(self._running[offset]))
             self._changed.notify_all()
 
     def fail(self, fault: Exception) -> None:
@@ -195,3 +209,34 @@ def test_closing_ends_the_slot_and_the_thread_in_the_midst_of_work(slot: GatedSl
     assert not pump._thread.is_alive()
     with pytest.raises(RuntimeError, match="the slot was ended"):
         pump.take(1, WAIT_S)
+
+
+def retried(pump: Pump, owner: int) -> list[tuple[int, int]]:
+    """Offsets and attempts, once there are some."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not (found := pump.retried(owner)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+    return [(one.source.offset, one.attempts) for one in found]
+
+
+def test_what_is_asked_again_is_told_to_its_owner_once(pump: Pump, slot: GatedSlot) -> None:
+    hand_in(pump, 1, 2)
+    hand_in(pump, 3, owner=2)
+    slot.ask_again(2, 3)
+    assert retried(pump, 1) == [(2, 1)]
+    assert retried(pump, 2) == [(3, 1)]
+    assert pump.retried(1) == pump.retried(2) == []
+    slot.ask_again(2)
+    assert retried(pump, 1) == [(2, 2)]
+    assert (pump.in_flight, pump.outstanding(1)) == (3, 2)
+    slot.let_go(2)
+    assert [answer.source.offset for answer in pump.take(1, WAIT_S)] == [2]
+
+
+def test_what_has_been_answered_is_not_told_as_asked_again(pump: Pump, slot: GatedSlot) -> None:
+    hand_in(pump, 1, 2)
+    slot.ask_again(1, 2)
+    slot.let_go(1)
+    assert [answer.source.offset for answer in pump.take(1, WAIT_S)] == [1]
+    assert retried(pump, 1) == [(2, 1)]

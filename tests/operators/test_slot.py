@@ -18,14 +18,18 @@ from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 
 
 @pytest.fixture(scope="module")
-def slot(tmp_path_factory: pytest.TempPathFactory) -> InferenceSlot:
+def config(tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
     path = save_tiny(tmp_path_factory.mktemp("slot") / "tiny-qwen2", Qwen2Config(**LAYERS_OF_TWO))
-    config = JobConfig(
+    return JobConfig(
         parallelism=1,
         engine=EngineConfig(model=str(path), device="cpu", threads=1, max_running=4, max_model_len=64),
         cache=CacheConfig(chunk_tokens=8),
         batching=BatchingConfig(batch_size=4),
     )
+
+
+@pytest.fixture(scope="module")
+def slot(config: JobConfig) -> InferenceSlot:
     return InferenceSlot(config, 0, SystemClock())
 
 
@@ -144,3 +148,20 @@ def test_a_missing_model_is_told_before_the_start(tmp_path: Path) -> None:
     config = JobConfig(engine=EngineConfig(model=str(tmp_path / "none")))
     with pytest.raises(UserError, match=r"config\.json"):
         check_before_start(config)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_slot_says_whom_it_begins_with_and_that_it_gets_on(config: JobConfig, grouped: bool) -> None:
+    said: list[Source | None] = []
+    made = InferenceSlot(config, 0, SystemClock(), on_begin=said.append, on_pass=lambda: said.append(None))
+    requests = [envelope(number, max_new_tokens=3, prompt="p" * number) for number in (1, 2)]
+    assert said == []
+    if grouped:
+        made.answer(requests)
+    else:
+        for request in requests:
+            made.submit(request)
+        while made.unfinished:
+            made.step()
+    assert said == [*(request.source for request in requests), None, None, None]
+    made.close()

@@ -1,13 +1,16 @@
 """A slot in a process of its own answers as it would in this one, and neither of the two outlives the other."""
 
+import fcntl
 import logging
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,13 +20,13 @@ import pytest
 from transformers import Qwen2Config
 
 from core.clock import SystemClock
-from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig
+from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig, SupervisionConfig
 from core.errors import UserError
 from core.records import DeadLetter, Response
 from operators import slot_process
-from operators.envelope import Answer, Envelope, Group
+from operators.envelope import Answer, Envelope, Group, Ready
 from operators.slot import InferenceSlot
-from operators.slot_process import END_TIMEOUT_S, SlotDiedError, SlotProcess
+from operators.slot_process import END_TIMEOUT_S, Beat, Began, Said, SlotDiedError, SlotProcess
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 from tests.operators.test_slot import envelope
 
@@ -40,9 +43,44 @@ config, requests = pickle.load(sys.stdin.buffer)
 process = SlotProcess(config, 0)
 for request in requests:
     process.send(request)
-print(process._process.pid, [answer.source.offset for answer in process.receive()], flush=True)
-process.receive()
+while not isinstance(said := process.hear(60.0), list):
+    pass
+print(process._process.pid, [answer.source.offset for answer in said], flush=True)
+while True:
+    process.hear(60.0)
 """
+
+
+class Heard(SlotProcess):
+    """One that is ready, and heard for one kind of thing at a time."""
+
+    def __init__(self, config: JobConfig) -> None:
+        super().__init__(config, 0)
+        try:
+            self.ready: Ready = self.next(Ready)
+        except BaseException:
+            self.close()
+            raise
+
+    def until(self, kind: type) -> list[Said]:
+        """All that it says up to something of that kind."""
+        said: list[Said] = []
+        deadline_s = time.monotonic() + WAIT_S
+        while not said or not isinstance(said[-1], kind):
+            assert time.monotonic() < deadline_s, said
+            said += [one for one in [self.hear(1.0)] if one is not None]
+        return said
+
+    def next(self, kind: type):  # type: ignore[no-untyped-def]
+        return self.until(kind)[-1]
+
+    def receive(self) -> list[Answer]:
+        answers: list[Answer] = self.next(list)
+        return answers
+
+    def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
+        self.send(Group(batch))
+        return self.receive()
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +103,23 @@ def slot(config: JobConfig) -> InferenceSlot:
 
 
 @pytest.fixture(scope="module")
-def process(config: JobConfig) -> Iterator[SlotProcess]:
-    made = SlotProcess(config, 0)
+def process(config: JobConfig) -> Iterator[Heard]:
+    made = Heard(config)
     yield made
     made.close()
     assert made._process.returncode == 0
 
 
-Start = Callable[[JobConfig], SlotProcess]
+Start = Callable[[JobConfig], Heard]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts a process that the test may end as it likes."""
-    made: list[SlotProcess] = []
+    made: list[Heard] = []
 
-    def one(config: JobConfig) -> SlotProcess:
-        made.append(SlotProcess(config, 0))
+    def one(config: JobConfig) -> Heard:
+        made.append(Heard(config))
         return made[-1]
 
     yield one
@@ -125,7 +163,7 @@ def has_ended(process: psutil.Process) -> bool:
     return True
 
 
-def test_requests_sent_one_by_one_come_back_each_by_itself(process: SlotProcess, slot: InferenceSlot) -> None:
+def test_requests_sent_one_by_one_come_back_each_by_itself(process: Heard, slot: InferenceSlot) -> None:
     requests = prompts(30, 10, 20)
     for request in requests:
         process.send(request)
@@ -142,10 +180,9 @@ def test_requests_sent_one_by_one_come_back_each_by_itself(process: SlotProcess,
         assert response(answer).batch_size == 1
 
 
-def test_a_group_comes_back_whole(process: SlotProcess, slot: InferenceSlot) -> None:
+def test_a_group_comes_back_whole(process: Heard, slot: InferenceSlot) -> None:
     requests = prompts(3, 12, 1, 7)
-    process.send(Group(requests))
-    answers = process.receive()
+    answers = process.answer(requests)
     assert tokens(answers) == tokens(slot.answer(requests))
     responses = [response(answer) for answer in answers]
     assert {one.batch_size for one in responses} == {len(requests)}
@@ -153,7 +190,7 @@ def test_a_group_comes_back_whole(process: SlotProcess, slot: InferenceSlot) -> 
     assert len({one.completed_at_ms for one in responses}) == 1
 
 
-def test_what_the_model_cannot_answer_comes_back_as_a_dead_letter(process: SlotProcess) -> None:
+def test_what_the_model_cannot_answer_comes_back_as_a_dead_letter(process: Heard) -> None:
     bad = envelope(4, model="another")
     process.send(bad)
     (answer,) = process.receive()
@@ -162,7 +199,7 @@ def test_what_the_model_cannot_answer_comes_back_as_a_dead_letter(process: SlotP
     assert (letter(answer).raw, letter(answer).offset) == (bad.raw, 4)
 
 
-def test_a_group_is_answered_though_one_of_it_cannot_be(process: SlotProcess) -> None:
+def test_a_group_is_answered_though_one_of_it_cannot_be(process: Heard) -> None:
     answers = process.answer([envelope(0), envelope(1, prompt=None, prompt_token_ids=[10**6]), envelope(2)])
     by_place = {answer.source.offset: answer for answer in answers}
     assert sorted(by_place) == [0, 1, 2]
@@ -170,12 +207,12 @@ def test_a_group_is_answered_though_one_of_it_cannot_be(process: SlotProcess) ->
     assert response(by_place[0]).token_ids == response(by_place[2]).token_ids
 
 
-def test_the_process_says_what_serves(process: SlotProcess, slot: InferenceSlot) -> None:
+def test_the_process_says_what_serves(process: Heard, slot: InferenceSlot) -> None:
     assert process.ready.model_copy(update={"load_s": 0.0}) == slot.ready.model_copy(update={"load_s": 0.0})
     assert process._process.pid != os.getpid()
 
 
-def test_what_the_process_logs_is_in_this_ones_log(process: SlotProcess, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_process_logs_is_in_this_ones_log(process: Heard, caplog: pytest.LogCaptureFixture) -> None:
     process.send(envelope(9, prompt=None, messages=[{"role": "user", "content": "hello"}]))
     (answer,) = process.receive()
     assert letter(answer).reason.startswith("prompt: TypeError")
@@ -187,9 +224,7 @@ def test_what_the_process_logs_is_in_this_ones_log(process: SlotProcess, caplog:
     assert rest[-1].startswith("TypeError: ")
 
 
-def test_what_the_process_logs_bears_its_level_and_name_once(
-    process: SlotProcess, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_the_process_logs_bears_its_level_and_name_once(process: Heard, caplog: pytest.LogCaptureFixture) -> None:
     process.send(envelope(9, prompt=None, messages=[{"role": "user", "content": "hello"}]))
     process.receive()
     assert caplog.messages[0].splitlines()[0] == "request 'r9' could not be tokenized"
@@ -210,7 +245,7 @@ def test_a_model_that_cannot_be_served_is_told_in_a_line(config: JobConfig, tmp_
     engine = config.engine.model_copy(update={"model": str(tmp_path)})
     before = psutil.Process().children()
     with pytest.raises(UserError, match=r"^model: cannot load ") as raised:
-        SlotProcess(config.model_copy(update={"engine": engine}), 0)
+        Heard(config.model_copy(update={"engine": engine}))
     assert "\n" not in str(raised.value)
     assert psutil.Process().children() == before
 
@@ -218,44 +253,98 @@ def test_a_model_that_cannot_be_served_is_told_in_a_line(config: JobConfig, tmp_
 def test_a_slot_that_fails_to_load_is_told_with_its_traceback(stand_in: JobConfig) -> None:
     before = psutil.Process().children()
     with pytest.raises(SlotDiedError, match="disk lost") as raised:
-        SlotProcess(stand_in.model_copy(update={"engine": EngineConfig(model="broken")}), 0)
+        Heard(stand_in.model_copy(update={"engine": EngineConfig(model="broken")}))
     assert "Traceback" in str(raised.value)
     assert "in __init__" in str(raised.value)
     assert psutil.Process().children() == before
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        "RuntimeError",
-        "OSError",
-        "EOFError",
-        "ConnectionResetError",
-    ],
-)
+@pytest.mark.parametrize("error", ["RuntimeError", "OSError", "EOFError", "ConnectionResetError"])
 def test_an_engine_that_raises_is_told_with_its_traceback(stand_in: JobConfig, start: Start, error: str) -> None:
-    process = start(stand_in.model_copy(update={"job_name": error}))
-    process.send(envelope(1))
+    process = start(stand_in)
+    process.send(envelope(1, prompt=f"raise {error}"))
     with pytest.raises(SlotDiedError, match=f"{error}: device lost") as raised:
         process.receive()
+    assert raised.value.how == f"failed: {error}: device lost"
     assert "Traceback" in str(raised.value)
     assert "in step" in str(raised.value)
     with pytest.raises(SlotDiedError, match="with status 1"):
         process.receive()
-    with pytest.raises(SlotDiedError, match="with status 1"):
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_killed_process_is_told_by_its_signal(stand_in: JobConfig, start: Start, grouped: bool) -> None:
+    process = start(stand_in)
+    poison = envelope(1, prompt="kill")
+    process.send(Group([poison]) if grouped else poison)
+    for _ in range(2):
+        with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
+            process.receive()
+        # Whoever sends is not told: what comes of it is heard.
         process.send(envelope(2))
 
 
-def test_a_killed_process_is_told_by_its_signal(stand_in: JobConfig, start: Start) -> None:
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_process_says_before_it_begins_with_a_request(process: Heard, grouped: bool) -> None:
+    requests = prompts(3, 2)
+    for order in [Group(requests)] if grouped else requests:
+        process.send(order)
+    began: list[Envelope] = []
+    answered = 0
+    while answered < len(requests):
+        said = process.until(list)
+        began += [one for one in requests if Began(one.source) in said]
+        answered += len(said[-1])  # type: ignore[arg-type]
+    assert sorted(began, key=lambda one: one.source.offset) == requests
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_process_says_that_it_lives_while_it_works(stand_in: JobConfig, start: Start, grouped: bool) -> None:
     process = start(stand_in)
-    process.send(Group([envelope(1)]))
-    os.kill(process._process.pid, signal.SIGKILL)
+    for _ in range(2):
+        assert not any(isinstance(said, list) for said in process.until(Beat))
+    long = envelope(1, max_new_tokens=LONG)
+    process.send(Group([long]) if grouped else long)
+    process.next(Began)
+    for _ in range(3):
+        assert [type(said) for said in process.until(Beat)] == [Beat]
+    process.kill()
+
+
+def test_sending_does_not_wait_for_a_process_that_stands_still(stand_in: JobConfig, start: Start) -> None:
+    process = start(stand_in)
+    os.kill(process._process.pid, signal.SIGSTOP)
+    for number in range(20):
+        process.send(envelope(number, prompt="x" * 500_000))
+    while process.hear(0.1) is not None:
+        pass
+    process.kill()
     with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
         process.receive()
-    with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
-        process.send(envelope(2))
-    with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
-        process.answer([envelope(3)])
+
+
+def test_a_process_that_stops_in_the_midst_of_a_word_is_not_waited_for(
+    stand_in: JobConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = SupervisionConfig(engine_timeout_s=0.5)
+    process = start(stand_in.model_copy(update={"supervision": limits}))
+    # What comes back is larger than the socket holds.
+    process.send(envelope(1, prompt="refuse" + "x" * 500_000))
+    deadline_s = time.monotonic() + WAIT_S
+    while unread_bytes(process) < 50_000:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    os.kill(process._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(slot_process, "END_TIMEOUT_S", 0.1)
+    with pytest.raises(SlotDiedError, match="does not speak any more"):
+        process.receive()
+
+
+def unread_bytes(process: SlotProcess) -> int:
+    """Of what it has said."""
+    found = array("i", [0])
+    fcntl.ioctl(process._socket, termios.FIONREAD, found)
+    return found[0]
 
 
 def test_ending_does_not_wait_for_a_long_answer(config: JobConfig, start: Start) -> None:
@@ -279,7 +368,8 @@ def test_a_process_that_does_not_end_in_time_is_killed(
     stand_in: JobConfig, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = start(stand_in)
-    process.send(Group([envelope(1)]))
+    process.send(envelope(1, prompt="stall"))
+    process.next(Began)
     monkeypatch.setattr(slot_process, "END_TIMEOUT_S", 0.1)
     process.end()
     assert process._process.returncode == -signal.SIGKILL

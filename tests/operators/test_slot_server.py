@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from core.clock import ManualClock, SystemClock
 from operators.envelope import Answer, Envelope, Group, Source
-from operators.slot_server import Line, serve
+from operators.slot_process import Beat
+from operators.slot_server import BEAT_S, Line, Pulse, serve
 from tests.operators.test_pump import WAIT_S, envelope, letter
 
 
@@ -52,8 +54,12 @@ class Server:
         self._thread.start()
 
     def receive(self) -> Any:
-        assert self.connection.poll(WAIT_S)
-        return self.connection.recv()
+        """What it says next, but for signs of life."""
+        while True:
+            assert self.connection.poll(WAIT_S)
+            said = self.connection.recv()
+            if said != Beat():
+                return said
 
     def join(self) -> None:
         self._thread.join(WAIT_S)
@@ -61,7 +67,7 @@ class Server:
 
     def _run(self, line: Line, slot: SteppedSlot) -> None:
         try:
-            serve(line, slot)  # type: ignore[arg-type]
+            serve(line, slot, Pulse(line, SystemClock()))  # type: ignore[arg-type]
         except BaseException as error:
             self.error = error
 
@@ -98,7 +104,6 @@ def test_a_request_joins_between_two_steps_and_leaves_with_the_step_it_finishes_
     server.connection.send(envelope(3))
     slot.outcomes.put([])
     assert slot.began.get(timeout=WAIT_S) == [1, 2, 3]
-    assert not server.connection.poll()
     slot.outcomes.put([2, 3])
     assert server.receive() == [answer(envelope(2)), answer(envelope(3))]
     assert slot.began.get(timeout=WAIT_S) == [1]
@@ -150,3 +155,21 @@ def test_an_engine_that_raises_ends_the_server(server: Server, slot: SteppedSlot
     slot.outcomes.put(fault)
     server.join()
     assert server.error is fault
+
+
+def test_a_server_that_waits_says_that_it_lives(server: Server, slot: SteppedSlot) -> None:
+    for _ in range(2):
+        assert server.connection.poll(WAIT_S)
+        assert server.connection.recv() == Beat()
+
+
+def test_a_pulse_beats_no_faster_than_it_may() -> None:
+    ours, theirs = Pipe()
+    clock = ManualClock()
+    pulse = Pulse(Line(theirs), clock)
+    heard = []
+    for advance_ms in (0.0, BEAT_S * 1e3 - 1.0, 0.5, 0.5, 10 * BEAT_S * 1e3, 1.0):
+        clock.advance(advance_ms)
+        pulse.beat()
+        heard.append(ours.poll() and ours.recv() == Beat())
+    assert heard == [True, False, False, True, True, False]

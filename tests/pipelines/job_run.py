@@ -122,11 +122,20 @@ def checkpoints(run: Run) -> int:
 
 def worker(stack: LocalStack) -> int:
     """The Python worker of the one slot in use: the youngest below the stack's own TaskManager."""
+    return _youngest(stack, "beam_boot")
+
+
+def slot_process(stack: LocalStack) -> int:
+    """The process of the one slot in use."""
+    return _youngest(stack, "operators.slot_server")
+
+
+def _youngest(stack: LocalStack, named: str) -> int:
     folder = str(stack.config.dir)
-    workers = [
+    found = [
         process
         for process in psutil.process_iter(["cmdline", "create_time"])
-        if any("beam_boot" in part for part in process.info["cmdline"] or ())
+        if any(named in part for part in process.info["cmdline"] or ())
         and any(folder in part for parent in process.parents() for part in parent.cmdline())
     ]
-    return int(max(workers, key=lambda process: process.info["create_time"]).pid)
+    return int(max(found, key=lambda process: process.info["create_time"]).pid)

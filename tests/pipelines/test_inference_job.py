@@ -20,7 +20,7 @@ from inference_service.device_profile import DeviceProfile
 from inference_service.engine import Engine, load_checked_model
 from local_stack import LocalStack
 from pipelines.connectors import ensure_topics
-from tests.pipelines.job_run import ROOT, Run, checkpoints, ids, worker
+from tests.pipelines.job_run import ROOT, Run, checkpoints, ids, slot_process, worker
 
 pytestmark = pytest.mark.integration
 JOB = ROOT / "pipelines" / "inference.py"
@@ -110,6 +110,22 @@ def test_what_was_in_flight_when_the_worker_was_killed_is_answered_once(
     run.job.stop(None, 240)
     run.settle()
     assert run.answered() == ids(10)
+
+
+def test_a_slot_process_that_is_killed_under_load_costs_no_request_and_no_restart_of_the_job(
+    run: Run, stack: LocalStack, slow: list[str]
+) -> None:
+    run.submit("--parallelism", "1", "--max-running", "4", *slow)
+    run.read_until(lambda r: len(r.ready) == 1)
+    run.send(16, max_new_tokens=12)
+    run.read_until(lambda r: len(r.responses) >= 4)
+    os.kill(slot_process(stack), signal.SIGKILL)
+    run.read_until(lambda r: len(r.responses) >= 16)
+    run.job.stop(None, 240)
+    run.settle()
+    assert run.answered() == ids(16)
+    assert run.letters == []
+    assert run.job.failures() == []
 
 
 def test_new_sessions_go_around_an_overloaded_slot_and_old_ones_stay(run: Run, slow: list[str]) -> None:

@@ -1,0 +1,213 @@
+"""Keeps a slot's process alive: one that dies or hangs is replaced, and what it had is asked again.
+
+A death is no failure of the job, which would load every model again and ask for all that is in flight: requests stay
+with `Custody`, which finds the one that processes die of. Only deaths in a row, without an answer between them, fail
+the slot, so that Flink's own restart strategy takes over.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
+from typing import Protocol
+
+from core.clock import Clock
+from core.config import Batching, JobConfig
+from core.records import Response
+from operators.custody import Custody, Retry
+from operators.envelope import Answer, Envelope, Group, Ready
+from operators.slot_process import Began, Said, SlotDiedError, SlotProcess
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.25
+"""Longest wait for what the process says before time-outs are looked at."""
+FIRST_BACKOFF_S = 1.0
+MOST_BACKOFF_S = 30.0
+
+
+def backoff_s(deaths: int) -> float:
+    """How long to wait after so many deaths in a row: after the first not at all, then twice as long each time."""
+    return 0.0 if deaths < 2 else min(MOST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(deaths - 2, 16))
+
+
+class Process(Protocol):
+    """A slot's process, as `operators.slot_process` describes it."""
+
+    def send(self, order: Envelope | Group) -> None: ...
+
+    def hear(self, timeout_s: float) -> Said | None: ...
+
+    def kill(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Supervisor:
+    """A slot that outlives its processes. Waits until the first one is ready; one thread may send, one receive.
+
+    Raises `UserError` where no slot can be made of what the user gave, `SlotDiedError` once it has given up.
+    """
+
+    def __init__(
+        self, config: JobConfig, slot: int, clock: Clock, start: Callable[[JobConfig, int], Process] = SlotProcess
+    ) -> None:
+        self._limits = config.supervision
+        self._grouped = config.batching.batching is Batching.MICRO
+        self._start = partial(start, config, slot)
+        self._clock = clock
+        self._custody = Custody(config.supervision.max_attempts, config.engine.request_timeout_ms)
+        self._changing = threading.Lock()
+        """Held while what is in custody or the process changes."""
+        self._process: Process | None = None
+        self._serves = False
+        """Whether the process is ready to be sent to."""
+        self._heard_ms = 0.0
+        self._deaths = 0
+        """Since a process last answered."""
+        self._ended = threading.Event()
+        self._ready: Future[Ready] = Future()
+        self._came: SimpleQueue[list[Answer | Retry] | BaseException] = SimpleQueue()
+        self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
+        self._thread.start()
+        try:
+            self.ready = self._ready.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, order: Envelope) -> None:
+        """Take a request in. Never waits for the process."""
+        self._take([order])
+
+    def receive(self) -> list[Answer | Retry]:
+        """What has finished or is asked again, as soon as there is something."""
+        came = self._came.get()
+        if isinstance(came, BaseException):
+            self._came.put(came)
+            raise came
+        return came
+
+    def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
+        """Answer a closed group, in the order in which its requests finish."""
+        self._take(batch)
+        answers: list[Answer] = []
+        while len(answers) < len(batch):
+            answers += [one for one in self.receive() if isinstance(one, Answer)]
+        return answers
+
+    def end(self) -> None:
+        """End the process for good: who receives is told that it has died."""
+        self._ended.set()
+        with self._changing:
+            process = self._process
+        if process is not None:
+            process.end()
+
+    def close(self) -> None:
+        self.end()
+        self._thread.join()
+
+    def _take(self, envelopes: Sequence[Envelope]) -> None:
+        with self._changing:
+            for envelope in envelopes:
+                self._custody.take(envelope)
+            self._give()
+
+    def _give(self) -> None:
+        """Send what the process may have now."""
+        if self._process is None or not self._serves:
+            return
+        envelopes = self._custody.give()
+        orders = [Group(envelopes)] if self._grouped and envelopes else envelopes
+        for order in orders:
+            self._process.send(order)
+
+    def _supervise(self) -> None:
+        try:
+            while True:
+                if came := [*self._next(), *self._expired()]:
+                    self._came.put(came)
+        except BaseException as error:  # it is raised again where the stream calls
+            if self._process is not None:
+                self._process.close()
+            if not self._ready.done():
+                self._ready.set_exception(error)
+            self._came.put(error)
+
+    def _next(self) -> list[Answer | Retry]:
+        """What comes of the next thing that happens; for a moment nothing may."""
+        try:
+            if self._process is None:
+                self._replace()
+                return []
+            return self._heard(self._hear(self._process))
+        except SlotDiedError as death:
+            return self._bury(death)
+
+    def _replace(self) -> None:
+        if self._ended.wait(backoff_s(self._deaths)):
+            raise SlotDiedError("was ended")
+        process = self._start()
+        self._heard_ms = self._clock.monotonic_ms()
+        with self._changing:
+            self._process = process
+        # Whoever has ended the slot meanwhile has found no process to end.
+        if self._ended.is_set():
+            process.end()
+
+    def _hear(self, process: Process) -> Said | None:
+        asked_ms = self._clock.monotonic_ms()
+        said = process.hear(LOOK_S)
+        if said is not None:
+            self._heard_ms = self._clock.monotonic_ms()
+            return said
+        # By the time of the question: had this process stood still since, what was said meanwhile would be unheard.
+        most_s = self._limits.engine_timeout_s if self._serves else self._limits.load_timeout_s
+        if asked_ms - self._heard_ms > most_s * 1e3:
+            process.kill()
+            raise SlotDiedError(f"hung: it has said nothing for {most_s:g} s")
+        return None
+
+    def _heard(self, said: Said | None) -> list[Answer | Retry]:
+        if isinstance(said, Ready):
+            with self._changing:
+                self._serves = True
+                self._give()
+            if not self._ready.done():
+                self._ready.set_result(said)
+        elif isinstance(said, Began):
+            self._custody.began(said.source)
+        elif isinstance(said, list):
+            with self._changing:
+                for answer in said:
+                    self._custody.answered(answer.source)
+                self._give()
+            if any(isinstance(answer.record, Response) for answer in said):
+                self._deaths = 0
+            return list(said)
+        return []
+
+    def _bury(self, death: SlotDiedError) -> list[Answer | Retry]:
+        """What becomes of what the process had; the next one is started after that."""
+        with self._changing:
+            process, self._process, self._serves = self._process, None, False
+            came = self._custody.lost(death.how)
+        if process is not None:
+            process.close()
+        if self._ended.is_set():
+            raise death
+        self._deaths += 1
+        if self._deaths > self._limits.slot_restarts:
+            raise SlotDiedError(f"{death.how}; that was death {self._deaths} in a row without an answer") from death
+        delay_s = backoff_s(self._deaths)
+        logger.warning("in the midst of %d requests %s\nAnother one starts in %g s", len(came), death, delay_s)
+        return came
+
+    def _expired(self) -> list[Answer]:
+        with self._changing:
+            return list(self._custody.expire(self._clock.wall_ms()))

@@ -1,0 +1,375 @@
+"""A slot outlives its processes: who they die of is found, everybody else is answered, and the job is not told.
+
+The processes are real, and really killed or stopped; only their engine is a stand-in.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
+
+import psutil
+import pytest
+
+from core.clock import Clock, ManualClock, SystemClock
+from core.config import Batching, BatchingConfig, EngineConfig, JobConfig, SupervisionConfig
+from core.errors import UserError
+from core.records import DeadLetter, Response
+from operators import slot_process, supervisor
+from operators.custody import Retry
+from operators.envelope import Answer, Envelope, Group, Ready
+from operators.slot_process import Beat, Began, Said, SlotDiedError
+from operators.supervisor import Process, Supervisor, backoff_s
+from tests.operators.test_pump import letter
+from tests.operators.test_slot import envelope
+
+WAIT_S = 60.0
+"""Never reached unless something is wrong."""
+Start = Callable[..., Supervisor]
+MODES = [Batching.CONTINUOUS, Batching.MICRO]
+
+
+def config(batching: Batching = Batching.CONTINUOUS, model: str = "default", **limits: float) -> JobConfig:
+    return JobConfig(
+        parallelism=1,
+        engine=EngineConfig(model=model, max_running=4),
+        batching=BatchingConfig(batching=batching),
+        supervision=SupervisionConfig(**limits),
+    )
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot_process, "SERVER", "tests.operators.stand_in_server")
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    made: list[Supervisor] = []
+
+    def one(job: JobConfig, clock: Clock | None = None, **how: object) -> Supervisor:
+        made.append(Supervisor(job, 0, clock or SystemClock(), **how))
+        return made[-1]
+
+    yield one
+    for slot in made:
+        slot.close()
+        assert not slot._thread.is_alive()
+    assert psutil.Process().children() == []
+
+
+class Outcomes:
+    """What came of requests: each has one outcome."""
+
+    def __init__(self) -> None:
+        self.responses: dict[int, Response] = {}
+        self.letters: dict[int, DeadLetter] = {}
+        self.retries: Counter[int] = Counter()
+
+    def add(self, came: Sequence[Answer | Retry]) -> None:
+        for one in came:
+            if isinstance(one, Retry):
+                number = one.envelope.source.offset
+                self.retries[number] += 1
+                assert one.envelope.attempts == self.retries[number]
+                continue
+            number = one.source.offset
+            assert number not in self.responses.keys() | self.letters.keys()
+            if isinstance(one.record, Response):
+                self.responses[number] = one.record
+            else:
+                self.letters[number] = one.record
+
+    @property
+    def processes(self) -> int:
+        """That have answered."""
+        return len({response.text for response in self.responses.values()})
+
+
+def ask(slot: Supervisor, requests: Sequence[Envelope], batching: Batching) -> Outcomes:
+    found = Outcomes()
+    if batching is Batching.MICRO:
+        found.add(slot.answer(requests))
+        return found
+    for request in requests:
+        slot.send(request)
+    while len(found.responses) + len(found.letters) < len(requests):
+        found.add(slot.receive())
+    return found
+
+
+def mixed(poison: str, at: int = 2, count: int = 6, steps: int = 30) -> list[Envelope]:
+    """Requests that run for a while together, one of them poisonous."""
+    return [
+        envelope(number, prompt=poison if number == at else "fine", max_new_tokens=steps) for number in range(count)
+    ]
+
+
+def pid(slot: Supervisor) -> int:
+    process = slot._process
+    assert isinstance(process, slot_process.SlotProcess)
+    return process._process.pid
+
+
+HUNG = "hung: it has said nothing for 2 s"
+
+
+@pytest.mark.parametrize(
+    ("poison", "how", "batching"),
+    [
+        ("kill", "was ended by SIGKILL", Batching.CONTINUOUS),
+        ("kill", "was ended by SIGKILL", Batching.MICRO),
+        ("stop", HUNG, Batching.CONTINUOUS),
+        ("stall", HUNG, Batching.MICRO),
+        ("raise RuntimeError", "failed: RuntimeError: device lost", Batching.CONTINUOUS),
+        ("tokenize", "was ended by SIGKILL", Batching.CONTINUOUS),
+    ],
+    ids=lambda value: str(value).split(":")[0],
+)
+def test_only_who_the_process_dies_of_is_not_answered(start: Start, poison: str, how: str, batching: Batching) -> None:
+    slot = start(config(batching, engine_timeout_s=2.0))
+    requests = mixed(poison)
+    found = ask(slot, requests, batching)
+    assert sorted(found.responses) == [0, 1, 3, 4, 5]
+    (number, refused), *_ = found.letters.items()
+    assert number == 2
+    assert refused.reason == f"the slot's process died 2 times in the midst of it: {how}"
+    assert (refused.stage, refused.raw, refused.request_id) == ("inference", requests[2].raw, "r2")
+    assert max(found.retries.values(), default=1) == 1
+    # It serves on.
+    assert list(ask(slot, [envelope(9)], batching).responses) == [9]
+
+
+@pytest.mark.parametrize("batching", MODES)
+def test_a_process_that_is_killed_from_outside_costs_no_request(start: Start, batching: Batching) -> None:
+    slot = start(config(batching))
+    first = pid(slot)
+    killing = threading.Timer(0.2, os.kill, [first, signal.SIGKILL])
+    killing.start()
+    found = ask(slot, [envelope(number, max_new_tokens=150) for number in range(10)], batching)
+    killing.join()
+    assert sorted(found.responses) == list(range(10))
+    assert found.letters == {}
+    assert str(pid(slot)) in {response.text for response in found.responses.values()}
+    assert pid(slot) != first
+
+
+def test_what_is_asked_again_is_told_with_its_attempts(start: Start) -> None:
+    slot = start(config(max_attempts=3))
+    found = ask(slot, mixed("kill"), Batching.CONTINUOUS)
+    assert found.retries[2] == 2
+    assert set(found.retries.values()) <= {1, 2}
+    assert "died 3 times" in found.letters[2].reason
+
+
+def test_attempts_of_before_a_restart_of_the_job_count(start: Start) -> None:
+    slot = start(config())
+    plain = envelope(1, prompt="kill")
+    tried = Envelope(plain.slot, plain.raw, plain.source, plain.decoded_at_ms, attempts=1)
+    found = ask(slot, [tried, envelope(2)], Batching.CONTINUOUS)
+    assert list(found.responses) == [2]
+    assert "died 2 times" in found.letters[1].reason
+    assert not found.retries
+
+
+@pytest.mark.parametrize("batching", MODES)
+def test_an_idle_process_that_dies_is_replaced_before_anybody_asks(start: Start, batching: Batching) -> None:
+    slot = start(config(batching))
+    first = pid(slot)
+    os.kill(first, signal.SIGKILL)
+    deadline_s = time.monotonic() + WAIT_S
+    while slot._process is None or pid(slot) == first or not slot._serves:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    assert list(ask(slot, [envelope(1)], batching).responses) == [1]
+
+
+def test_deaths_in_a_row_without_an_answer_are_told(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    slot = start(config(slot_restarts=2, max_attempts=9))
+    slot.send(envelope(1, prompt="kill"))
+    assert [type(one) for _ in range(2) for one in slot.receive()] == [Retry, Retry]
+    with pytest.raises(SlotDiedError, match="was ended by SIGKILL; that was death 3 in a row without an answer"):
+        slot.receive()
+    with pytest.raises(SlotDiedError, match="death 3"):
+        slot.receive()
+    slot.send(envelope(2))
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert ["SIGKILL" in record.getMessage() for record in warnings] == [True, True]
+
+
+def test_an_answer_ends_a_row_of_deaths(start: Start) -> None:
+    slot = start(config(slot_restarts=1, max_attempts=1))
+    for number in range(0, 6, 2):
+        requests = [envelope(number, prompt="kill"), envelope(number + 1)]
+        slot.send(requests[0])
+        found = Outcomes()
+        while not found.letters:
+            found.add(slot.receive())
+        slot.send(requests[1])
+        while not found.responses:
+            found.add(slot.receive())
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("broken", "failed: OSError: disk lost"),
+        ("killed", "was ended by SIGKILL"),
+        ("stalled", "hung: it has said nothing for 1 s"),
+    ],
+)
+def test_a_slot_that_cannot_load_is_tried_again_and_then_told(model: str, told: str) -> None:
+    limits = {"load_timeout_s": 1.0} if model == "stalled" else {}
+    with pytest.raises(SlotDiedError, match=f"{told}; that was death 2 in a row"):
+        Supervisor(config(model=model, slot_restarts=1, **limits), 0, SystemClock())
+    assert psutil.Process().children() == []
+
+
+def test_what_the_user_gave_wrong_is_told_at_once() -> None:
+    with pytest.raises(UserError, match="model: not this one"):
+        Supervisor(config(model="refused"), 0, SystemClock())
+    assert psutil.Process().children() == []
+
+
+def test_a_slot_ends_in_the_midst_of_work(start: Start) -> None:
+    slot = start(config())
+    slot.send(envelope(1, max_new_tokens=20_000))
+    slot.end()
+    with pytest.raises(SlotDiedError, match="was ended with status 0"):
+        slot.receive()
+    with pytest.raises(SlotDiedError):
+        slot.receive()
+
+
+class Script(Process):
+    """A process that says what it is told to, and nothing else; a look lasts as long as it may."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock = clock
+        self.says: SimpleQueue[Said | Exception] = SimpleQueue()
+        self.sent: list[Envelope | Group] = []
+        self.killed = False
+        self.ended = threading.Event()
+
+    def send(self, order: Envelope | Group) -> None:
+        self.sent.append(order)
+
+    def hear(self, timeout_s: float) -> Said | None:
+        if not self.says.empty():
+            said = self.says.get()
+            if isinstance(said, Exception):
+                raise said
+            return said
+        if self.ended.wait(0.001):
+            raise SlotDiedError("was ended with status 0")
+        self._clock.advance(timeout_s * 1e3)
+        return None
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def end(self) -> None:
+        self.ended.set()
+
+    def close(self) -> None:
+        self.end()
+
+
+class Scripts:
+    """The processes of a slot, one after the other. Each is ready at once, unless that is told otherwise."""
+
+    def __init__(self, *, ready: bool = True) -> None:
+        self.clock = ManualClock(1000.0)
+        self.made: list[Script] = []
+        self._ready = ready
+
+    def start(self, job: JobConfig, slot: int) -> Script:
+        script = Script(self.clock)
+        if self._ready or not self.made:
+            script.says.put(Ready(slot=slot, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0))
+        self.made.append(script)
+        return script
+
+    def wait_for(self, count: int) -> Script:
+        deadline_s = time.monotonic() + WAIT_S
+        while len(self.made) < count:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
+        return self.made[-1]
+
+
+def test_a_process_hangs_that_says_nothing_for_the_time_allowed(start: Start) -> None:
+    scripts = Scripts()
+    slot = start(config(engine_timeout_s=100.0, slot_restarts=100), scripts.clock, start=scripts.start)
+    (first,) = scripts.made
+    slot.send(envelope(1))
+    first.says.put(Began(envelope(1).source))
+    for _ in range(5):
+        first.says.put(Beat())
+    second = scripts.wait_for(2)
+    assert first.killed
+    # Five beats came at once, so its time ran from the last of them on.
+    assert scripts.clock.wall_ms() >= 1000.0 + 100_000.0
+    (retry,) = slot.receive()
+    assert isinstance(retry, Retry)
+    deadline_s = time.monotonic() + WAIT_S
+    while not second.sent:
+        assert time.monotonic() < deadline_s
+    assert second.sent == [retry.envelope]
+
+
+def test_what_waits_for_a_process_times_out(start: Start) -> None:
+    scripts = Scripts(ready=False)
+    job = config(load_timeout_s=1e6)
+    job = job.model_copy(update={"engine": job.engine.model_copy(update={"request_timeout_ms": 50_000.0})})
+    slot = start(job, scripts.clock, start=scripts.start)
+    scripts.made[0].says.put(SlotDiedError("was ended by SIGKILL"))
+    # The second one never gets ready.
+    scripts.wait_for(2)
+    slot.send(Envelope(0, envelope(1).raw, envelope(1).source, scripts.clock.wall_ms()))
+    (answer,) = slot.receive()
+    assert isinstance(answer, Answer)
+    assert isinstance(answer.record, DeadLetter)
+    assert answer.record.reason.startswith("timeout: not answered within 50000 ms")
+
+
+def test_what_a_process_said_before_it_died_counts(start: Start) -> None:
+    scripts = Scripts()
+    slot = start(config(), scripts.clock, start=scripts.start)
+    (first,) = scripts.made
+    slot.send(envelope(1))
+    slot.send(envelope(2))
+    done = envelope(1)
+    first.says.put(Began(done.source))
+    first.says.put([Answer(done.source, letter(done))])
+    first.says.put(SlotDiedError("was ended by SIGKILL"))
+    second = scripts.wait_for(2)
+    assert slot.receive() == [Answer(done.source, letter(done))]
+    deadline_s = time.monotonic() + WAIT_S
+    while not second.sent:
+        assert time.monotonic() < deadline_s
+    (order,) = second.sent
+    assert isinstance(order, Envelope)
+    assert (order.source, order.attempts) == (envelope(2).source, 0)
+
+
+def test_a_slot_ends_while_it_waits_to_start_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 3600.0)
+    monkeypatch.setattr(supervisor, "MOST_BACKOFF_S", 3600.0)
+    scripts = Scripts(ready=False)
+    slot = start(config(), scripts.clock, start=scripts.start)
+    scripts.made[0].says.put(SlotDiedError("was ended by SIGKILL"))
+    scripts.wait_for(2).says.put(SlotDiedError("was ended by SIGKILL"))
+    slot.close()
+    assert not slot._thread.is_alive()
+
+
+def test_the_first_restart_is_at_once_and_each_further_one_takes_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert [backoff_s(deaths) for deaths in range(1, 6)] == [0.0, 1.0, 2.0, 4.0, 8.0]
+    assert backoff_s(10**6) == 30.0
