@@ -15,9 +15,13 @@ from pyflink.datastream.state import ListState, ListStateDescriptor, MapState, M
 from core.clock import SystemClock
 from core.config import Batching, JobConfig
 from core.records import DeadLetter, Response
+from operators.answered_log import AnsweredLog
 from operators.batching import MicroBatcher, Standing
 from operators.decoding import Decoder
+from operators.deduplicator import Deduplicator
 from operators.envelope import Answer, Envelope, Source, WarmUp
+from operators.journal import Record
+from operators.kafka_journal import KafkaJournal
 from operators.load_board import LoadBoard, LoadReport, LoadView
 from operators.placement import BalancedPlacement, Placing, SessionAffinity
 from operators.pump import Pump
@@ -34,7 +38,8 @@ WARM_UP = -1
 """The partition of a row that calls a slot to warm up; the slot stands in place of the offset."""
 SPARE_TIMER_MS = 1000
 """A timer further ahead is always set beside the next one: a checkpoint that is taken while a timer is on its way to or
-from Python has it in no state, and what is in flight would wait for ever after a restart."""
+from Python has it in no state, and what is in flight would wait for ever after a restart. Where nothing is in flight it
+opens the operator after a restart all the same, which loads the model before the next request comes."""
 POLL_S = 0.025
 """Longest wait for an answer while the stream stands still: a request that comes meanwhile waits as long."""
 FULL_POLL_S = 0.1
@@ -56,7 +61,11 @@ class DecodeFunction(ProcessFunction):
         else:
             loads = self._opened.enter_context(closing(LoadView(board)))
             placement = BalancedPlacement(slots, self._config.placing, loads)
-        self._decoder = Decoder(placement, SystemClock())
+        copies = None
+        if self._config.delivery.dedup_records:
+            journal = self._opened.enter_context(closing(KafkaJournal(self._config.kafka)))
+            copies = Deduplicator(self._config.delivery.dedup_records, journal)
+        self._decoder = Decoder(placement, SystemClock(), copies)
 
     def close(self) -> None:
         _close(self)
@@ -70,7 +79,7 @@ class DecodeFunction(ProcessFunction):
         decoded = self._decoder.decode(None if raw is None else bytes(raw), source)
         if isinstance(decoded, DeadLetter):
             yield DEAD_LETTERS, _dead_letter_row(decoded)
-        else:
+        elif decoded is not None:
             yield decoded
 
 
@@ -81,7 +90,7 @@ def inference_function(config: JobConfig) -> KeyedProcessFunction:
 
 
 class SlotFunction(KeyedProcessFunction):
-    """What both ways to batch share: the slot, and the answer to the call to warm up."""
+    """What both ways to batch share: the slot, what was answered before a restart, and a timer that wakes after it."""
 
     def __init__(self, config: JobConfig) -> None:
         self._config = config
@@ -89,20 +98,45 @@ class SlotFunction(KeyedProcessFunction):
     def open(self, runtime_context: RuntimeContext) -> None:
         self._clock = SystemClock()
         self._opened = ExitStack()
+        # First of all: what comes to the topic from now on has been seen by nobody.
+        journal = self._opened.enter_context(closing(KafkaJournal(self._config.kafka)))
+        self._answered = AnsweredLog(self._config.kafka, self._config.delivery.clock_margin_ms, journal)
         index = runtime_context.get_index_of_this_subtask()
         self._slot = self._opened.enter_context(closing(SlotProcess(self._config, index)))
         self._restored: set[int] = set()
+        self._said_ready = False
+        self._spare_timers: dict[int, int] = {}
 
     def close(self) -> None:
         _close(self)
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        yield from self._wake(ctx)
         if isinstance(value, WarmUp):
-            # The model was loaded when this function was opened for its first element: this one.
+            return
+        again = self._answered.look(value)
+        if again is None:
+            yield from self._take_in(value, ctx)
+        else:
+            yield from map(self._row_again, again)
+
+    def _wake(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        """To be called with whatever comes; the first opened this function, and so has loaded the model."""
+        if not self._said_ready:
+            self._said_ready = True
             ready = self._slot.ready
             yield READY, Row(f"slot-{ready.slot}", ready.model_dump_json())
-        else:
-            yield from self._take_in(value, ctx)
+        key = ctx.get_current_key()
+        later_ms = (int(self._clock.wall_ms()) // SPARE_TIMER_MS + 2) * SPARE_TIMER_MS
+        if self._spare_timers.get(key) != later_ms:
+            self._spare_timers[key] = later_ms
+            ctx.timer_service().register_processing_time_timer(later_ms)
+            ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+
+    def _row_again(self, record: Record) -> Any:
+        """What was written before, byte for byte."""
+        row = Row((record.key or b"").decode(), (record.value or b"").decode())
+        return (DEAD_LETTERS, row) if record.partition.topic == self._config.kafka.dead_letters_topic else row
 
     @abstractmethod
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
@@ -126,10 +160,9 @@ class ContinuousFunction(SlotFunction):
         )
         self._watched: set[int] = set()
         """Keys that a timer is set for."""
-        self._spare_timers: dict[int, int] = {}
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        self._restore(ctx)
+        yield from self._restore(ctx)
         # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
         while not self._pump.wait_for_room(POLL_S):
             yield from self._leave(ctx, 0.0)
@@ -138,7 +171,8 @@ class ContinuousFunction(SlotFunction):
         yield from self._leave(ctx, 0.0)
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
-        self._restore(ctx)
+        yield from self._wake(ctx)
+        yield from self._restore(ctx)
         key = ctx.get_current_key()
         if timestamp == END_OF_INPUT:
             while self._pump.outstanding(key):
@@ -159,24 +193,23 @@ class ContinuousFunction(SlotFunction):
             self._in_flight.remove(_ticket(answer.source))
             yield _row(answer)
         if self._pump.outstanding(key) and key not in self._watched:
-            now_ms = int(self._clock.wall_ms())
             self._watched.add(key)
-            ctx.timer_service().register_processing_time_timer(now_ms + 1)
-            later_ms = (now_ms // SPARE_TIMER_MS + 2) * SPARE_TIMER_MS
-            if self._spare_timers.get(key) != later_ms:
-                self._spare_timers[key] = later_ms
-                ctx.timer_service().register_processing_time_timer(later_ms)
-                ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+            ctx.timer_service().register_processing_time_timer(int(self._clock.wall_ms()) + 1)
 
-    def _restore(self, ctx: KeyedProcessFunction.Context) -> None:
-        """After a restart, what was in flight is asked again, before anything newer."""
+    def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        """After a restart, what was in flight and has not been answered is asked again, before anything newer."""
         key = ctx.get_current_key()
         if key in self._restored:
             return
         self._restored.add(key)
         waiting = (envelope for _, envelope in self._in_flight.items())
         for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
-            self._pump.submit(key, envelope)
+            again = self._answered.look(envelope)
+            if again is None:
+                self._pump.submit(key, envelope)
+            else:
+                self._in_flight.remove(_ticket(envelope.source))
+                yield from map(self._row_again, again)
 
 
 class MicroBatchFunction(SlotFunction):
@@ -203,6 +236,7 @@ class MicroBatchFunction(SlotFunction):
         yield from self._add(envelope, ctx)
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        yield from self._wake(ctx)
         yield from self._restore(ctx)
         at_end = timestamp == END_OF_INPUT
         # Flink's timers count a delay: should the wall clock be set back meanwhile, the timer is right.
@@ -217,7 +251,8 @@ class MicroBatchFunction(SlotFunction):
         waiting = list(self._pending.get() or ())
         self._pending.clear()
         for envelope in waiting:
-            yield from self._add(envelope, ctx)
+            again = self._answered.look(envelope)
+            yield from self._add(envelope, ctx) if again is None else map(self._row_again, again)
 
     def _add(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         first = len(self._batcher) == 0
@@ -229,7 +264,6 @@ class MicroBatchFunction(SlotFunction):
         if first and self._batcher.due_ms is not None:
             # One millisecond later, as a timer is whole milliseconds and must not come too early.
             ctx.timer_service().register_processing_time_timer(int(self._batcher.due_ms) + 1)
-            ctx.timer_service().register_event_time_timer(END_OF_INPUT)
 
     def _answer(self, batch: list[Envelope]) -> Iterator[Any]:
         if not batch:
