@@ -4,7 +4,8 @@ Rows of two strings leave them, `key` and `value`, for the topic that their stre
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -12,8 +13,8 @@ from pyflink.common import Row, Types
 from pyflink.datastream import KeyedProcessFunction, OutputTag, ProcessFunction, RuntimeContext
 from pyflink.datastream.state import ListState, ListStateDescriptor, MapState, MapStateDescriptor
 
-from core.clock import SystemClock
-from core.config import Batching, JobConfig
+from core.clock import Clock, SystemClock
+from core.config import Batching, JobConfig, KafkaConfig
 from core.records import DeadLetter, Response
 from operators.answered_log import AnsweredLog
 from operators.batching import MicroBatcher, Standing
@@ -37,9 +38,10 @@ END_OF_INPUT = 2**63 - 1
 WARM_UP = -1
 """The partition of a row that calls a slot to warm up; the slot stands in place of the offset."""
 SPARE_TIMER_MS = 1000
-"""A timer further ahead is always set beside the next one: a checkpoint that is taken while a timer is on its way to or
-from Python has it in no state, and what is in flight would wait for ever after a restart. Where nothing is in flight it
-opens the operator after a restart all the same, which loads the model before the next request comes."""
+"""From its first element on a key has timers at two of these intervals ahead, one of which a former call has set: what
+the last one has set is on its way to Java, and in no checkpoint that is taken meanwhile. Without any timer, what is in
+flight would wait after a restart until another request comes. Where nothing is, they open the function after a
+restart all the same, and so load the model."""
 POLL_S = 0.025
 """Longest wait for an answer while the stream stands still: a request that comes meanwhile waits as long."""
 FULL_POLL_S = 0.1
@@ -49,8 +51,9 @@ FULL_POLL_S = 0.1
 class DecodeFunction(ProcessFunction):
     """Rows of `(value, partition, offset)` in; envelopes and calls to warm up out, dead letters to the side."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, make_journal: Callable[[KafkaConfig], KafkaJournal] = KafkaJournal) -> None:
         self._config = config
+        self._make_journal = make_journal
 
     def open(self, runtime_context: RuntimeContext) -> None:
         self._opened = ExitStack()
@@ -63,7 +66,7 @@ class DecodeFunction(ProcessFunction):
             placement = BalancedPlacement(slots, self._config.placing, loads)
         copies = None
         if self._config.delivery.dedup_records:
-            journal = self._opened.enter_context(closing(KafkaJournal(self._config.kafka)))
+            journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
             copies = Deduplicator(self._config.delivery.dedup_records, journal)
         self._decoder = Decoder(placement, SystemClock(), copies)
 
@@ -90,19 +93,31 @@ def inference_function(config: JobConfig) -> KeyedProcessFunction:
 
 
 class SlotFunction(KeyedProcessFunction):
-    """What both ways to batch share: the slot, what was answered before a restart, and a timer that wakes after it."""
+    """What both ways to batch share: the slot, what was answered before a restart, and the ready record.
 
-    def __init__(self, config: JobConfig) -> None:
+    Slot, clock and journal are made where the function is opened, which is in another process.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        make_slot: Callable[[JobConfig, int], SlotProcess] = SlotProcess,
+        make_clock: Callable[[], Clock] = SystemClock,
+        make_journal: Callable[[KafkaConfig], KafkaJournal] = KafkaJournal,
+    ) -> None:
         self._config = config
+        self._make_slot = make_slot
+        self._make_clock = make_clock
+        self._make_journal = make_journal
 
     def open(self, runtime_context: RuntimeContext) -> None:
-        self._clock = SystemClock()
+        self._clock = self._make_clock()
         self._opened = ExitStack()
         # First of all: what comes to the topic from now on has been seen by nobody.
-        journal = self._opened.enter_context(closing(KafkaJournal(self._config.kafka)))
+        journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
         self._answered = AnsweredLog(self._config.kafka, self._config.delivery.clock_margin_ms, journal)
         index = runtime_context.get_index_of_this_subtask()
-        self._slot = self._opened.enter_context(closing(SlotProcess(self._config, index)))
+        self._slot = self._opened.enter_context(closing(self._make_slot(self._config, index)))
         self._restored: set[int] = set()
         self._said_ready = False
         self._spare_timers: dict[int, int] = {}
@@ -111,7 +126,8 @@ class SlotFunction(KeyedProcessFunction):
         _close(self)
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        yield from self._wake(ctx)
+        self._set_spare_timer(ctx)
+        yield from self._say_ready()
         if isinstance(value, WarmUp):
             return
         again = self._answered.look(value)
@@ -120,12 +136,20 @@ class SlotFunction(KeyedProcessFunction):
         else:
             yield from map(self._row_again, again)
 
-    def _wake(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        """To be called with whatever comes; the first opened this function, and so has loaded the model."""
+    def _say_ready(self) -> Iterator[Any]:
+        """Whatever came first has opened this function, and so has loaded the model."""
         if not self._said_ready:
             self._said_ready = True
             ready = self._slot.ready
             yield READY, Row(f"slot-{ready.slot}", ready.model_dump_json())
+
+    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        if timestamp != END_OF_INPUT:
+            self._set_spare_timer(ctx)
+        yield from self._say_ready()
+        yield from self._look(timestamp, ctx)
+
+    def _set_spare_timer(self, ctx: KeyedProcessFunction.Context) -> None:
         key = ctx.get_current_key()
         later_ms = (int(self._clock.wall_ms()) // SPARE_TIMER_MS + 2) * SPARE_TIMER_MS
         if self._spare_timers.get(key) != later_ms:
@@ -141,6 +165,10 @@ class SlotFunction(KeyedProcessFunction):
     @abstractmethod
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         """Take a request in; what may leave with that."""
+
+    @abstractmethod
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        """What may leave as a timer rings, a spare one included."""
 
 
 class ContinuousFunction(SlotFunction):
@@ -163,15 +191,11 @@ class ContinuousFunction(SlotFunction):
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         yield from self._restore(ctx)
-        # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
-        while not self._pump.wait_for_room(POLL_S):
-            yield from self._leave(ctx, 0.0)
         self._in_flight.put(_ticket(envelope.source), envelope)
-        self._pump.submit(ctx.get_current_key(), envelope)
+        yield from self._submit(envelope, ctx)
         yield from self._leave(ctx, 0.0)
 
-    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
-        yield from self._wake(ctx)
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         yield from self._restore(ctx)
         key = ctx.get_current_key()
         if timestamp == END_OF_INPUT:
@@ -196,6 +220,12 @@ class ContinuousFunction(SlotFunction):
             self._watched.add(key)
             ctx.timer_service().register_processing_time_timer(int(self._clock.wall_ms()) + 1)
 
+    def _submit(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
+        while not self._pump.wait_for_room(POLL_S):
+            yield from self._leave(ctx, 0.0)
+        self._pump.submit(ctx.get_current_key(), envelope)
+
     def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         """After a restart, what was in flight and has not been answered is asked again, before anything newer."""
         key = ctx.get_current_key()
@@ -206,7 +236,7 @@ class ContinuousFunction(SlotFunction):
         for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
             again = self._answered.look(envelope)
             if again is None:
-                self._pump.submit(key, envelope)
+                yield from self._submit(envelope, ctx)
             else:
                 self._in_flight.remove(_ticket(envelope.source))
                 yield from map(self._row_again, again)
@@ -225,7 +255,10 @@ class MicroBatchFunction(SlotFunction):
         board = LoadBoard.of(self._config)
         if board is not None:
             self._opened.enter_context(closing(LoadReport(board, self._slot.ready.slot, lambda: self._stood.queue_ms)))
-        self._batcher: MicroBatcher[Envelope] = MicroBatcher(batching.batch_size, batching.max_wait_ms)
+        self._batchers: defaultdict[int, MicroBatcher[Envelope]] = defaultdict(
+            lambda: MicroBatcher(batching.batch_size, batching.max_wait_ms)
+        )
+        """By key: a batch leaves under the key whose state holds its requests."""
         self._pending: ListState = runtime_context.get_list_state(
             ListStateDescriptor("pending", Types.PICKLED_BYTE_ARRAY())
         )
@@ -235,12 +268,12 @@ class MicroBatchFunction(SlotFunction):
         yield from self._restore(ctx)
         yield from self._add(envelope, ctx)
 
-    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
-        yield from self._wake(ctx)
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         yield from self._restore(ctx)
+        batcher = self._batchers[ctx.get_current_key()]
         at_end = timestamp == END_OF_INPUT
         # Flink's timers count a delay: should the wall clock be set back meanwhile, the timer is right.
-        batch = self._batcher.flush() if at_end else self._batcher.expire(max(self._clock.wall_ms(), timestamp))
+        batch = batcher.flush() if at_end else batcher.expire(max(self._clock.wall_ms(), timestamp))
         yield from self._answer(batch)
 
     def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
@@ -255,15 +288,16 @@ class MicroBatchFunction(SlotFunction):
             yield from self._add(envelope, ctx) if again is None else map(self._row_again, again)
 
     def _add(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        first = len(self._batcher) == 0
-        batch = self._batcher.add(envelope, self._clock.wall_ms())
+        batcher = self._batchers[ctx.get_current_key()]
+        first = len(batcher) == 0
+        batch = batcher.add(envelope, self._clock.wall_ms())
         if batch:
             yield from self._answer(batch)
             return
         self._pending.add(envelope)
-        if first and self._batcher.due_ms is not None:
+        if first and batcher.due_ms is not None:
             # One millisecond later, as a timer is whole milliseconds and must not come too early.
-            ctx.timer_service().register_processing_time_timer(int(self._batcher.due_ms) + 1)
+            ctx.timer_service().register_processing_time_timer(int(batcher.due_ms) + 1)
 
     def _answer(self, batch: list[Envelope]) -> Iterator[Any]:
         if not batch:

@@ -45,6 +45,9 @@ class MemoryJournal:
         """What a marker of a transaction takes up, or a record that is gone."""
         self.logs[Partition(topic, number)].append(None)
 
+    def close(self) -> None:
+        pass
+
     def begins(self, topics: Sequence[str]) -> dict[Partition, int]:
         return {place: next((at for at, one in enumerate(self.logs[place]) if one), 0) for place in self._all(topics)}
 
