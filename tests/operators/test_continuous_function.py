@@ -105,8 +105,8 @@ Open = Callable[[Context], ContinuousFunction]
 
 
 def offsets(rows: Iterable[Any]) -> list[int]:
-    """Of the letters among `rows`; the ready record comes with whatever is first."""
-    letters = [row for tag, row in rows if tag is not READY]
+    """Of the letters among `rows`; with whatever comes first there is the ready record."""
+    letters = [row for tag, row in rows if tag is DEAD_LETTERS]
     return [json.loads(row[1])["offset"] for row in letters]
 
 
