@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MIB = 1 << 20
 MAX_DEAD_LETTER_BYTES = 4 * MIB
 """Limit of a dead-letter record: a request of twice the allowed size in base64, and the reason."""
+LEAST_RECOVERY_MS = 60_000
+"""What a transaction must last beside the time between two checkpoints: a failure, a restart and the next commit."""
 
 
 class Config(BaseModel):
@@ -62,6 +64,15 @@ class Placement(StrEnum):
     """The one that a hash of the session names."""
     BALANCED = "balanced"
     """That one, unless it is overloaded when the session begins: then the least loaded."""
+
+
+class Delivery(StrEnum):
+    """How often a record can be in an output topic."""
+
+    AT_LEAST_ONCE = "at-least-once"
+    """It is there as soon as it is written. Were a worker to be cut off and to go on writing, some would be twice."""
+    EXACTLY_ONCE = "exactly-once"
+    """It is written in a transaction, which ends with the next checkpoint: readers of committed records see it then."""
 
 
 class RemoteCodec(StrEnum):
@@ -311,12 +322,47 @@ class KafkaConfig(Config):
         return f"{self.topic_prefix}.ready"
 
     def topic_settings(self, topic: str) -> dict[str, str]:
-        """Settings of the broker's that `topic` must have to take all that is written to it."""
-        return {"max.message.bytes": str(MAX_DEAD_LETTER_BYTES)} if topic == self.dead_letters_topic else {}
+        """Settings of the broker's that `topic` is created with."""
+        # Recovery looks for answers by the time of a request's record: best by one clock, the broker's.
+        settings = {"message.timestamp.type": "LogAppendTime"}
+        if topic == self.dead_letters_topic:
+            settings["max.message.bytes"] = str(MAX_DEAD_LETTER_BYTES)
+        return settings
 
     @property
     def topics(self) -> tuple[str, ...]:
         return (self.requests_topic, self.responses_topic, self.dead_letters_topic, self.ready_topic)
+
+
+class DeliveryConfig(Config):
+    """What is promised of requests and answers over failures, restarts and copies."""
+
+    delivery: Delivery = Field(
+        default=Delivery.AT_LEAST_ONCE,
+        description="at-least-once: answers are there at once; exactly-once: in a transaction, seen with a checkpoint",
+    )
+    transaction_timeout_ms: int = Field(
+        default=900_000,
+        ge=1_000,
+        description="exactly-once: an outage that is longer than this less checkpoint_interval_ms loses answers",
+    )
+    dedup_records: int = Field(
+        default=10_000,
+        ge=0,
+        le=10_000_000,
+        description="a request is dropped whose id is among so many records before it in its partition; 0: none is",
+    )
+    resume_records: int = Field(
+        default=10_000,
+        ge=0,
+        description="a job that starts without state looks for requests that have no answer among so many records of "
+        "each partition before where its group stands",
+    )
+    clock_margin_ms: int = Field(
+        default=60_000,
+        ge=0,
+        description="most that clocks differ: of brokers, or of clients and TaskManagers where topics keep CreateTime",
+    )
 
 
 class JobConfig(Config):
@@ -335,6 +381,7 @@ class JobConfig(Config):
     batching: BatchingConfig = BatchingConfig()
     placing: PlacementConfig = PlacementConfig()
     kafka: KafkaConfig = KafkaConfig()
+    delivery: DeliveryConfig = DeliveryConfig()
 
     @property
     def threads_per_slot(self) -> int:
@@ -347,6 +394,18 @@ class JobConfig(Config):
         if sizing.budget_chunks is not None and sizing.budget_chunks < self.parallelism * sizing.min_capacity_chunks:
             raise ValueError(
                 "budget_chunks is below min_capacity_chunks of all slots; raise it, or lower that or parallelism"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _transactions_outlast_checkpoints(self) -> Self:
+        if (
+            self.delivery.delivery is Delivery.EXACTLY_ONCE
+            and self.delivery.transaction_timeout_ms < self.checkpoint_interval_ms + LEAST_RECOVERY_MS
+        ):
+            raise ValueError(
+                f"transaction_timeout_ms is below checkpoint_interval_ms + {LEAST_RECOVERY_MS}, time for a restart; "
+                "raise it, or lower that"
             )
         return self
 

@@ -7,6 +7,7 @@ from pydantic import TypeAdapter
 from core.clock import Clock
 from core.errors import UserError
 from core.records import MAX_RECORD_BYTES, DeadLetter, Identifier, Request
+from operators.deduplicator import Deduplicator
 from operators.envelope import Envelope, Source
 from operators.placement import Placing
 
@@ -16,18 +17,25 @@ _IDENTIFIER: TypeAdapter[str] = TypeAdapter(Identifier)
 class Decoder:
     """Validates a record and places its session."""
 
-    def __init__(self, placement: Placing, clock: Clock) -> None:
+    def __init__(self, placement: Placing, clock: Clock, copies: Deduplicator | None = None) -> None:
+        """Without `copies` every request is taken for a new one."""
         self._placement = placement
         self._clock = clock
+        self._copies = copies
 
-    def decode(self, raw: bytes | None, source: Source) -> Envelope | DeadLetter:
-        """Never raises for what a record holds: whatever is no request is a dead letter with the reason."""
+    def decode(self, raw: bytes | None, source: Source) -> Envelope | DeadLetter | None:
+        """Never raises for what a record holds: whatever is no request is a dead letter with the reason.
+
+        None for the copy of a request.
+        """
         if raw is None:
             return _dead_letter("record: it has no value; send a JSON object", None, source)
         try:
             request = Request.from_json(raw)
         except UserError as error:
             return _dead_letter(str(error), raw, source)
+        if self._copies is not None and self._copies.is_copy(request.request_id, source):
+            return None
         return Envelope(self._placement.slot_of(request.session_id), raw, source, self._clock.wall_ms())
 
 

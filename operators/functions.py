@@ -4,7 +4,8 @@ Rows of two strings leave them, `key` and `value`, for the topic that their stre
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,16 @@ from pyflink.common import Row, Types
 from pyflink.datastream import KeyedProcessFunction, OutputTag, ProcessFunction, RuntimeContext
 from pyflink.datastream.state import ListState, ListStateDescriptor, MapState, MapStateDescriptor
 
-from core.clock import SystemClock
-from core.config import Batching, JobConfig
+from core.clock import Clock, SystemClock
+from core.config import Batching, JobConfig, KafkaConfig
 from core.records import DeadLetter, Response
+from operators.answered_log import AnsweredLog
 from operators.batching import MicroBatcher, Standing
 from operators.decoding import Decoder
+from operators.deduplicator import Deduplicator
 from operators.envelope import Answer, Envelope, Source, WarmUp
+from operators.journal import Record
+from operators.kafka_journal import KafkaJournal
 from operators.load_board import LoadBoard, LoadReport, LoadView
 from operators.placement import BalancedPlacement, Placing, SessionAffinity
 from operators.pump import Pump
@@ -34,8 +39,10 @@ END_OF_INPUT = 2**63 - 1
 WARM_UP = -1
 """The partition of a row that calls a slot to warm up; the slot stands in place of the offset."""
 SPARE_TIMER_MS = 1000
-"""A timer further ahead is always set beside the next one: a checkpoint that is taken while a timer is on its way to or
-from Python has it in no state, and what is in flight would wait for ever after a restart."""
+"""From its first element on a key has timers at two of these intervals ahead, one of which a former call has set: what
+the last one has set is on its way to Java, and in no checkpoint that is taken meanwhile. Without any timer, what is in
+flight would wait after a restart until another request comes. Where nothing is, they open the function after a
+restart all the same, and so load the model."""
 POLL_S = 0.025
 """Longest wait for an answer while the stream stands still: a request that comes meanwhile waits as long."""
 FULL_POLL_S = 0.1
@@ -45,8 +52,9 @@ FULL_POLL_S = 0.1
 class DecodeFunction(ProcessFunction):
     """Rows of `(value, partition, offset)` in; envelopes and calls to warm up out, dead letters to the side."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, make_journal: Callable[[KafkaConfig], KafkaJournal] = KafkaJournal) -> None:
         self._config = config
+        self._make_journal = make_journal
 
     def open(self, runtime_context: RuntimeContext) -> None:
         self._opened = ExitStack()
@@ -57,7 +65,11 @@ class DecodeFunction(ProcessFunction):
         else:
             loads = self._opened.enter_context(closing(LoadView(board)))
             placement = BalancedPlacement(slots, self._config.placing, loads)
-        self._decoder = Decoder(placement, SystemClock())
+        copies = None
+        if self._config.delivery.dedup_records:
+            journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
+            copies = Deduplicator(self._config.delivery.dedup_records, journal)
+        self._decoder = Decoder(placement, SystemClock(), copies)
 
     def close(self) -> None:
         _close(self)
@@ -71,7 +83,7 @@ class DecodeFunction(ProcessFunction):
         decoded = self._decoder.decode(None if raw is None else bytes(raw), source)
         if isinstance(decoded, DeadLetter):
             yield DEAD_LETTERS, _dead_letter_row(decoded)
-        else:
+        elif decoded is not None:
             yield decoded
 
 
@@ -82,28 +94,74 @@ def inference_function(config: JobConfig) -> KeyedProcessFunction:
 
 
 class SlotFunction(KeyedProcessFunction):
-    """What both ways to batch share: the slot, and the answer to the call to warm up."""
+    """What both ways to batch share: the slot, what was answered before a restart, and the ready record.
 
-    def __init__(self, config: JobConfig) -> None:
+    Slot, clock and journal are made where the function is opened, which is in another process.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        make_slot: Callable[[JobConfig, int, Clock], Supervisor] = Supervisor,
+        make_clock: Callable[[], Clock] = SystemClock,
+        make_journal: Callable[[KafkaConfig], KafkaJournal] = KafkaJournal,
+    ) -> None:
         self._config = config
+        self._make_slot = make_slot
+        self._make_clock = make_clock
+        self._make_journal = make_journal
 
     def open(self, runtime_context: RuntimeContext) -> None:
-        self._clock = SystemClock()
+        self._clock = self._make_clock()
         self._opened = ExitStack()
+        # First of all: what comes to the topic from now on has been seen by nobody.
+        journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
+        self._answered = AnsweredLog(self._config.kafka, self._config.delivery.clock_margin_ms, journal)
         index = runtime_context.get_index_of_this_subtask()
-        self._slot = self._opened.enter_context(closing(Supervisor(self._config, index, self._clock)))
+        self._slot = self._opened.enter_context(closing(self._make_slot(self._config, index, self._clock)))
         self._restored: set[int] = set()
+        self._said_ready = False
+        self._spare_timers: dict[int, int] = {}
 
     def close(self) -> None:
         _close(self)
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        self._set_spare_timer(ctx)
+        yield from self._say_ready()
         if isinstance(value, WarmUp):
-            # The model was loaded when this function was opened for its first element: this one.
+            return
+        again = self._answered.look(value)
+        if again is None:
+            yield from self._take_in(value, ctx)
+        else:
+            yield from map(self._row_again, again)
+
+    def _say_ready(self) -> Iterator[Any]:
+        """Whatever came first has opened this function, and so has loaded the model."""
+        if not self._said_ready:
+            self._said_ready = True
             ready = self._slot.ready
             yield READY, Row(f"slot-{ready.slot}", ready.model_dump_json())
-        else:
-            yield from self._take_in(value, ctx)
+
+    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        if timestamp != END_OF_INPUT:
+            self._set_spare_timer(ctx)
+        yield from self._say_ready()
+        yield from self._look(timestamp, ctx)
+
+    def _set_spare_timer(self, ctx: KeyedProcessFunction.Context) -> None:
+        key = ctx.get_current_key()
+        later_ms = (int(self._clock.wall_ms()) // SPARE_TIMER_MS + 2) * SPARE_TIMER_MS
+        if self._spare_timers.get(key) != later_ms:
+            self._spare_timers[key] = later_ms
+            ctx.timer_service().register_processing_time_timer(later_ms)
+            ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+
+    def _row_again(self, record: Record) -> Any:
+        """What was written before, byte for byte."""
+        row = Row((record.key or b"").decode(), (record.value or b"").decode())
+        return (DEAD_LETTERS, row) if record.partition.topic == self._config.kafka.dead_letters_topic else row
 
     def _again(self, envelope: Envelope) -> Envelope:
         """As it is handed in after a restart: the time that the job was down counts for no time-out."""
@@ -112,6 +170,10 @@ class SlotFunction(KeyedProcessFunction):
     @abstractmethod
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         """Take a request in; what may leave with that."""
+
+    @abstractmethod
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        """What may leave as a timer rings, a spare one included."""
 
 
 class ContinuousFunction(SlotFunction):
@@ -131,19 +193,15 @@ class ContinuousFunction(SlotFunction):
         )
         self._watched: set[int] = set()
         """Keys that a timer is set for."""
-        self._spare_timers: dict[int, int] = {}
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        self._restore(ctx)
-        # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
-        while not self._pump.wait_for_room(POLL_S):
-            yield from self._leave(ctx, 0.0)
+        yield from self._restore(ctx)
         self._in_flight.put(_ticket(envelope.source), envelope)
-        self._pump.submit(ctx.get_current_key(), envelope)
+        yield from self._submit(envelope, ctx)
         yield from self._leave(ctx, 0.0)
 
-    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
-        self._restore(ctx)
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        yield from self._restore(ctx)
         key = ctx.get_current_key()
         if timestamp == END_OF_INPUT:
             while self._pump.outstanding(key):
@@ -166,24 +224,29 @@ class ContinuousFunction(SlotFunction):
             self._in_flight.remove(_ticket(answer.source))
             yield _row(answer)
         if self._pump.outstanding(key) and key not in self._watched:
-            now_ms = int(self._clock.wall_ms())
             self._watched.add(key)
-            ctx.timer_service().register_processing_time_timer(now_ms + 1)
-            later_ms = (now_ms // SPARE_TIMER_MS + 2) * SPARE_TIMER_MS
-            if self._spare_timers.get(key) != later_ms:
-                self._spare_timers[key] = later_ms
-                ctx.timer_service().register_processing_time_timer(later_ms)
-                ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+            ctx.timer_service().register_processing_time_timer(int(self._clock.wall_ms()) + 1)
 
-    def _restore(self, ctx: KeyedProcessFunction.Context) -> None:
-        """After a restart, what was in flight is asked again, before anything newer."""
+    def _submit(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
+        while not self._pump.wait_for_room(POLL_S):
+            yield from self._leave(ctx, 0.0)
+        self._pump.submit(ctx.get_current_key(), envelope)
+
+    def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        """After a restart, what was in flight and has not been answered is asked again, before anything newer."""
         key = ctx.get_current_key()
         if key in self._restored:
             return
         self._restored.add(key)
         waiting = (envelope for _, envelope in self._in_flight.items())
         for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
-            self._pump.submit(key, self._again(envelope))
+            again = self._answered.look(envelope)
+            if again is None:
+                yield from self._submit(self._again(envelope), ctx)
+            else:
+                self._in_flight.remove(_ticket(envelope.source))
+                yield from map(self._row_again, again)
 
 
 class MicroBatchFunction(SlotFunction):
@@ -199,7 +262,10 @@ class MicroBatchFunction(SlotFunction):
         board = LoadBoard.of(self._config)
         if board is not None:
             self._opened.enter_context(closing(LoadReport(board, self._slot.ready.slot, lambda: self._stood.queue_ms)))
-        self._batcher: MicroBatcher[Envelope] = MicroBatcher(batching.batch_size, batching.max_wait_ms)
+        self._batchers: defaultdict[int, MicroBatcher[Envelope]] = defaultdict(
+            lambda: MicroBatcher(batching.batch_size, batching.max_wait_ms)
+        )
+        """By key: a batch leaves under the key whose state holds its requests."""
         self._pending: ListState = runtime_context.get_list_state(
             ListStateDescriptor("pending", Types.PICKLED_BYTE_ARRAY())
         )
@@ -209,11 +275,12 @@ class MicroBatchFunction(SlotFunction):
         yield from self._restore(ctx)
         yield from self._add(envelope, ctx)
 
-    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         yield from self._restore(ctx)
+        batcher = self._batchers[ctx.get_current_key()]
         at_end = timestamp == END_OF_INPUT
         # Flink's timers count a delay: should the wall clock be set back meanwhile, the timer is right.
-        batch = self._batcher.flush() if at_end else self._batcher.expire(max(self._clock.wall_ms(), timestamp))
+        batch = batcher.flush() if at_end else batcher.expire(max(self._clock.wall_ms(), timestamp))
         yield from self._answer(batch)
 
     def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
@@ -224,19 +291,20 @@ class MicroBatchFunction(SlotFunction):
         waiting = list(self._pending.get() or ())
         self._pending.clear()
         for envelope in waiting:
-            yield from self._add(self._again(envelope), ctx)
+            again = self._answered.look(envelope)
+            yield from self._add(self._again(envelope), ctx) if again is None else map(self._row_again, again)
 
     def _add(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        first = len(self._batcher) == 0
-        batch = self._batcher.add(envelope, self._clock.wall_ms())
+        batcher = self._batchers[ctx.get_current_key()]
+        first = len(batcher) == 0
+        batch = batcher.add(envelope, self._clock.wall_ms())
         if batch:
             yield from self._answer(batch)
             return
         self._pending.add(envelope)
-        if first and self._batcher.due_ms is not None:
+        if first and batcher.due_ms is not None:
             # One millisecond later, as a timer is whole milliseconds and must not come too early.
-            ctx.timer_service().register_processing_time_timer(int(self._batcher.due_ms) + 1)
-            ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+            ctx.timer_service().register_processing_time_timer(int(batcher.due_ms) + 1)
 
     def _answer(self, batch: list[Envelope]) -> Iterator[Any]:
         if not batch:

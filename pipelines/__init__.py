@@ -1,1 +1,1 @@
-"""One Flink job a file: `build(env, config)` describes it, `main()` is what `flink run -py` calls."""
+"""One Flink job a file; `job.build` describes the graph that they share, `main()` is what `flink run -py` calls."""

@@ -4,18 +4,23 @@ The Table API's connectors stand at both ends: unlike the DataStream ones of PyF
 they are (null included), its partition and offset, and write a key beside the value.
 """
 
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
-from kafka import KafkaAdminClient
-from kafka.admin import NewTopic
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka.admin import ConfigResource, NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 from pyflink.datastream import DataStream
 from pyflink.table import DataTypes, Schema, StatementSet, StreamTableEnvironment
 
-from core.config import MAX_DEAD_LETTER_BYTES, JobConfig, KafkaConfig
+from core.config import MAX_DEAD_LETTER_BYTES, Delivery, JobConfig, KafkaConfig
 from core.errors import UserError
 from operators.functions import WARM_UP
 
+CONNECT_TIMEOUT_MS = 5_000
+REQUEST_TIMEOUT_MS = 10_000
+TRANSACTION_LIMIT = "transaction.max.timeout.ms"
 CONNECTOR_JARS = Path(__file__).resolve().parents[1] / ".local" / "jars" / "connector"
 
 
@@ -30,12 +35,7 @@ def connector_jars() -> list[str]:
 def ensure_topics(config: JobConfig) -> None:
     """Create the job's topics where they are missing. Raises `UserError` where the broker does not answer."""
     kafka = config.kafka
-    try:
-        admin = KafkaAdminClient(
-            bootstrap_servers=kafka.brokers.split(","), bootstrap_timeout_ms=5_000, request_timeout_ms=10_000
-        )
-    except (KafkaError, OSError, ValueError) as error:
-        raise UserError(f"brokers: no Kafka broker answers at {kafka.brokers!r} ({type(error).__name__})") from error
+    admin = _admin(kafka)
     try:
         present = set(admin.list_topics())
         for topic in kafka.topics:
@@ -54,8 +54,60 @@ def ensure_topics(config: JobConfig) -> None:
         admin.close()
 
 
-def kafka_source(tables: StreamTableEnvironment, config: JobConfig) -> DataStream:
-    """Rows of `(value: bytes | None, partition: int, offset: int)` of the requests topic, from where the group stands.
+def resume_offsets(config: JobConfig) -> dict[int, int]:
+    """Where a job without state begins in each partition of the requests topic in which its group stands somewhere.
+
+    That is `resume_records` before: what was in flight when the group came there is in the state alone, and the topics
+    of answers tell which of it is left. Raises `UserError` where the broker does not answer.
+    """
+    kafka = config.kafka
+    try:
+        consumer = KafkaConsumer(
+            bootstrap_servers=kafka.brokers.split(","),
+            bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
+            request_timeout_ms=REQUEST_TIMEOUT_MS,
+            group_id=kafka.consumer_group,
+            enable_auto_commit=False,
+        )
+        with closing(consumer):
+            places = [
+                TopicPartition(kafka.requests_topic, n) for n in consumer.partitions_for_topic(kafka.requests_topic)
+            ]
+            begins = consumer.beginning_offsets(places)
+            stands = {place: consumer.committed(place, timeout_ms=REQUEST_TIMEOUT_MS) for place in places}
+    except (KafkaError, OSError) as error:
+        raise UserError(f"brokers: cannot read where group {kafka.consumer_group!r} stands: {error}") from error
+    return {
+        place.partition: max(begins[place], stood - config.delivery.resume_records)
+        for place, stood in stands.items()
+        if stood is not None
+    }
+
+
+def check_transactions(config: JobConfig) -> None:
+    """Raises `UserError` where the brokers do not allow transactions to last as long as the job's."""
+    if config.delivery.delivery is not Delivery.EXACTLY_ONCE:
+        return
+    with closing(_admin(config.kafka)) as admin:
+        try:
+            brokers = [str(broker["broker_id"]) for broker in admin.describe_cluster()["brokers"]]
+            asked = [ConfigResource("broker", broker, {TRANSACTION_LIMIT: None}) for broker in brokers]
+            found = admin.describe_configs(asked, config_filter="all")["broker"]
+        except KafkaError:  # they may keep it to themselves; whoever writes is told then
+            return
+    limit_ms = min(int(settings[TRANSACTION_LIMIT]["value"]) for settings in found.values())
+    if config.delivery.transaction_timeout_ms > limit_ms:
+        raise UserError(
+            f"transaction_timeout_ms: above the {limit_ms} that the brokers allow; lower it, or raise their "
+            f"{TRANSACTION_LIMIT}"
+        )
+
+
+def kafka_source(tables: StreamTableEnvironment, config: JobConfig, begin: Mapping[int, int]) -> DataStream:
+    """Rows of `(value: bytes | None, partition: int, offset: int)` of the requests topic.
+
+    From the offsets `begin` on; where it names none, from where the group stands, and for a new group from the first.
+    A job that starts with state goes on where that stands.
 
     Before them, once for each slot, a row that calls it to warm up: partition `WARM_UP`, the slot in place of the
     offset. It comes with the requests because a Python operator opens with its first element, and because a stream
@@ -66,26 +118,31 @@ def kafka_source(tables: StreamTableEnvironment, config: JobConfig) -> DataStrea
         "topic": kafka.requests_topic,
         "format": "raw",
         "properties.group.id": kafka.consumer_group,
-        # Where the group stands, as the last checkpoint wrote it; a new group begins with the topic.
         "scan.startup.mode": "group-offsets",
         "properties.auto.offset.reset": "earliest",
     }
+    if begin:
+        places = ";".join(f"partition:{partition},offset:{offset}" for partition, offset in sorted(begin.items()))
+        options |= {"scan.startup.mode": "specific-offsets", "scan.startup.specific-offsets": places}
     if config.bounded:
         options["scan.bounded.mode"] = "latest-offset"
     tables.execute_sql(
         "CREATE TEMPORARY TABLE requests (`value` BYTES, `partition` INT METADATA VIRTUAL,"
         f" `offset` BIGINT METADATA VIRTUAL) WITH ({_quoted(options)})"
     )
-    calls = ", ".join(f"(CAST(NULL AS BYTES), {WARM_UP}, CAST({slot} AS BIGINT))" for slot in range(config.parallelism))
-    rows = "SELECT `value`, `partition`, `offset` FROM requests UNION ALL SELECT * FROM (VALUES {})"
-    return tables.to_data_stream(tables.sql_query(rows.format(calls)))
+    slots = ", ".join(f"({slot})" for slot in range(config.parallelism))
+    rows = (
+        "SELECT `value`, `partition`, `offset` FROM requests UNION ALL"
+        f" SELECT CAST(NULL AS BYTES), {WARM_UP}, CAST(slot AS BIGINT) FROM (VALUES {slots}) AS slots(slot)"
+    )
+    return tables.to_data_stream(tables.sql_query(rows))
 
 
 def add_kafka_sink(
-    tables: StreamTableEnvironment, statements: StatementSet, stream: DataStream, kafka: KafkaConfig, topic: str
+    tables: StreamTableEnvironment, statements: StatementSet, stream: DataStream, config: JobConfig, topic: str
 ) -> None:
-    """Write a stream of `(key, value)` string rows to `topic`, at least once."""
-    options = _connection(kafka) | {
+    """Write a stream of `(key, value)` string rows to `topic`."""
+    options = _connection(config.kafka) | {
         "topic": topic,
         "key.format": "raw",
         "key.fields": "key",
@@ -94,11 +151,28 @@ def add_kafka_sink(
         "properties.linger.ms": "0",
         "properties.max.request.size": str(MAX_DEAD_LETTER_BYTES),
         "properties.compression.type": "none",
-        "sink.delivery-guarantee": "at-least-once",
+        "sink.delivery-guarantee": config.delivery.delivery.value,
     }
+    if config.delivery.delivery is Delivery.EXACTLY_ONCE:
+        options |= {
+            # No other job may have it: who begins with it ends the transactions that were left under it.
+            "sink.transactional-id-prefix": f"{config.job_name}:{config.kafka.consumer_group}:{topic}",
+            "properties.transaction.timeout.ms": str(config.delivery.transaction_timeout_ms),
+        }
     tables.execute_sql(f"CREATE TEMPORARY TABLE `{topic}` (`key` STRING, `value` STRING) WITH ({_quoted(options)})")
     schema = Schema.new_builder().column("key", DataTypes.STRING()).column("value", DataTypes.STRING()).build()
     statements.add_insert(f"`{topic}`", tables.from_data_stream(stream, schema))
+
+
+def _admin(kafka: KafkaConfig) -> KafkaAdminClient:
+    try:
+        return KafkaAdminClient(
+            bootstrap_servers=kafka.brokers.split(","),
+            bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
+            request_timeout_ms=REQUEST_TIMEOUT_MS,
+        )
+    except (KafkaError, OSError, ValueError) as error:
+        raise UserError(f"brokers: no Kafka broker answers at {kafka.brokers!r} ({type(error).__name__})") from error
 
 
 def _connection(kafka: KafkaConfig) -> dict[str, str]:

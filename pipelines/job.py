@@ -13,16 +13,17 @@ from core.options import Parser, add_options, from_options, set_own_defaults
 from operators.functions import DEAD_LETTERS, KEY_VALUE, READY, DecodeFunction, inference_function
 from operators.placement import key_of_each_slot
 from operators.slot import check_before_start
-from pipelines.connectors import add_kafka_sink, ensure_topics, kafka_source
+from pipelines.connectors import add_kafka_sink, check_transactions, ensure_topics, kafka_source, resume_offsets
 from pipelines.environment import make_environment, subtask_of_key
+from pipelines.state_ids import name_states
 
 
-def build(env: StreamExecutionEnvironment, config: JobConfig) -> DataStream:
-    """The job's graph, sinks attached; the stream of responses."""
+def build(env: StreamExecutionEnvironment, config: JobConfig, begin: Mapping[int, int]) -> DataStream:
+    """The job's graph, sinks attached; the stream of responses. `begin` is as for `kafka_source`."""
     tables = StreamTableEnvironment.create(env)
     keys = key_of_each_slot(lambda key: subtask_of_key(key, config.parallelism), config.parallelism)
 
-    decoded = kafka_source(tables, config).process(DecodeFunction(config)).name("decode").uid("decode")
+    decoded = kafka_source(tables, config, begin).process(DecodeFunction(config)).name("decode").uid("decode")
     responses = (
         decoded.key_by(lambda element: keys[element.slot], key_type=Types.INT())
         .process(inference_function(config), output_type=KEY_VALUE)
@@ -37,8 +38,9 @@ def build(env: StreamExecutionEnvironment, config: JobConfig) -> DataStream:
         (dead_letters, config.kafka.dead_letters_topic),
         (responses.get_side_output(READY), config.kafka.ready_topic),
     ):
-        add_kafka_sink(tables, statements, stream, config.kafka, topic)
+        add_kafka_sink(tables, statements, stream, config, topic)
     statements.attach_as_datastream()
+    name_states(env)
     return responses
 
 
@@ -50,6 +52,7 @@ def run(prog: str, description: str, own_defaults: Mapping[str, Any]) -> None:
     config = with_model_found(from_options(JobConfig, parser.parse_args()))
     check_before_start(config)
     ensure_topics(config)
+    check_transactions(config)
     env = make_environment(config)
-    build(env, config)
+    build(env, config, resume_offsets(config))
     env.execute(config.job_name)
