@@ -4,7 +4,7 @@ Rows of two strings leave them, `key` and `value`, for the topic that their stre
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -12,7 +12,7 @@ from pyflink.common import Row, Types
 from pyflink.datastream import KeyedProcessFunction, OutputTag, ProcessFunction, RuntimeContext
 from pyflink.datastream.state import ListState, ListStateDescriptor, MapState, MapStateDescriptor
 
-from core.clock import SystemClock
+from core.clock import Clock, SystemClock
 from core.config import Batching, JobConfig
 from core.records import DeadLetter, Response
 from operators.batching import MicroBatcher, Standing
@@ -81,16 +81,26 @@ def inference_function(config: JobConfig) -> KeyedProcessFunction:
 
 
 class SlotFunction(KeyedProcessFunction):
-    """What both ways to batch share: the slot, and the answer to the call to warm up."""
+    """What both ways to batch share: the slot, and the answer to the call to warm up.
 
-    def __init__(self, config: JobConfig) -> None:
+    Slot and clock are made where the function is opened, which is in another process.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        make_slot: Callable[[JobConfig, int], SlotProcess] = SlotProcess,
+        make_clock: Callable[[], Clock] = SystemClock,
+    ) -> None:
         self._config = config
+        self._make_slot = make_slot
+        self._make_clock = make_clock
 
     def open(self, runtime_context: RuntimeContext) -> None:
-        self._clock = SystemClock()
+        self._clock = self._make_clock()
         self._opened = ExitStack()
         index = runtime_context.get_index_of_this_subtask()
-        self._slot = self._opened.enter_context(closing(SlotProcess(self._config, index)))
+        self._slot = self._opened.enter_context(closing(self._make_slot(self._config, index)))
         self._restored: set[int] = set()
 
     def close(self) -> None:

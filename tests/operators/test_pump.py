@@ -6,64 +6,13 @@ from collections.abc import Iterator
 import pytest
 
 from core.clock import ManualClock
-from core.records import DeadLetter, Response
-from operators.envelope import Answer, Envelope, Source
+from operators.envelope import Answer, Source
 from operators.pump import Pump
 from tests.experiments.experiment_samples import response
+from tests.operators.stand_in_slot import GatedSlot, envelope, letter
 
 WAIT_S = 20.0
 """Never reached unless something is wrong."""
-
-
-class GatedSlot:
-    """Answers what it was told to let go, with a letter unless `responses` has something for it."""
-
-    def __init__(self) -> None:
-        self.sent: list[int] = []
-        self.responses: dict[int, Response] = {}
-        self._changed = threading.Condition()
-        self._running: dict[int, Envelope] = {}
-        self._let_go: set[int] = set()
-        self._fault: Exception | None = None
-
-    def send(self, order: Envelope) -> None:
-        with self._changed:
-            self.sent.append(order.source.offset)
-            self._running[order.source.offset] = order
-            self._changed.notify_all()
-
-    def receive(self) -> list[Answer]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._fault or self._let_go & set(self._running))
-            if self._fault is not None:
-                raise self._fault
-            gone = self._let_go & set(self._running)
-            self._let_go -= gone
-            return [self._answer(self._running.pop(offset)) for offset in sorted(gone)]
-
-    def let_go(self, *offsets: int) -> None:
-        with self._changed:
-            self._let_go.update(offsets)
-            self._changed.notify_all()
-
-    def fail(self, fault: Exception) -> None:
-        with self._changed:
-            self._fault = fault
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        self.fail(EOFError("the slot was ended"))
-
-    def _answer(self, envelope: Envelope) -> Answer:
-        return Answer(envelope.source, self.responses.get(envelope.source.offset) or letter(envelope))
-
-
-def letter(envelope: Envelope) -> DeadLetter:
-    return DeadLetter.of(envelope.raw, "echo", stage="inference", topic="t", partition=0, offset=envelope.source.offset)
-
-
-def envelope(number: int) -> Envelope:
-    return Envelope(0, b"r%d" % number, Source("t", 0, number), 0.0)
 
 
 @pytest.fixture

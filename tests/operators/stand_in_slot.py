@@ -1,0 +1,165 @@
+"""A slot without a process and an engine: a test says when it answers what, and when it dies."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from unittest import mock
+
+from core.config import JobConfig
+from core.records import DeadLetter, Response
+from operators.envelope import Answer, Envelope, Ready, Source
+from operators.pump import Pump
+
+WAIT_S = 20.0
+"""Never reached unless something is wrong."""
+
+
+def envelope(number: int) -> Envelope:
+    return Envelope(0, b"r%d" % number, Source("t", 0, number), 0.0)
+
+
+def letter(envelope: Envelope) -> DeadLetter:
+    return DeadLetter.of(envelope.raw, "echo", stage="inference", topic="t", partition=0, offset=envelope.source.offset)
+
+
+class GatedSlot:
+    """Answers what it was told to let go, with a letter unless `responses` has something for it."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        self.responses: dict[int, Response] = {}
+        self.answers_at_once = False
+        self._changed = threading.Condition()
+        self._running: dict[int, Envelope] = {}
+        self._let_go: set[int] = set()
+        self._fault: Exception | None = None
+        self._receiver: threading.Thread | None = None
+        """Who waits in `receive`, or has heard there of the fault."""
+
+    @property
+    def running(self) -> list[int]:
+        """What it has and has not answered."""
+        return sorted(self._running)
+
+    def send(self, order: Envelope) -> None:
+        with self._changed:
+            self.sent.append(order.source.offset)
+            self._running[order.source.offset] = order
+            self._changed.notify_all()
+
+    def receive(self) -> list[Answer]:
+        with self._changed:
+            self._receiver = threading.current_thread()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._fault or self._done())
+            if self._fault is not None:
+                raise self._fault
+            self._receiver = None
+            done = self._done()
+            self._let_go -= done
+            return [self._answer(self._running.pop(offset)) for offset in sorted(done)]
+
+    def let_go(self, *offsets: int) -> None:
+        with self._changed:
+            self._let_go.update(offsets)
+            self._changed.notify_all()
+
+    def fail(self, fault: Exception) -> None:
+        with self._changed:
+            self._fault = fault
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        self.fail(EOFError("the slot was ended"))
+
+    def settle(self) -> None:
+        """Return once the receiver has taken over all that it can, or has ended by the fault."""
+        with self._changed:
+            settled = self._changed.wait_for(lambda: self._receiver and (self._fault or not self._done()), WAIT_S)
+        assert settled, "nobody receives"
+        if self._fault is not None:
+            self._receiver.join(WAIT_S)
+
+    def _done(self) -> set[int]:
+        return set(self._running) if self.answers_at_once else self._let_go & set(self._running)
+
+    def _answer(self, envelope: Envelope) -> Answer:
+        return Answer(envelope.source, self.responses.get(envelope.source.offset) or letter(envelope))
+
+
+class StandInSlot(GatedSlot):
+    """All that the functions ask of a slot. What is let go has reached the function's side when `let_go` returns."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.ready = Ready(slot=index, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
+        self.most_running = 0
+        self.groups: list[list[int]] = []
+        self.newest_first = False
+        self.ended = False
+        self.closed = False
+
+    def send(self, order: Envelope) -> None:
+        self._require_alive()
+        super().send(order)
+        self.most_running = max(self.most_running, len(self._running))
+
+    def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
+        self._require_alive()
+        self.groups.append([one.source.offset for one in batch])
+        answers = [self._answer(one) for one in batch]
+        return answers[::-1] if self.newest_first else answers
+
+    def let_go(self, *offsets: int) -> None:
+        super().let_go(*offsets)
+        self.settle()
+
+    def end(self) -> None:
+        self.ended = True
+        super().end()
+
+    def close(self) -> None:
+        assert self.ended or self._receiver is None, "somebody may still receive"
+        self.closed = True
+
+    def _require_alive(self) -> None:
+        if self._fault is not None:
+            raise RuntimeError(f"the slot's process has ended: {self._fault}")
+
+
+class StandInSlots:
+    """Makes the slots that functions ask for, and knows them."""
+
+    def __init__(self) -> None:
+        self.made: list[StandInSlot] = []
+
+    def make(self, config: JobConfig, index: int) -> StandInSlot:
+        self.made.append(StandInSlot(index))
+        return self.made[-1]
+
+    @property
+    def last(self) -> StandInSlot:
+        return self.made[-1]
+
+
+@contextmanager
+def no_waits() -> Iterator[list[float]]:
+    """No look for answers waits, and finds all that the slot has let go; for how long each of them would have waited.
+
+    Who waits for room gets it: the slot answers the oldest.
+    """
+    waits: list[float] = []
+    take, wait_for_room = Pump.take, Pump.wait_for_room
+
+    def take_at_once(pump: Pump, owner: int, timeout_s: float = 0.0) -> list[Answer]:
+        waits.append(timeout_s)
+        pump._slot.settle()  # type: ignore[attr-defined]
+        return take(pump, owner)
+
+    def make_room(pump: Pump, timeout_s: float) -> bool:
+        if not wait_for_room(pump, 0.0):
+            pump._slot.let_go(pump._slot.running[0])  # type: ignore[attr-defined]
+        return wait_for_room(pump, 0.0)
+
+    with mock.patch.object(Pump, "take", take_at_once), mock.patch.object(Pump, "wait_for_room", make_room):
+        yield waits
