@@ -4,6 +4,7 @@ Rows of two strings leave them, `key` and `value`, for the topic that their stre
 """
 
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
@@ -33,8 +34,9 @@ END_OF_INPUT = 2**63 - 1
 WARM_UP = -1
 """The partition of a row that calls a slot to warm up; the slot stands in place of the offset."""
 SPARE_TIMER_MS = 1000
-"""A timer further ahead is always set beside the next one: a checkpoint that is taken while a timer is on its way to or
-from Python has it in no state, and what is in flight would wait for ever after a restart."""
+"""From its first element on a key has timers at two of these intervals ahead, one of which a former call has set: what
+the last one has set is on its way to Java, and in no checkpoint that is taken meanwhile. Without any timer, what is in
+flight would wait after a restart until another request comes."""
 POLL_S = 0.025
 """Longest wait for an answer while the stream stands still: a request that comes meanwhile waits as long."""
 FULL_POLL_S = 0.1
@@ -102,11 +104,13 @@ class SlotFunction(KeyedProcessFunction):
         index = runtime_context.get_index_of_this_subtask()
         self._slot = self._opened.enter_context(closing(self._make_slot(self._config, index)))
         self._restored: set[int] = set()
+        self._spare_timers: dict[int, int] = {}
 
     def close(self) -> None:
         _close(self)
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        self._set_spare_timer(ctx)
         if isinstance(value, WarmUp):
             # The model was loaded when this function was opened for its first element: this one.
             ready = self._slot.ready
@@ -114,9 +118,26 @@ class SlotFunction(KeyedProcessFunction):
         else:
             yield from self._take_in(value, ctx)
 
+    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        if timestamp != END_OF_INPUT:
+            self._set_spare_timer(ctx)
+        yield from self._look(timestamp, ctx)
+
+    def _set_spare_timer(self, ctx: KeyedProcessFunction.Context) -> None:
+        key = ctx.get_current_key()
+        later_ms = (int(self._clock.wall_ms()) // SPARE_TIMER_MS + 2) * SPARE_TIMER_MS
+        if self._spare_timers.get(key) != later_ms:
+            self._spare_timers[key] = later_ms
+            ctx.timer_service().register_processing_time_timer(later_ms)
+            ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+
     @abstractmethod
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         """Take a request in; what may leave with that."""
+
+    @abstractmethod
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        """What may leave as a timer rings, a spare one included."""
 
 
 class ContinuousFunction(SlotFunction):
@@ -136,19 +157,15 @@ class ContinuousFunction(SlotFunction):
         )
         self._watched: set[int] = set()
         """Keys that a timer is set for."""
-        self._spare_timers: dict[int, int] = {}
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        self._restore(ctx)
-        # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
-        while not self._pump.wait_for_room(POLL_S):
-            yield from self._leave(ctx, 0.0)
+        yield from self._restore(ctx)
         self._in_flight.put(_ticket(envelope.source), envelope)
-        self._pump.submit(ctx.get_current_key(), envelope)
+        yield from self._submit(envelope, ctx)
         yield from self._leave(ctx, 0.0)
 
-    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
-        self._restore(ctx)
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        yield from self._restore(ctx)
         key = ctx.get_current_key()
         if timestamp == END_OF_INPUT:
             while self._pump.outstanding(key):
@@ -169,16 +186,16 @@ class ContinuousFunction(SlotFunction):
             self._in_flight.remove(_ticket(answer.source))
             yield _row(answer)
         if self._pump.outstanding(key) and key not in self._watched:
-            now_ms = int(self._clock.wall_ms())
             self._watched.add(key)
-            ctx.timer_service().register_processing_time_timer(now_ms + 1)
-            later_ms = (now_ms // SPARE_TIMER_MS + 2) * SPARE_TIMER_MS
-            if self._spare_timers.get(key) != later_ms:
-                self._spare_timers[key] = later_ms
-                ctx.timer_service().register_processing_time_timer(later_ms)
-                ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+            ctx.timer_service().register_processing_time_timer(int(self._clock.wall_ms()) + 1)
 
-    def _restore(self, ctx: KeyedProcessFunction.Context) -> None:
+    def _submit(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
+        while not self._pump.wait_for_room(POLL_S):
+            yield from self._leave(ctx, 0.0)
+        self._pump.submit(ctx.get_current_key(), envelope)
+
+    def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         """After a restart, what was in flight is asked again, before anything newer."""
         key = ctx.get_current_key()
         if key in self._restored:
@@ -186,7 +203,7 @@ class ContinuousFunction(SlotFunction):
         self._restored.add(key)
         waiting = (envelope for _, envelope in self._in_flight.items())
         for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
-            self._pump.submit(key, envelope)
+            yield from self._submit(envelope, ctx)
 
 
 class MicroBatchFunction(SlotFunction):
@@ -202,7 +219,10 @@ class MicroBatchFunction(SlotFunction):
         board = LoadBoard.of(self._config)
         if board is not None:
             self._opened.enter_context(closing(LoadReport(board, self._slot.ready.slot, lambda: self._stood.queue_ms)))
-        self._batcher: MicroBatcher[Envelope] = MicroBatcher(batching.batch_size, batching.max_wait_ms)
+        self._batchers: defaultdict[int, MicroBatcher[Envelope]] = defaultdict(
+            lambda: MicroBatcher(batching.batch_size, batching.max_wait_ms)
+        )
+        """By key: a batch leaves under the key whose state holds its requests."""
         self._pending: ListState = runtime_context.get_list_state(
             ListStateDescriptor("pending", Types.PICKLED_BYTE_ARRAY())
         )
@@ -212,11 +232,12 @@ class MicroBatchFunction(SlotFunction):
         yield from self._restore(ctx)
         yield from self._add(envelope, ctx)
 
-    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         yield from self._restore(ctx)
+        batcher = self._batchers[ctx.get_current_key()]
         at_end = timestamp == END_OF_INPUT
         # Flink's timers count a delay: should the wall clock be set back meanwhile, the timer is right.
-        batch = self._batcher.flush() if at_end else self._batcher.expire(max(self._clock.wall_ms(), timestamp))
+        batch = batcher.flush() if at_end else batcher.expire(max(self._clock.wall_ms(), timestamp))
         yield from self._answer(batch)
 
     def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
@@ -230,16 +251,16 @@ class MicroBatchFunction(SlotFunction):
             yield from self._add(envelope, ctx)
 
     def _add(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        first = len(self._batcher) == 0
-        batch = self._batcher.add(envelope, self._clock.wall_ms())
+        batcher = self._batchers[ctx.get_current_key()]
+        first = len(batcher) == 0
+        batch = batcher.add(envelope, self._clock.wall_ms())
         if batch:
             yield from self._answer(batch)
             return
         self._pending.add(envelope)
-        if first and self._batcher.due_ms is not None:
+        if first and batcher.due_ms is not None:
             # One millisecond later, as a timer is whole milliseconds and must not come too early.
-            ctx.timer_service().register_processing_time_timer(int(self._batcher.due_ms) + 1)
-            ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+            ctx.timer_service().register_processing_time_timer(int(batcher.due_ms) + 1)
 
     def _answer(self, batch: list[Envelope]) -> Iterator[Any]:
         if not batch:

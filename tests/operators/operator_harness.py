@@ -108,13 +108,15 @@ class OperatorHarness:
     # Time.
 
     def advance(self, by_ms: float) -> list[Output]:
-        """Let time pass; each processing-time timer rings at its time, or at once where that has passed."""
+        """Let time pass; each processing-time timer rings at its time, or at once where that has passed.
+
+        Those of one time ring together; what they set is set before the next ones ring.
+        """
         out: list[Output] = []
         until_ms = self.clock.wall_ms() + by_ms
         while (pending := self.timers(TimeDomain.PROCESSING_TIME)) and pending[0].timestamp <= until_ms:
-            now_ms = max(self.clock.wall_ms(), pending[0].timestamp)
-            self.clock.advance(now_ms - self.clock.wall_ms())
-            out += self._ring(self._timers.take_due(TimeDomain.PROCESSING_TIME, now_ms))
+            self.clock.advance(max(0.0, pending[0].timestamp - self.clock.wall_ms()))
+            out += self._ring(self._timers.take_due(TimeDomain.PROCESSING_TIME, pending[0].timestamp))
         self.clock.advance(max(0.0, until_ms - self.clock.wall_ms()))
         return out
 

@@ -1,7 +1,7 @@
 """A slot without a process and an engine: a test says when it answers what, and when it dies."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -37,6 +37,10 @@ class GatedSlot:
         """Who waits in `receive`, or has heard there of the fault."""
 
     @property
+    def is_alive(self) -> bool:
+        return self._fault is None
+
+    @property
     def running(self) -> list[int]:
         """What it has and has not answered."""
         return sorted(self._running)
@@ -62,6 +66,11 @@ class GatedSlot:
     def let_go(self, *offsets: int) -> None:
         with self._changed:
             self._let_go.update(offsets)
+            self._changed.notify_all()
+
+    def answer_at_once(self, whether: bool) -> None:
+        with self._changed:
+            self.answers_at_once = whether
             self._changed.notify_all()
 
     def fail(self, fault: Exception) -> None:
@@ -128,14 +137,29 @@ class StandInSlot(GatedSlot):
 
 
 class StandInSlots:
-    """Makes the slots that functions ask for, and knows them."""
+    """Makes the slots that functions ask for, and knows them. They share `responses`."""
 
-    def __init__(self) -> None:
+    def __init__(self, responses: Mapping[int, Response] | None = None) -> None:
         self.made: list[StandInSlot] = []
+        self.responses = dict(responses or {})
+        self.answers_at_once = False
 
     def make(self, config: JobConfig, index: int) -> StandInSlot:
-        self.made.append(StandInSlot(index))
-        return self.made[-1]
+        made = StandInSlot(index)
+        made.responses = self.responses
+        made.answers_at_once = self.answers_at_once
+        self.made.append(made)
+        return made
+
+    def answer_at_once(self, whether: bool) -> None:
+        """From now on, or until each answer is let go again."""
+        self.answers_at_once = whether
+        for slot in self.made:
+            slot.answer_at_once(whether)
+
+    @property
+    def alive(self) -> list[StandInSlot]:
+        return [slot for slot in self.made if slot.is_alive]
 
     @property
     def last(self) -> StandInSlot:

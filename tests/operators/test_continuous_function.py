@@ -135,7 +135,7 @@ def test_at_the_cap_the_stream_waits_and_lets_out_what_is_done(harness: Operator
 
 def test_the_end_of_input_answers_all_that_is_in_flight(harness: OperatorHarness, slots: StandInSlots) -> None:
     process(harness, 1, 2, 3)
-    slots.last.answers_at_once = True
+    slots.last.answer_at_once(True)
     assert sorted(offsets(harness.end_input())) == [1, 2, 3]
     assert harness.holds_nothing
 
@@ -157,7 +157,7 @@ def test_a_timer_alone_restores_what_was_in_flight(harness: OperatorHarness, slo
     process(harness, 1)
     crash(harness, slots)
     harness.advance(1)
-    slots.last.answers_at_once = True
+    slots.last.answer_at_once(True)
     assert offsets(harness.end_input()) == [1]
 
 

@@ -51,6 +51,7 @@ class Obedient(KeyedProcessFunction):
             self.value.clear()
             self.set(ctx, timestamp, ctx.time_domain())
             ctx.timer_service().delete_processing_time_timer(timestamp + 1)
+            ctx.timer_service().delete_event_time_timer(timestamp + 1)
 
     def say(self, ctx: KeyedProcessFunction.Context, *words: Any) -> Any:
         return words
@@ -305,11 +306,20 @@ def test_a_timer_of_the_past_rings_at_once_but_not_within_the_call(harness: Oper
     assert values(harness.advance(0)) == [("rang", KEY, 10, 1000)]
 
 
-def test_what_a_timer_sets_or_deletes_comes_after_what_is_due_already(harness: OperatorHarness) -> None:
-    harness.process(("set", 1500), KEY)
-    harness.process(("set", 1501), KEY)
+def test_what_a_timer_sets_comes_after_those_of_the_same_time_and_before_later_ones(harness: OperatorHarness) -> None:
+    for at, key in ((1500, KEY), (1500, OTHER), (1501, KEY), (1502, KEY)):
+        harness.process(("set", at), key)
     harness.process(("write", "again"), KEY)
-    assert [said[2] for said in values(harness.stall(1000))] == [1500, 1501, 1500]
+    # It deletes the one at 1501 too.
+    rang = [said[1:3] for said in values(harness.stall(1000))]
+    assert rang == [(KEY, 1500), (OTHER, 1500), (KEY, 1500), (KEY, 1502)]
+
+
+def test_what_an_event_time_timer_sets_or_deletes_comes_after_all_that_are_due(harness: OperatorHarness) -> None:
+    harness.process(("set", 10, EVENT), KEY)
+    harness.process(("set", 11, EVENT), KEY)
+    harness.process(("write", "again"), KEY)
+    assert [said[2] for said in values(harness.advance_watermark(20))] == [10, 11, 10]
 
 
 def test_a_deleted_timer_does_not_ring(harness: OperatorHarness) -> None:

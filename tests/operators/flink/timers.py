@@ -41,7 +41,7 @@ class Timers(TimerService):
         return sorted((timer for timer in self._pending if timer.domain is domain), key=lambda timer: timer.timestamp)
 
     def take_due(self, domain: TimeDomain, until: float) -> list[Timer]:
-        """Take out what is due by then. Flink does so before it hears what the function sets or deletes meanwhile."""
+        """Take out what is due by then, which no longer hears of what the function sets or deletes meanwhile."""
         due = [timer for timer in self.pending(domain) if timer.timestamp <= until]
         for timer in due:
             del self._pending[timer]
