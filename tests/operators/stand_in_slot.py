@@ -137,16 +137,18 @@ class StandInSlot(GatedSlot):
 
 
 class StandInSlots:
-    """Makes the slots that functions ask for, and knows them. They share `responses`."""
+    """Makes the slots that functions ask for, and knows them. They share `responses`, and the order within a group."""
 
-    def __init__(self, responses: Mapping[int, Response] | None = None) -> None:
+    def __init__(self, responses: Mapping[int, Response] | None = None, newest_first: bool = False) -> None:
         self.made: list[StandInSlot] = []
         self.responses = dict(responses or {})
+        self.newest_first = newest_first
         self.answers_at_once = False
 
     def make(self, config: JobConfig, index: int) -> StandInSlot:
         made = StandInSlot(index)
         made.responses = self.responses
+        made.newest_first = self.newest_first
         made.answers_at_once = self.answers_at_once
         self.made.append(made)
         return made
