@@ -87,16 +87,22 @@ def test_timers_are_set_as_long_as_something_is_in_flight_and_not_after(
     harness: OperatorHarness, slots: StandInSlots
 ) -> None:
     process(harness, 1, 2)
-    # The next one, and a spare that is still in state while that one rings.
-    assert timers(harness) == [1001, 3000]
+    # The next one, and two spare ones.
+    assert timers(harness) == [1001, 2000, 3000]
     assert timers(harness, TimeDomain.EVENT_TIME) == [END_OF_INPUT]
     harness.advance(1)
-    assert timers(harness) == [1002, 3000]
+    assert timers(harness) == [1002, 2000, 3000]
     slots.last.let_go(1, 2)
     assert offsets(harness.advance(1)) == [1, 2]
-    assert timers(harness) == [3000]
-    assert harness.advance(5000) == []
-    assert timers(harness) == []
+    assert timers(harness) == [2000, 3000]
+
+
+def test_a_key_that_is_idle_has_spare_timers_too(harness: OperatorHarness, waits: list[float]) -> None:
+    harness.process(WarmUp(0), KEY)
+    assert timers(harness) == [2000, 3000]
+    assert harness.advance(5500) == []
+    assert timers(harness) == [7000, 8000]
+    assert waits == []
 
 
 def test_a_timer_waits_only_where_something_of_its_key_is_outstanding(
@@ -111,7 +117,6 @@ def test_a_timer_waits_only_where_something_of_its_key_is_outstanding(
         if timer.key == KEY + 1:
             assert harness.fire(timer) == []
     assert waits == []
-    assert timers(harness) == [1002, 3000]
     assert harness.advance(1) == []
     assert waits == [POLL_S]
 
@@ -161,17 +166,32 @@ def test_a_timer_alone_restores_what_was_in_flight(harness: OperatorHarness, slo
     assert offsets(harness.end_input()) == [1]
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_one_timer_that_a_checkpoint_does_not_hold_strands_nothing(
-    harness: OperatorHarness, slots: StandInSlots, lost: int
+@pytest.mark.parametrize("idle_ms", [0, 999, 1500, 60_000])
+def test_timers_that_a_checkpoint_does_not_hold_strand_nothing(
+    harness: OperatorHarness, slots: StandInSlots, idle_ms: int
 ) -> None:
+    harness.process(WarmUp(0), KEY)
+    harness.advance(idle_ms)
     process(harness, 1)
-    snapshot = harness.snapshot().without(harness.timers(TimeDomain.PROCESSING_TIME)[lost])
+    snapshot = harness.snapshot().without(*harness.timers_on_their_way)
     slots.last.end()
     harness.restore(snapshot)
     harness.advance(2000)
     slots.last.let_go(1)
     assert offsets(harness.advance(1)) == [1]
+
+
+def test_a_restart_hands_the_slot_no_more_than_it_may_have(harness: OperatorHarness, slots: StandInSlots) -> None:
+    """Keys that met at one subtask may have more in flight together."""
+    process(harness, 1, 2, 3)
+    slots.last.let_go(1, 2, 3)
+    process(harness, 4, 5, key=KEY + 1)
+    crash(harness, slots)
+    out = offsets(harness.advance(2000))
+    assert slots.last.most_running == 3
+    assert sorted(slots.last.sent) == [1, 2, 3, 4, 5]
+    slots.last.let_go(*slots.last.running)
+    assert sorted(out + offsets(harness.advance(2000))) == [1, 2, 3, 4, 5]
 
 
 def test_keys_that_met_at_one_subtask_keep_their_state_apart(harness: OperatorHarness, slots: StandInSlots) -> None:

@@ -40,15 +40,19 @@ MAX_IN_FLIGHT, BATCH_SIZE, MAX_WAIT_MS = 3, 2, 100
 RESPONSES = {offset: response(request_id=str(offset)) for offset in range(1, 1000, 2)}
 """Every other request's; the rest gets letters."""
 parallelisms = st.sampled_from([1, 2, 3])
+lost = st.sampled_from(["nothing", "one", "on their way"])
+"""Timers that a checkpoint does not hold."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where Flink begins again: state and timers, the place in the topic, and what had been answered by then."""
+    """Where Flink begins again: state and timers, the place in the topic, and what had come to pass by then."""
 
     snapshot: Snapshot
     offset: int
     answered: frozenset[int]
+    elements: Counter[int]
+    """By key."""
 
 
 class Delivery(RuleBasedStateMachine):
@@ -63,11 +67,11 @@ class Delivery(RuleBasedStateMachine):
         self.now_ms = 1000.0
         self.topic: list[int] = []
         """The session of each request."""
-        self.ever_answered: frozenset[int] = frozenset()
+        self.ever_answered: set[int] = set()
 
     @initialize(parallelism=parallelisms)
-    def submit(self, parallelism: int) -> None:
-        self.checkpoint = Checkpoint(NOTHING, len(self.topic), self.ever_answered)
+    def the_job_is_submitted(self, parallelism: int) -> None:
+        self.checkpoint = Checkpoint(NOTHING, 0, frozenset(), Counter())
         self._start(parallelism)
         for slot in range(parallelism):
             self._element(slot, WarmUp(slot))
@@ -94,12 +98,13 @@ class Delivery(RuleBasedStateMachine):
         self.now_ms += by_ms
         self._survive(lambda: self._each(lambda at: at.stall(by_ms)))
 
-    @rule(lost=st.sampled_from(["nothing", "one", "on their way"]), data=st.data())
+    @rule(lost=lost, data=st.data())
     def a_checkpoint_is_taken(self, lost: str, data: st.DataObject) -> None:
         parts = []
         for subtask in self.subtasks:
             timers = subtask.timers(TimeDomain.PROCESSING_TIME)
             if lost == "on their way":
+                # Nothing can be done for a key's very first one: with the call to warm up no request is lost.
                 timers = [timer for timer in subtask.timers_on_their_way if self.elements[timer.key] > 1]
             elif lost == "one" and timers:
                 timers = [data.draw(st.sampled_from(timers))]
@@ -107,7 +112,7 @@ class Delivery(RuleBasedStateMachine):
                 timers = []
             parts.append(subtask.snapshot().without(*timers))
         answered = self.began_with.answered | frozenset(self.answered)
-        self.checkpoint = Checkpoint(Snapshot.of_all(parts), len(self.topic), answered)
+        self.checkpoint = Checkpoint(Snapshot.of_all(parts), len(self.topic), answered, self.elements.copy())
 
     @rule(parallelism=parallelisms)
     def the_job_crashes(self, parallelism: int) -> None:
@@ -116,6 +121,11 @@ class Delivery(RuleBasedStateMachine):
         self._start(parallelism)
         for offset in range(self.checkpoint.offset, len(self.topic)):
             self._take_in(offset)
+
+    @rule(lost=lost, data=st.data(), parallelism=parallelisms)
+    def the_job_crashes_right_after_a_checkpoint(self, lost: str, data: st.DataObject, parallelism: int) -> None:
+        self.a_checkpoint_is_taken(lost, data)
+        self.the_job_crashes(parallelism)
 
     @rule(data=st.data())
     def a_slot_dies(self, data: st.DataObject) -> None:
@@ -133,11 +143,6 @@ class Delivery(RuleBasedStateMachine):
         self._survive(wait, again=True)
         self.slots.answer_at_once(False)
         assert self.ever_answered == set(range(len(self.topic)))
-
-    @rule(parallelism=parallelisms)
-    def the_job_is_drained(self, parallelism: int) -> None:
-        self._drain()
-        self.submit(parallelism)
 
     def teardown(self) -> None:
         with self.opened:
@@ -157,8 +162,7 @@ class Delivery(RuleBasedStateMachine):
         """From the last checkpoint."""
         self.began_with = self.checkpoint
         self.answered: Counter[int] = Counter()
-        self.elements: Counter[int | None] = Counter()
-        """By key, since this start."""
+        self.elements = self.checkpoint.elements.copy()
         self.slots = StandInSlots(RESPONSES, newest_first=True)
         self.keys = key_of_each_slot(lambda key: subtask_of(key, parallelism), parallelism)
         self.subtasks = [self._subtask(index, parallelism) for index in range(parallelism)]
@@ -219,7 +223,7 @@ class Delivery(RuleBasedStateMachine):
         assert offset not in self.began_with.answered, f"{offset} had been answered before the checkpoint"
         self.answered[offset] += 1
         assert self.answered[offset] == 1, f"{offset} is answered twice without a crash"
-        self.ever_answered |= {offset}
+        self.ever_answered.add(offset)
 
     def _survive(self, what: Callable[[], None], again: bool = False) -> None:
         """A function may fail with its slot: then the job begins again, as after a crash."""

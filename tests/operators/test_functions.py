@@ -26,6 +26,7 @@ from tests.operators.operator_harness import OperatorHarness, Output
 from tests.operators.stand_in_slot import StandInSlots, envelope
 
 KEY = 7
+SPARE = [2000, 3000]
 CONFIG = JobConfig(parallelism=1, batching=BatchingConfig(batch_size=3, max_wait_ms=100))
 
 
@@ -48,8 +49,8 @@ def offsets(outputs: list[Output]) -> list[int]:
     return [json.loads(output.value.value)["offset"] for output in outputs]
 
 
-def process(harness: OperatorHarness, *numbers: int) -> list[int]:
-    return [offset for number in numbers for offset in offsets(harness.process(envelope(number), KEY))]
+def process(harness: OperatorHarness, *numbers: int, key: int = KEY) -> list[int]:
+    return [offset for number in numbers for offset in offsets(harness.process(envelope(number), key))]
 
 
 def timers(harness: OperatorHarness, domain: TimeDomain = TimeDomain.PROCESSING_TIME) -> list[int]:
@@ -63,19 +64,19 @@ def test_a_full_batch_leaves_at_once_and_takes_its_state_along(harness: Operator
 
 def test_a_timer_closes_the_batch_that_it_was_set_for_and_no_other(harness: OperatorHarness) -> None:
     process(harness, 0)
-    assert timers(harness) == [1101]
+    assert timers(harness) == [1101, *SPARE]
     harness.advance(90)
     process(harness, 1, 2, 3)
-    assert timers(harness) == [1101, 1191]
+    assert timers(harness) == [1101, 1191, *SPARE]
     assert offsets(harness.advance(11)) == []
     assert offsets(harness.advance(90)) == [3]
 
 
 def test_a_clock_that_is_set_back_strands_nothing(harness: OperatorHarness) -> None:
     process(harness, 0)
-    (timer,) = harness.timers(TimeDomain.PROCESSING_TIME)
+    first = harness.timers(TimeDomain.PROCESSING_TIME)[0]
     harness.clock.advance(-500)
-    assert offsets(harness.fire(timer)) == [0]
+    assert offsets(harness.fire(first)) == [0]
 
 
 def test_the_end_of_input_flushes_what_has_not_waited_long_enough(harness: OperatorHarness) -> None:
@@ -98,6 +99,26 @@ def test_a_timer_alone_restores_what_waited(harness: OperatorHarness) -> None:
     process(harness, 0)
     harness.restore(harness.snapshot())
     assert offsets(harness.end_input()) == [0]
+
+
+@pytest.mark.parametrize("idle_ms", [0, 999, 1500, 60_000])
+def test_timers_that_a_checkpoint_does_not_hold_strand_nothing(harness: OperatorHarness, idle_ms: int) -> None:
+    harness.process(WarmUp(0), KEY)
+    harness.advance(idle_ms)
+    process(harness, 0)
+    harness.restore(harness.snapshot().without(*harness.timers_on_their_way))
+    assert offsets(harness.advance(2200)) == [0]
+
+
+def test_keys_that_met_at_one_subtask_batch_by_themselves(harness: OperatorHarness, slots: StandInSlots) -> None:
+    """As after a restart at another parallelism: a batch leaves under the key whose state holds its requests."""
+    process(harness, 0, 1)
+    process(harness, 2, 3, key=KEY + 1)
+    assert process(harness, 4) == [0, 1, 4]
+    assert (harness.state("pending", KEY), len(harness.state("pending", KEY + 1))) == ([], 2)
+    assert offsets(harness.advance(200)) == [2, 3]
+    assert slots.last.groups == [[0, 1, 4], [2, 3]]
+    assert harness.holds_nothing
 
 
 def test_responses_leave_as_the_slot_stamped_them_and_not_to_the_side(
