@@ -39,10 +39,10 @@ END_OF_INPUT = 2**63 - 1
 WARM_UP = -1
 """The partition of a row that calls a slot to warm up; the slot stands in place of the offset."""
 SPARE_TIMER_MS = 1000
-"""From its first element on a key has timers at two of these intervals ahead, one of which a former call has set: what
-the last one has set is on its way to Java, and in no checkpoint that is taken meanwhile. Without any timer, what is in
-flight would wait after a restart until another request comes. Where nothing is, they open the function after a
-restart all the same, and so load the model."""
+"""From its first element on a key has a timer at each of the next two of these intervals. The later one has just been
+set: it is on its way to Java, and in no checkpoint that is taken meanwhile. Without the other, what is in flight would
+wait after a restart until another request comes. Where nothing is, they open the function after a restart all the same,
+and so load the model."""
 POLL_S = 0.025
 """Longest wait for an answer while the stream stands still: a request that comes meanwhile waits as long."""
 FULL_POLL_S = 0.1
@@ -121,13 +121,14 @@ class SlotFunction(KeyedProcessFunction):
         self._slot = self._opened.enter_context(closing(self._make_slot(self._config, index, self._clock)))
         self._restored: set[int] = set()
         self._said_ready = False
-        self._spare_timers: dict[int, int] = {}
+        self._spare_intervals: dict[int, int] = {}
+        """The interval that a key's spare timers were set in last."""
 
     def close(self) -> None:
         _close(self)
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        self._set_spare_timer(ctx)
+        self._set_spare_timers(ctx)
         yield from self._say_ready()
         if isinstance(value, WarmUp):
             return
@@ -146,16 +147,16 @@ class SlotFunction(KeyedProcessFunction):
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         if timestamp != END_OF_INPUT:
-            self._set_spare_timer(ctx)
+            self._set_spare_timers(ctx)
         yield from self._say_ready()
         yield from self._look(timestamp, ctx)
 
-    def _set_spare_timer(self, ctx: KeyedProcessFunction.Context) -> None:
-        key = ctx.get_current_key()
-        later_ms = (int(self._clock.wall_ms()) // SPARE_TIMER_MS + 2) * SPARE_TIMER_MS
-        if self._spare_timers.get(key) != later_ms:
-            self._spare_timers[key] = later_ms
-            ctx.timer_service().register_processing_time_timer(later_ms)
+    def _set_spare_timers(self, ctx: KeyedProcessFunction.Context) -> None:
+        key, interval = ctx.get_current_key(), int(self._clock.wall_ms()) // SPARE_TIMER_MS
+        if self._spare_intervals.get(key) != interval:
+            self._spare_intervals[key] = interval
+            for ahead in (1, 2):
+                ctx.timer_service().register_processing_time_timer((interval + ahead) * SPARE_TIMER_MS)
             ctx.timer_service().register_event_time_timer(END_OF_INPUT)
 
     def _row_again(self, record: Record) -> Any:

@@ -1,290 +1,255 @@
 """The continuous function without a cluster: its state, who is answered when, and what a restart asks again."""
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pyflink.datastream import TimeDomain
 
 from core.clock import ManualClock
 from core.config import BatchingConfig, EngineConfig, JobConfig
 from core.records import Response
-from operators.envelope import Answer, Envelope, Ready, WarmUp
-from operators.functions import DEAD_LETTERS, END_OF_INPUT, FULL_POLL_S, POLL_S, READY, ContinuousFunction
-from operators.pump import Pump
+from operators.envelope import WarmUp
+from operators.functions import (
+    DEAD_LETTERS,
+    END_OF_INPUT,
+    FULL_POLL_S,
+    KEY_VALUE,
+    POLL_S,
+    READY,
+    ContinuousFunction,
+)
 from tests.experiments.experiment_samples import response
 from tests.operators.memory_journal import MemoryJournal
-from tests.operators.test_pump import WAIT_S, GatedSlot, envelope
-from tests.operators.timer_context import KEY, TimerContext
+from tests.operators.operator_harness import OperatorHarness, Output
+from tests.operators.stand_in_slot import StandInSlots, envelope, no_waits
 
-
-class Slot(GatedSlot):
-    """Is found by the test, and tells whether it was closed."""
-
-    made: "list[Slot]" = []  # noqa: RUF012 - the function makes its slot itself; the test finds it here
-
-    def __init__(self, *_: object) -> None:
-        super().__init__()
-        self.ended = False
-        self.closed = False
-        self.ready = Ready(slot=0, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
-        Slot.made.append(self)
-
-    def end(self) -> None:
-        self.ended = True
-        super().end()
-
-    def close(self) -> None:
-        assert self.ended, "somebody may still receive"
-        self.closed = True
-
-
-class State:
-    """The map states of all keys; outlives the function, as a checkpoint does."""
-
-    def __init__(self) -> None:
-        self.of_key: dict[int, dict[str, Envelope]] = {}
-
-
-class Context(TimerContext):
-    """With the map state of the current key."""
-
-    def __init__(self, state: State) -> None:
-        super().__init__()
-        self._state = state
-
-    def get_map_state(self, _: object) -> "Context":
-        return self
-
-    def _current(self) -> dict[str, Envelope]:
-        return self._state.of_key.setdefault(self.key, {})
-
-    def put(self, ticket: str, value: Envelope) -> None:
-        self._current()[ticket] = value
-
-    def remove(self, ticket: str) -> None:
-        del self._current()[ticket]
-
-    def items(self) -> Iterable[tuple[str, Envelope]]:
-        return self._current().items()
+KEY = 7
+CONFIG = JobConfig(parallelism=1, engine=EngineConfig(max_running=2), batching=BatchingConfig(max_in_flight=3))
 
 
 @pytest.fixture
-def open_function() -> Iterator[Callable[[Context], ContinuousFunction]]:
-    opened: list[ContinuousFunction] = []
-
-    def make(context: Context) -> ContinuousFunction:
-        config = JobConfig(parallelism=1, engine=EngineConfig(max_running=2), batching=BatchingConfig(max_in_flight=3))
-        function = ContinuousFunction(config, Slot, lambda: ManualClock(1000.0), lambda _: MemoryJournal())
-        function.open(context)
-        opened.append(function)
-        return function
-
-    yield make
-    for function in opened:
-        function.close()
-    assert all(slot.closed for slot in Slot.made)
-    Slot.made.clear()
+def slots() -> StandInSlots:
+    return StandInSlots()
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def harness(slots: StandInSlots) -> Iterator[OperatorHarness]:
+    clock = ManualClock(1000.0)
+    made = OperatorHarness(
+        lambda: ContinuousFunction(CONFIG, slots.make, lambda: clock, lambda _: MemoryJournal()),
+        clock,
+        output_type=KEY_VALUE,
+    )
+    yield made
+    made.close()
+    assert slots.last.closed
+
+
+@pytest.fixture(autouse=True)
+def waits() -> Iterator[list[float]]:
     """For how long each look for answers would wait; none does."""
-    found: list[float] = []
-
-    def take(pump: Pump, owner: int, timeout_s: float = 0.0) -> list[Answer]:
-        found.append(timeout_s)
-        return plain(pump, owner)
-
-    plain = Pump.take
-    monkeypatch.setattr(Pump, "take", take)
-    return found
+    with no_waits() as found:
+        yield found
 
 
-Open = Callable[[Context], ContinuousFunction]
+def offsets(outputs: list[Output]) -> list[int]:
+    """Of the letters; with whatever comes first there is the ready record."""
+    assert {output.tag for output in outputs} <= {DEAD_LETTERS.tag_id, READY.tag_id}
+    return [json.loads(output.value.value)["offset"] for output in outputs if output.tag == DEAD_LETTERS.tag_id]
 
 
-def offsets(rows: Iterable[Any]) -> list[int]:
-    """Of the letters among `rows`; with whatever comes first there is the ready record."""
-    letters = [row for tag, row in rows if tag is DEAD_LETTERS]
-    return [json.loads(row[1])["offset"] for row in letters]
+def process(harness: OperatorHarness, *numbers: int, key: int = KEY) -> list[int]:
+    return [offset for number in numbers for offset in offsets(harness.process(envelope(number), key))]
 
 
-def process(function: ContinuousFunction, context: Context, *numbers: int) -> list[int]:
-    return [offset for number in numbers for offset in offsets(function.process_element(envelope(number), context))]
+def timers(harness: OperatorHarness, domain: TimeDomain = TimeDomain.PROCESSING_TIME) -> list[Any]:
+    return [timer.timestamp for timer in harness.timers(domain)]
 
 
-def fire(function: ContinuousFunction, context: Context, until: int) -> list[int]:
-    """Fire the timers that are set, as often as it takes to get `until` answers."""
-    found: list[int] = []
-    for _ in range(2000):
-        timers, context.processing = context.processing, []
-        for at_ms in timers:
-            found += offsets(function.on_timer(at_ms, context))
-        if len(found) >= until:
-            return found
-    raise AssertionError(f"only {found} came")
+def in_flight(harness: OperatorHarness, key: int = KEY) -> list[str]:
+    return sorted(harness.state("in-flight", key))
 
 
-def test_what_is_in_flight_is_in_state_until_it_is_answered(open_function: Open) -> None:
-    state = State()
-    context = Context(state)
-    function = open_function(context)
-    assert process(function, context, 1, 2) == []
-    assert sorted(state.of_key[KEY]) == ["0-1", "0-2"]
-    Slot.made[0].let_go(2)
-    assert fire(function, context, 1) == [2]
-    assert sorted(state.of_key[KEY]) == ["0-1"]
+def crash(harness: OperatorHarness, slots: StandInSlots) -> None:
+    """The slot ends with its worker; what was in the last checkpoint is in the next one's state."""
+    snapshot = harness.snapshot()
+    slots.last.end()
+    harness.crash()
+    harness.restore(snapshot)
 
 
-def test_timers_are_set_as_long_as_something_is_in_flight_and_not_after(open_function: Open) -> None:
-    context = Context(State())
-    function = open_function(context)
-    process(function, context, 1, 2)
-    # The next one, and a spare that is still in state while that one fires.
-    assert context.processing == [3000, 1001]
-    assert context.event == [END_OF_INPUT]
-    context.processing = []
-    list(function.on_timer(1001, context))
-    assert context.processing == [1001]
-    Slot.made[0].let_go(1, 2)
-    fire(function, context, 2)
-    assert 1001 not in context.processing
+def test_what_is_in_flight_is_in_state_until_it_is_answered(harness: OperatorHarness, slots: StandInSlots) -> None:
+    assert process(harness, 1, 2) == []
+    assert in_flight(harness) == ["0-1", "0-2"]
+    slots.last.let_go(2)
+    assert in_flight(harness) == ["0-1", "0-2"]
+    assert offsets(harness.advance(1)) == [2]
+    assert in_flight(harness) == ["0-1"]
 
 
-def test_a_timer_waits_only_where_something_of_its_key_is_outstanding(open_function: Open, waits: list[float]) -> None:
-    context = Context(State())
-    function = open_function(context)
-    process(function, context, 1)
-    waits.clear()
-    context.key = KEY + 1
-    context.processing = []
-    assert list(function.on_timer(1001, context)) == []
-    assert list(function.on_timer(3000, context)) == []
-    assert list(function.on_timer(END_OF_INPUT, context)) == []
+def test_timers_are_set_as_long_as_something_is_in_flight_and_not_after(
+    harness: OperatorHarness, slots: StandInSlots
+) -> None:
+    process(harness, 1, 2)
+    # The next one, and two spare ones.
+    assert timers(harness) == [1001, 2000, 3000]
+    assert timers(harness, TimeDomain.EVENT_TIME) == [END_OF_INPUT]
+    harness.advance(1)
+    assert timers(harness) == [1002, 2000, 3000]
+    slots.last.let_go(1, 2)
+    assert offsets(harness.advance(1)) == [1, 2]
+    assert timers(harness) == [2000, 3000]
+
+
+def test_a_key_that_is_idle_has_spare_timers_too(harness: OperatorHarness, waits: list[float]) -> None:
+    harness.process(WarmUp(0), KEY)
+    assert timers(harness) == [2000, 3000]
+    assert harness.advance(5500) == []
+    assert timers(harness) == [7000, 8000]
     assert waits == []
-    assert context.processing == [3000]
-    context.key = KEY
-    assert list(function.on_timer(1001, context)) == []
+
+
+def test_a_timer_waits_only_where_something_of_its_key_is_outstanding(
+    harness: OperatorHarness, slots: StandInSlots, waits: list[float]
+) -> None:
+    process(harness, 1, key=KEY + 1)
+    slots.last.let_go(1)
+    harness.advance(1)
+    process(harness, 2)
+    waits.clear()
+    for timer in harness.timers(TimeDomain.PROCESSING_TIME) + harness.timers(TimeDomain.EVENT_TIME):
+        if timer.key == KEY + 1:
+            assert harness.fire(timer) == []
+    assert waits == []
+    assert harness.advance(1) == []
     assert waits == [POLL_S]
 
 
 def test_a_timer_waits_for_longer_where_every_row_of_the_engine_is_taken(
-    open_function: Open, waits: list[float]
+    harness: OperatorHarness, waits: list[float]
 ) -> None:
-    context = Context(State())
-    function = open_function(context)
-    process(function, context, 1, 2)
+    process(harness, 1, 2)
     waits.clear()
-    assert list(function.on_timer(1001, context)) == []
+    assert harness.advance(1) == []
     assert waits == [FULL_POLL_S]
 
 
-def test_at_the_cap_the_stream_waits_and_lets_out_what_is_done(open_function: Open) -> None:
-    context = Context(State())
-    function = open_function(context)
-    process(function, context, 1, 2, 3)
-    Slot.made[0].let_go(1)
-    out = process(function, context, 4)
-    out += fire(function, context, 1 - len(out)) if not out else []
-    assert out == [1]
-    assert Slot.made[0].sent[:3] == [1, 2, 3]
+def test_at_the_cap_the_stream_waits_and_lets_out_what_is_done(harness: OperatorHarness, slots: StandInSlots) -> None:
+    assert process(harness, 1, 2, 3) == []
+    # The wait is what the stand-in answers the oldest for.
+    assert process(harness, 4) == [1]
+    assert slots.last.sent == [1, 2, 3, 4]
+    assert slots.last.most_running == 3
 
 
-def test_the_end_of_input_answers_all_that_is_in_flight(open_function: Open) -> None:
-    state = State()
-    context = Context(state)
-    function = open_function(context)
-    process(function, context, 1, 2, 3)
-    Slot.made[0].let_go(1, 2, 3)
-    assert sorted(offsets(function.on_timer(END_OF_INPUT, context))) == [1, 2, 3]
-    assert state.of_key[KEY] == {}
+def test_the_end_of_input_answers_all_that_is_in_flight(harness: OperatorHarness, slots: StandInSlots) -> None:
+    process(harness, 1, 2, 3)
+    slots.last.answer_at_once(True)
+    assert sorted(offsets(harness.end_input())) == [1, 2, 3]
+    assert harness.holds_nothing
 
 
-def test_after_a_restart_what_was_in_flight_is_asked_again_before_anything_newer(open_function: Open) -> None:
-    state = State()
-    context = Context(state)
-    process(open_function(context), context, 3, 1, 2)
-    restarted = open_function(context)
+def test_after_a_restart_what_was_in_flight_is_asked_again_before_anything_newer(
+    harness: OperatorHarness, slots: StandInSlots
+) -> None:
+    process(harness, 3, 1, 2)
+    crash(harness, slots)
     # Three are in flight at once: the cap holds the newer one back until one of them is done.
-    Slot.made[1].let_go(1, 2, 3, 9)
-    out = process(restarted, context, 9)
-    out += fire(restarted, context, 4 - len(out))
-    assert Slot.made[1].sent == [1, 2, 3, 9]
-    assert sorted(out) == [1, 2, 3, 9]
-    assert state.of_key[KEY] == {}
+    assert process(harness, 9) == [1]
+    assert slots.last.sent == [1, 2, 3, 9]
+    slots.last.let_go(2, 3, 9)
+    assert offsets(harness.advance(1)) == [2, 3, 9]
+    assert harness.holds_nothing
 
 
-def test_attempts_survive_a_restart_of_the_job_and_the_time_it_was_down_does_not_count(open_function: Open) -> None:
-    state = State()
-    context = Context(state)
-    function = open_function(context)
-    process(function, context, 1, 2)
-    Slot.made[0].ask_again(2)
-    deadline_s = time.monotonic() + WAIT_S
-    while state.of_key[KEY]["0-2"].attempts == 0:
-        assert time.monotonic() < deadline_s
-        list(function.on_timer(context.processing[-1], context))
-    assert state.of_key[KEY]["0-1"].attempts == 0
-    process(open_function(context), context, 3)
-    again = Slot.made[1]._running
-    assert {offset: (one.attempts, one.decoded_at_ms) for offset, one in again.items()} == {
-        1: (0, 1000.0),
-        2: (1, 1000.0),
-        3: (0, 0.0),
-    }
+def test_a_timer_alone_restores_what_was_in_flight(harness: OperatorHarness, slots: StandInSlots) -> None:
+    process(harness, 1)
+    crash(harness, slots)
+    harness.advance(1)
+    slots.last.answer_at_once(True)
+    assert offsets(harness.end_input()) == [1]
 
 
-def test_a_timer_alone_restores_what_was_in_flight(open_function: Open) -> None:
-    context = Context(State())
-    process(open_function(context), context, 1)
-    restarted = open_function(context)
-    Slot.made[1].let_go(1)
-    assert offsets(restarted.on_timer(END_OF_INPUT, context)) == [1]
+@pytest.mark.parametrize("idle_ms", [0, 999, 1500, 60_000])
+def test_timers_that_a_checkpoint_does_not_hold_strand_nothing(
+    harness: OperatorHarness, slots: StandInSlots, idle_ms: int
+) -> None:
+    harness.process(WarmUp(0), KEY)
+    harness.advance(idle_ms)
+    process(harness, 1)
+    snapshot = harness.snapshot().without(*harness.timers_on_their_way)
+    slots.last.end()
+    harness.restore(snapshot)
+    harness.advance(2000)
+    slots.last.let_go(1)
+    assert offsets(harness.advance(1)) == [1]
 
 
-def test_keys_that_met_at_one_subtask_keep_their_state_apart(open_function: Open) -> None:
+def test_a_restart_hands_the_slot_no_more_than_it_may_have(harness: OperatorHarness, slots: StandInSlots) -> None:
+    """Keys that met at one subtask may have more in flight together."""
+    process(harness, 1, 2, 3)
+    slots.last.let_go(1, 2, 3)
+    process(harness, 4, 5, key=KEY + 1)
+    crash(harness, slots)
+    out = offsets(harness.advance(2000))
+    assert slots.last.most_running == 3
+    assert sorted(slots.last.sent) == [1, 2, 3, 4, 5]
+    slots.last.let_go(*slots.last.running)
+    assert sorted(out + offsets(harness.advance(2000))) == [1, 2, 3, 4, 5]
+
+
+def test_keys_that_met_at_one_subtask_keep_their_state_apart(harness: OperatorHarness, slots: StandInSlots) -> None:
     """As after a restart at a lower parallelism: an answer leaves under the key whose state holds its request."""
-    state = State()
-    context = Context(state)
-    function = open_function(context)
-    process(function, context, 1)
-    context.key = KEY + 1
-    process(function, context, 2)
-    Slot.made[0].let_go(1, 2)
-    assert offsets(function.on_timer(END_OF_INPUT, context)) == [2]
-    assert sorted(state.of_key[KEY]) == ["0-1"]
-    context.key = KEY
-    assert offsets(function.on_timer(END_OF_INPUT, context)) == [1]
-    assert state.of_key == {KEY: {}, KEY + 1: {}}
+    process(harness, 1)
+    process(harness, 2, key=KEY + 1)
+    slots.last.let_go(1, 2)
+    mine, others = harness.timers(TimeDomain.EVENT_TIME)
+    assert (mine.key, others.key) == (KEY, KEY + 1)
+    assert offsets(harness.fire(others)) == [2]
+    assert (in_flight(harness), in_flight(harness, KEY + 1)) == (["0-1"], [])
+    assert offsets(harness.fire(mine)) == [1]
+    assert harness.holds_nothing
 
 
-def test_a_response_leaves_under_its_id_with_the_time_of_leaving(open_function: Open) -> None:
-    context = Context(State())
-    function = open_function(context)
+def test_a_response_leaves_under_its_id_with_the_time_of_leaving(harness: OperatorHarness, slots: StandInSlots) -> None:
     finished = response(request_id="good", created_at_ms=400.0)
-    Slot.made[0].responses[1] = finished
-    list(function.process_element(envelope(1), context))
-    Slot.made[0].let_go(1)
-    (row,) = function.on_timer(END_OF_INPUT, context)
-    assert row[0] == "good"
+    harness.process(envelope(1), KEY)
+    slots.last.responses[1] = finished
+    slots.last.let_go(1)
+    (output,) = harness.end_input()
+    assert (output.tag, output.value.key) == (None, "good")
     stamped = finished.model_copy(update={"completed_at_ms": 1000.0, "e2e_ms": 600.0})
-    assert Response.model_validate_json(row[1]) == stamped
+    assert Response.model_validate_json(output.value.value) == stamped
 
 
-def test_a_slot_that_fails_fails_the_job(open_function: Open) -> None:
-    context = Context(State())
-    function = open_function(context)
-    process(function, context, 1)
-    Slot.made[0].fail(OSError("device lost"))
+def test_a_slot_that_fails_fails_the_job(harness: OperatorHarness, slots: StandInSlots) -> None:
+    process(harness, 1)
+    slots.last.fail(OSError("device lost"))
     with pytest.raises(RuntimeError, match="device lost"):
-        list(function.on_timer(END_OF_INPUT, context))
+        harness.end_input()
 
 
-def test_a_call_to_warm_up_is_answered_by_the_ready_record(open_function: Open) -> None:
-    context = Context(State())
-    function = open_function(context)
-    ((tag, row),) = function.process_element(WarmUp(0), context)
-    assert tag is READY
-    assert json.loads(row[1])["model"] == "m"
+def test_a_call_to_warm_up_is_answered_by_the_ready_record(harness: OperatorHarness) -> None:
+    (output,) = harness.process(WarmUp(0), KEY)
+    assert (output.tag, output.value.key) == (READY.tag_id, "slot-0")
+    assert json.loads(output.value.value)["model"] == "m"
+
+
+def test_attempts_survive_a_restart_of_the_job_and_the_time_it_was_down_does_not_count(
+    harness: OperatorHarness, slots: StandInSlots
+) -> None:
+    process(harness, 1, 2)
+    slots.last.ask_again(2)
+    slots.last.settle()
+    harness.advance(1)
+    assert {ticket: one.attempts for ticket, one in harness.state("in-flight", KEY).items()} == {"0-1": 0, "0-2": 1}
+    crash(harness, slots)
+    process(harness, 3)
+    again = slots.last.unanswered
+    assert [(one.source.offset, one.attempts, one.decoded_at_ms) for one in again] == [
+        (1, 0, 1001.0),
+        (2, 1, 1001.0),
+        (3, 0, 0.0),
+    ]

@@ -1,160 +1,165 @@
-"""The micro-batch function without a cluster: its state, its timers, and what it lets out."""
+"""The micro-batch and the decode function without a cluster: state, timers, and what they let out."""
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterator
 
+import cloudpickle
 import pytest
+from pyflink.common import Row
+from pyflink.datastream import TimeDomain
 
 from core.clock import ManualClock
-from core.config import BatchingConfig, JobConfig
-from core.records import DeadLetter, Response
-from operators.envelope import Answer, Envelope, Ready, Source, WarmUp
-from operators.functions import DEAD_LETTERS, END_OF_INPUT, READY, MicroBatchFunction
+from core.config import Batching, BatchingConfig, JobConfig
+from operators.envelope import Envelope, Source, WarmUp
+from operators.functions import (
+    DEAD_LETTERS,
+    END_OF_INPUT,
+    KEY_VALUE,
+    READY,
+    WARM_UP,
+    DecodeFunction,
+    MicroBatchFunction,
+    inference_function,
+)
 from tests.experiments.experiment_samples import response
 from tests.operators.memory_journal import MemoryJournal
-from tests.operators.timer_context import TimerContext
+from tests.operators.operator_harness import OperatorHarness, Output
+from tests.operators.stand_in_slot import StandInSlots, envelope
 
-
-class EchoSlot:
-    """Answers each envelope with a letter that carries its bytes, and a good one with a response."""
-
-    def __init__(self, *_: object) -> None:
-        self.ready = Ready(slot=0, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
-
-    def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
-        return [Answer(one.source, echo(one)) for one in batch]
-
-    def close(self) -> None:
-        pass
-
-
-def echo(envelope: Envelope) -> DeadLetter | Response:
-    if envelope.raw == b"good":
-        return response(request_id="good")
-    return DeadLetter.of(envelope.raw, "echo", stage="inference", topic="t", partition=0, offset=envelope.source.offset)
-
-
-class State:
-    """A list state that outlives the function, as a checkpoint does."""
-
-    def __init__(self) -> None:
-        self.items: list[Envelope] = []
-
-    def get(self) -> list[Envelope]:
-        return list(self.items)
-
-    def add(self, item: Envelope) -> None:
-        self.items.append(item)
-
-    def clear(self) -> None:
-        self.items.clear()
-
-
-class Context(TimerContext):
-    """With a list state."""
-
-    def __init__(self, state: State) -> None:
-        super().__init__()
-        self._state = state
-
-    def get_list_state(self, _: object) -> State:
-        return self._state
+KEY = 7
+SPARE = [2000, 3000]
+CONFIG = JobConfig(parallelism=1, batching=BatchingConfig(batch_size=3, max_wait_ms=100))
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock(1000.0)
+def slots() -> StandInSlots:
+    return StandInSlots()
 
 
-def opened(context: Context, clock: ManualClock) -> MicroBatchFunction:
-    config = JobConfig(parallelism=1, batching=BatchingConfig(batch_size=3, max_wait_ms=100))
-    function = MicroBatchFunction(config, EchoSlot, lambda: clock, lambda _: MemoryJournal())
-    function.open(context)
-    return function
+@pytest.fixture
+def harness(slots: StandInSlots) -> Iterator[OperatorHarness]:
+    clock = ManualClock(1000.0)
+    made = OperatorHarness(
+        lambda: MicroBatchFunction(CONFIG, slots.make, lambda: clock, lambda _: MemoryJournal()),
+        clock,
+        output_type=KEY_VALUE,
+    )
+    yield made
+    made.close()
+    assert slots.last.closed
 
 
-def envelope(number: int) -> Envelope:
-    return Envelope(0, b"r%d" % number, Source("t", 0, number), 0.0)
+def offsets(outputs: list[Output]) -> list[int]:
+    """Of the letters; with whatever comes first there is the ready record."""
+    assert {output.tag for output in outputs} <= {DEAD_LETTERS.tag_id, READY.tag_id}
+    return [json.loads(output.value.value)["offset"] for output in outputs if output.tag == DEAD_LETTERS.tag_id]
 
 
-def offsets(rows: Iterable[Any]) -> list[int]:
-    """Of the letters among `rows`; with whatever comes first there is the ready record."""
-    letters = [row for tag, row in rows if tag is DEAD_LETTERS]
-    return [json.loads(row[1])["offset"] for row in letters]
+def process(harness: OperatorHarness, *numbers: int, key: int = KEY) -> list[int]:
+    return [offset for number in numbers for offset in offsets(harness.process(envelope(number), key))]
 
 
-def test_a_full_batch_leaves_at_once_and_takes_its_state_along(clock: ManualClock) -> None:
-    state = State()
-    context = Context(state)
-    function = opened(context, clock)
-    out = [offsets(function.process_element(envelope(number), context)) for number in range(4)]
-    assert out == [[], [], [0, 1, 2], []]
-    assert [one.source.offset for one in state.items] == [3]
+def timers(harness: OperatorHarness, domain: TimeDomain = TimeDomain.PROCESSING_TIME) -> list[int]:
+    return [timer.timestamp for timer in harness.timers(domain)]
 
 
-def test_a_timer_closes_the_batch_that_it_was_set_for_and_no_other(clock: ManualClock) -> None:
-    context = Context(State())
-    function = opened(context, clock)
-    list(function.process_element(envelope(0), context))
-    assert context.processing == [3000, 1101]
-    clock.advance(90)
-    for number in (1, 2, 3):
-        list(function.process_element(envelope(number), context))
-    assert context.processing == [3000, 1101, 1191]
-    clock.advance(11)
-    assert offsets(function.on_timer(1101, context)) == []
-    clock.advance(90)
-    assert offsets(function.on_timer(1191, context)) == [3]
+def test_a_full_batch_leaves_at_once_and_takes_its_state_along(harness: OperatorHarness) -> None:
+    assert [process(harness, number) for number in range(4)] == [[], [], [0, 1, 2], []]
+    assert [one.source.offset for one in harness.state("pending", KEY)] == [3]
 
 
-def test_a_clock_that_is_set_back_strands_nothing(clock: ManualClock) -> None:
-    context = Context(State())
-    function = opened(context, clock)
-    list(function.process_element(envelope(0), context))
-    clock.advance(-500)
-    assert offsets(function.on_timer(context.processing[1], context)) == [0]
+def test_a_timer_closes_the_batch_that_it_was_set_for_and_no_other(harness: OperatorHarness) -> None:
+    process(harness, 0)
+    assert timers(harness) == [1101, *SPARE]
+    harness.advance(90)
+    process(harness, 1, 2, 3)
+    assert timers(harness) == [1101, 1191, *SPARE]
+    assert offsets(harness.advance(11)) == []
+    assert offsets(harness.advance(90)) == [3]
 
 
-def test_the_end_of_input_flushes_what_has_not_waited_long_enough(clock: ManualClock) -> None:
-    context = Context(State())
-    function = opened(context, clock)
-    list(function.process_element(envelope(0), context))
-    assert context.event == [END_OF_INPUT]
-    assert offsets(function.on_timer(END_OF_INPUT, context)) == [0]
+def test_a_clock_that_is_set_back_strands_nothing(harness: OperatorHarness) -> None:
+    process(harness, 0)
+    first = harness.timers(TimeDomain.PROCESSING_TIME)[0]
+    harness.clock.advance(-500)
+    assert offsets(harness.fire(first)) == [0]
+
+
+def test_the_end_of_input_flushes_what_has_not_waited_long_enough(harness: OperatorHarness) -> None:
+    process(harness, 0)
+    assert timers(harness, TimeDomain.EVENT_TIME) == [END_OF_INPUT]
+    assert offsets(harness.end_input()) == [0]
 
 
 @pytest.mark.parametrize("waiting", [1, 2])
-def test_what_waited_before_a_restart_comes_first_and_once(clock: ManualClock, waiting: int) -> None:
-    state = State()
-    context = Context(state)
-    function = opened(context, clock)
-    for number in range(waiting):
-        list(function.process_element(envelope(number), context))
-    restarted = opened(context, clock)
-    out = [offset for number in (8, 9) for offset in offsets(restarted.process_element(envelope(number), context))]
-    out += offsets(restarted.on_timer(END_OF_INPUT, context))
+def test_what_waited_before_a_restart_comes_first_and_once(harness: OperatorHarness, waiting: int) -> None:
+    process(harness, *range(waiting))
+    harness.restore(harness.snapshot())
+    out = process(harness, 8, 9)
+    out += offsets(harness.end_input())
     assert out == [*range(waiting), 8, 9]
-    assert state.items == []
+    assert harness.holds_nothing
 
 
-def test_a_timer_alone_restores_what_waited(clock: ManualClock) -> None:
-    state = State()
-    context = Context(state)
-    list(opened(context, clock).process_element(envelope(0), context))
-    assert offsets(opened(context, clock).on_timer(END_OF_INPUT, context)) == [0]
+def test_a_timer_alone_restores_what_waited(harness: OperatorHarness) -> None:
+    process(harness, 0)
+    harness.restore(harness.snapshot())
+    assert offsets(harness.end_input()) == [0]
 
 
-def test_responses_leave_as_the_slot_stamped_them_and_not_to_the_side(clock: ManualClock) -> None:
-    context = Context(State())
-    function = opened(context, clock)
-    list(function.process_element(Envelope(0, b"good", Source("t", 0, 1), 0.0), context))
-    (row,) = function.on_timer(END_OF_INPUT, context)
-    assert tuple(row) == ("good", response(request_id="good").to_json())
+@pytest.mark.parametrize("idle_ms", [0, 999, 1500, 60_000])
+def test_timers_that_a_checkpoint_does_not_hold_strand_nothing(harness: OperatorHarness, idle_ms: int) -> None:
+    harness.process(WarmUp(0), KEY)
+    harness.advance(idle_ms)
+    process(harness, 0)
+    harness.restore(harness.snapshot().without(*harness.timers_on_their_way))
+    assert offsets(harness.advance(2200)) == [0]
 
 
-def test_a_call_to_warm_up_is_answered_by_the_ready_record(clock: ManualClock) -> None:
-    context = Context(State())
-    ((tag, row),) = opened(context, clock).process_element(WarmUp(0), context)
-    assert tag is READY
-    assert json.loads(row[1])["model"] == "m"
+def test_keys_that_met_at_one_subtask_batch_by_themselves(harness: OperatorHarness, slots: StandInSlots) -> None:
+    """As after a restart at another parallelism: a batch leaves under the key whose state holds its requests."""
+    process(harness, 0, 1)
+    process(harness, 2, 3, key=KEY + 1)
+    assert process(harness, 4) == [0, 1, 4]
+    assert (harness.state("pending", KEY), len(harness.state("pending", KEY + 1))) == ([], 2)
+    assert offsets(harness.advance(200)) == [2, 3]
+    assert slots.last.groups == [[0, 1, 4], [2, 3]]
+    assert harness.holds_nothing
+
+
+def test_responses_leave_as_the_slot_stamped_them_and_not_to_the_side(
+    harness: OperatorHarness, slots: StandInSlots
+) -> None:
+    harness.process(envelope(1), KEY)
+    slots.last.responses[1] = response(request_id="good")
+    (output,) = harness.end_input()
+    assert output.tag is None
+    assert tuple(output.value) == ("good", response(request_id="good").to_json())
+
+
+def test_a_call_to_warm_up_is_answered_by_the_ready_record(harness: OperatorHarness) -> None:
+    (output,) = harness.process(WarmUp(0), KEY)
+    assert output.tag == READY.tag_id
+    assert json.loads(output.value.value)["model"] == "m"
+
+
+def test_a_record_becomes_an_envelope_or_a_dead_letter_or_a_call_to_warm_up() -> None:
+    harness = OperatorHarness(lambda: DecodeFunction(CONFIG, lambda _: MemoryJournal()))
+    request = {"request_id": "r", "session_id": "s", "user_id": "u", "created_at_ms": 1, "max_new_tokens": 1}
+    raw = json.dumps(request | {"prompt": "p"}).encode()
+    (good,) = harness.process(Row(raw, 2, 5))
+    assert (good.tag, type(good.value), good.value.raw) == (None, Envelope, raw)
+    assert good.value.source == Source(CONFIG.kafka.requests_topic, 2, 5)
+    for bad in (b"no request", None):
+        (letter,) = harness.process(Row(bad, 2, 6))
+        assert letter.tag == DEAD_LETTERS.tag_id
+        assert (json.loads(letter.value.value)["partition"], json.loads(letter.value.value)["offset"]) == (2, 6)
+    (call,) = harness.process(Row(None, WARM_UP, 3))
+    assert (call.tag, call.value) == (None, WarmUp(3))
+    harness.close()
+
+
+@pytest.mark.parametrize("batching", Batching)
+def test_a_function_can_be_sent_to_a_worker(batching: Batching) -> None:
+    function = inference_function(JobConfig(batching=BatchingConfig(batching=batching)))
+    assert type(cloudpickle.loads(cloudpickle.dumps(function))) is type(function)

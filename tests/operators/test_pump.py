@@ -3,81 +3,17 @@
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
 from core.clock import ManualClock
-from core.records import DeadLetter, Response
-from operators.custody import Retry
-from operators.envelope import Answer, Envelope, Source
+from operators.envelope import Answer, Source
 from operators.pump import Pump
 from tests.experiments.experiment_samples import response
+from tests.operators.stand_in_slot import GatedSlot, envelope, letter
 
 WAIT_S = 20.0
 """Never reached unless something is wrong."""
-
-
-class GatedSlot:
-    """Answers what it was told to let go, with a letter unless `responses` has something for it."""
-
-    def __init__(self) -> None:
-        self.sent: list[int] = []
-        self.responses: dict[int, Response] = {}
-        self._changed = threading.Condition()
-        self._running: dict[int, Envelope] = {}
-        self._let_go: set[int] = set()
-        self._fault: Exception | None = None
-        self._retries: list[Answer | Retry] = []
-
-    def send(self, order: Envelope) -> None:
-        with self._changed:
-            self.sent.append(order.source.offset)
-            self._running[order.source.offset] = order
-            self._changed.notify_all()
-
-    def receive(self) -> list[Answer | Retry]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._fault or self._retries or self._let_go & set(self._running))
-            if self._fault is not None:
-                raise self._fault
-            gone = self._let_go & set(self._running)
-            self._let_go -= gone
-            retries, self._retries = self._retries, []
-            return retries + [self._answer(self._running.pop(offset)) for offset in sorted(gone)]
-
-    def let_go(self, *offsets: int) -> None:
-        with self._changed:
-            self._let_go.update(offsets)
-            self._changed.notify_all()
-
-    def ask_again(self, *offsets: int) -> None:
-        """As after a death with these requests in the midst of it."""
-        with self._changed:
-            for offset in offsets:
-                tried = self._running[offset]
-                self._running[offset] = replace(tried, attempts=tried.attempts + 1)
-                self._retries.append(Retry(self._running[offset]))
-            self._changed.notify_all()
-
-    def fail(self, fault: Exception) -> None:
-        with self._changed:
-            self._fault = fault
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        self.fail(EOFError("the slot was ended"))
-
-    def _answer(self, envelope: Envelope) -> Answer:
-        return Answer(envelope.source, self.responses.get(envelope.source.offset) or letter(envelope))
-
-
-def letter(envelope: Envelope) -> DeadLetter:
-    return DeadLetter.of(envelope.raw, "echo", stage="inference", topic="t", partition=0, offset=envelope.source.offset)
-
-
-def envelope(number: int) -> Envelope:
-    return Envelope(0, b"r%d" % number, Source("t", 0, number), 0.0)
 
 
 @pytest.fixture
@@ -202,15 +138,6 @@ def test_who_waits_at_the_cap_is_told_that_the_slot_failed(pump: Pump, slot: Gat
     failing.join()
 
 
-def test_closing_ends_the_slot_and_the_thread_in_the_midst_of_work(slot: GatedSlot, clock: ManualClock) -> None:
-    pump = Pump(slot, max_in_flight=3, clock=clock)
-    hand_in(pump, 1, 2)
-    pump.close()
-    assert not pump._thread.is_alive()
-    with pytest.raises(RuntimeError, match="the slot was ended"):
-        pump.take(1, WAIT_S)
-
-
 def retried(pump: Pump, owner: int) -> list[tuple[int, int]]:
     """Offsets and attempts, once there are some."""
     deadline_s = time.monotonic() + WAIT_S
@@ -240,3 +167,12 @@ def test_what_has_been_answered_is_not_told_as_asked_again(pump: Pump, slot: Gat
     slot.let_go(1)
     assert [answer.source.offset for answer in pump.take(1, WAIT_S)] == [1]
     assert retried(pump, 1) == [(2, 1)]
+
+
+def test_closing_ends_the_slot_and_the_thread_in_the_midst_of_work(slot: GatedSlot, clock: ManualClock) -> None:
+    pump = Pump(slot, max_in_flight=3, clock=clock)
+    hand_in(pump, 1, 2)
+    pump.close()
+    assert not pump._thread.is_alive()
+    with pytest.raises(RuntimeError, match="the slot was ended"):
+        pump.take(1, WAIT_S)

@@ -1,0 +1,35 @@
+"""Flink's rule of which subtask has a key, for keys that are INT: its murmur hash, without a JVM."""
+
+MAX_PARALLELISM = 128
+"""Number of key groups: that of our jobs."""
+
+
+def subtask_of(key: int, parallelism: int) -> int:
+    """Index in `[0, parallelism)`."""
+    return key_group(key) * parallelism // MAX_PARALLELISM
+
+
+def key_group(key: int) -> int:
+    """PyFlink wraps a key in a row, and it is the row's hash code that decides."""
+    return _murmur(_wrapped(62 + key)) % MAX_PARALLELISM
+
+
+def _murmur(code: int) -> int:
+    """`MathUtils.murmurHash` of Flink."""
+    code = _rotated(code * 0xCC9E2D51, 15)
+    code = _rotated(code * 0x1B873593, 13)
+    code = _wrapped(code * 5 + 0xE6546B64) ^ 4
+    code = _wrapped((code ^ code >> 16) * 0x85EBCA6B)
+    code = _wrapped((code ^ code >> 13) * 0xC2B2AE35)
+    code ^= code >> 16
+    # As Java has it: the absolute value of what is a signed number there.
+    return min(code, 2**32 - code) % 2**31
+
+
+def _wrapped(number: int) -> int:
+    return number % 2**32
+
+
+def _rotated(number: int, bits: int) -> int:
+    number = _wrapped(number)
+    return _wrapped(number << bits) | number >> 32 - bits

@@ -1,0 +1,39 @@
+"""What a checkpoint holds, and how it is shared out among subtasks."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tests.operators.flink.key_groups import subtask_of
+from tests.operators.flink.keyed_state import Contents
+from tests.operators.flink.timers import Timer
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Of one subtask, or of several."""
+
+    contents: Contents
+    timers: tuple[Timer, ...]
+
+    @classmethod
+    def of_all(cls, parts: "Iterable[Snapshot]") -> "Snapshot":
+        parts = list(parts)
+        contents = {place: content for part in parts for place, content in part.contents.items()}
+        return cls(contents, tuple(timer for part in parts for timer in part.timers))
+
+    def without(self, *timers: Timer) -> "Snapshot":
+        """The same, taken while these timers were on their way to Java: they are in no checkpoint."""
+        return Snapshot(self.contents, tuple(timer for timer in self.timers if timer not in timers))
+
+    def of_subtask(self, subtask: int, parallelism: int) -> "Snapshot":
+        """The keys whose key groups belong there."""
+        contents = {
+            (name, key): content
+            for (name, key), content in self.contents.items()
+            if subtask_of(key, parallelism) == subtask
+        }
+        timers = tuple(timer for timer in self.timers if subtask_of(timer.key, parallelism) == subtask)
+        return Snapshot(contents, timers)
+
+
+NOTHING = Snapshot({}, ())

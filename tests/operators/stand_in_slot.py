@@ -1,0 +1,212 @@
+"""A slot without a process and an engine: a test says when it answers what, and when it dies."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+from core.clock import Clock
+from core.config import JobConfig
+from core.records import DeadLetter, Response
+from operators.custody import Retry
+from operators.envelope import Answer, Envelope, Ready, Source
+from operators.pump import Pump
+
+WAIT_S = 20.0
+"""Never reached unless something is wrong."""
+
+
+def envelope(number: int) -> Envelope:
+    return Envelope(0, b"r%d" % number, Source("t", 0, number), 0.0)
+
+
+def letter(envelope: Envelope) -> DeadLetter:
+    return DeadLetter.of(envelope.raw, "echo", stage="inference", topic="t", partition=0, offset=envelope.source.offset)
+
+
+class GatedSlot:
+    """Answers what it was told to let go, with a letter unless `responses` has something for it."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        self.responses: dict[int, Response] = {}
+        self.answers_at_once = False
+        self._changed = threading.Condition()
+        self._running: dict[int, Envelope] = {}
+        self._let_go: set[int] = set()
+        self._fault: Exception | None = None
+        self._retries: list[Answer | Retry] = []
+        self._receiver: threading.Thread | None = None
+        """Who waits in `receive`, or has heard there of the fault."""
+
+    @property
+    def is_alive(self) -> bool:
+        return self._fault is None
+
+    @property
+    def running(self) -> list[int]:
+        """What it has and has not answered."""
+        return sorted(self._running)
+
+    @property
+    def unanswered(self) -> list[Envelope]:
+        return [self._running[offset] for offset in self.running]
+
+    def send(self, order: Envelope) -> None:
+        with self._changed:
+            self.sent.append(order.source.offset)
+            self._running[order.source.offset] = order
+            self._changed.notify_all()
+
+    def receive(self) -> list[Answer | Retry]:
+        with self._changed:
+            self._receiver = threading.current_thread()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._fault or self._to_tell())
+            if self._fault is not None:
+                raise self._fault
+            self._receiver = None
+            done = self._done()
+            self._let_go -= done
+            retries, self._retries = self._retries, []
+            return retries + [self._answer(self._running.pop(offset)) for offset in sorted(done)]
+
+    def ask_again(self, *offsets: int) -> None:
+        """As after a death with these requests in the midst of it."""
+        with self._changed:
+            for offset in offsets:
+                tried = self._running[offset]
+                self._running[offset] = replace(tried, attempts=tried.attempts + 1)
+                self._retries.append(Retry(self._running[offset]))
+            self._changed.notify_all()
+
+    def let_go(self, *offsets: int) -> None:
+        with self._changed:
+            self._let_go.update(offsets)
+            self._changed.notify_all()
+
+    def answer_at_once(self, whether: bool) -> None:
+        with self._changed:
+            self.answers_at_once = whether
+            self._changed.notify_all()
+
+    def fail(self, fault: Exception) -> None:
+        with self._changed:
+            self._fault = fault
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        self.fail(EOFError("the slot was ended"))
+
+    def settle(self) -> None:
+        """Return once the receiver has taken over all that it can, or has ended by the fault."""
+        with self._changed:
+            settled = self._changed.wait_for(lambda: self._receiver and (self._fault or not self._to_tell()), WAIT_S)
+        assert settled, "nobody receives"
+        if self._fault is not None:
+            self._receiver.join(WAIT_S)
+
+    def _to_tell(self) -> bool:
+        return bool(self._retries or self._done())
+
+    def _done(self) -> set[int]:
+        return set(self._running) if self.answers_at_once else self._let_go & set(self._running)
+
+    def _answer(self, envelope: Envelope) -> Answer:
+        return Answer(envelope.source, self.responses.get(envelope.source.offset) or letter(envelope))
+
+
+class StandInSlot(GatedSlot):
+    """All that the functions ask of a slot. What is let go has reached the function's side when `let_go` returns."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.ready = Ready(slot=index, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
+        self.most_running = 0
+        self.groups: list[list[int]] = []
+        self.newest_first = False
+        self.ended = False
+        self.closed = False
+
+    def send(self, order: Envelope) -> None:
+        self._require_alive()
+        super().send(order)
+        self.most_running = max(self.most_running, len(self._running))
+
+    def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
+        self._require_alive()
+        self.groups.append([one.source.offset for one in batch])
+        answers = [self._answer(one) for one in batch]
+        return answers[::-1] if self.newest_first else answers
+
+    def let_go(self, *offsets: int) -> None:
+        super().let_go(*offsets)
+        self.settle()
+
+    def end(self) -> None:
+        self.ended = True
+        super().end()
+
+    def close(self) -> None:
+        assert self.ended or self._receiver is None, "somebody may still receive"
+        self.closed = True
+
+    def _require_alive(self) -> None:
+        if self._fault is not None:
+            raise RuntimeError(f"the slot's process has ended: {self._fault}")
+
+
+class StandInSlots:
+    """Makes the slots that functions ask for, and knows them. They share `responses`, and the order within a group."""
+
+    def __init__(self, responses: Mapping[int, Response] | None = None, newest_first: bool = False) -> None:
+        self.made: list[StandInSlot] = []
+        self.responses = dict(responses or {})
+        self.newest_first = newest_first
+        self.answers_at_once = False
+
+    def make(self, config: JobConfig, index: int, clock: Clock) -> StandInSlot:
+        made = StandInSlot(index)
+        made.responses = self.responses
+        made.newest_first = self.newest_first
+        made.answers_at_once = self.answers_at_once
+        self.made.append(made)
+        return made
+
+    def answer_at_once(self, whether: bool) -> None:
+        """From now on, or until each answer is let go again."""
+        self.answers_at_once = whether
+        for slot in self.made:
+            slot.answer_at_once(whether)
+
+    @property
+    def alive(self) -> list[StandInSlot]:
+        return [slot for slot in self.made if slot.is_alive]
+
+    @property
+    def last(self) -> StandInSlot:
+        return self.made[-1]
+
+
+@contextmanager
+def no_waits() -> Iterator[list[float]]:
+    """No look for answers waits, and finds all that the slot has let go; for how long each of them would have waited.
+
+    Who waits for room gets it: the slot answers the oldest.
+    """
+    waits: list[float] = []
+    take, wait_for_room = Pump.take, Pump.wait_for_room
+
+    def take_at_once(pump: Pump, owner: int, timeout_s: float = 0.0) -> list[Answer]:
+        waits.append(timeout_s)
+        pump._slot.settle()  # type: ignore[attr-defined]
+        return take(pump, owner)
+
+    def make_room(pump: Pump, timeout_s: float) -> bool:
+        if not wait_for_room(pump, 0.0):
+            pump._slot.let_go(pump._slot.running[0])  # type: ignore[attr-defined]
+        return wait_for_room(pump, 0.0)
+
+    with mock.patch.object(Pump, "take", take_at_once), mock.patch.object(Pump, "wait_for_room", make_room):
+        yield waits
