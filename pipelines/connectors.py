@@ -12,9 +12,12 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 from pyflink.datastream import DataStream
 from pyflink.table import DataTypes, Schema, StatementSet, StreamTableEnvironment
 
+from core.clients import kafka_settings
 from core.config import MAX_DEAD_LETTER_BYTES, JobConfig, KafkaConfig
+from core.credentials import in_one_line
 from core.errors import UserError
 from operators.functions import WARM_UP
+from pipelines.kafka_security import security_properties
 
 CONNECTOR_JARS = Path(__file__).resolve().parents[1] / ".local" / "jars" / "connector"
 
@@ -32,10 +35,10 @@ def ensure_topics(config: JobConfig) -> None:
     kafka = config.kafka
     try:
         admin = KafkaAdminClient(
-            bootstrap_servers=kafka.brokers.split(","), bootstrap_timeout_ms=5_000, request_timeout_ms=10_000
+            **kafka_settings(kafka.brokers, kafka.access), bootstrap_timeout_ms=5_000, request_timeout_ms=10_000
         )
     except (KafkaError, OSError, ValueError) as error:
-        raise UserError(f"brokers: no Kafka broker answers at {kafka.brokers!r} ({type(error).__name__})") from error
+        raise UserError(f"brokers: no Kafka broker answers at {kafka.brokers!r} ({in_one_line(error)})") from error
     try:
         present = set(admin.list_topics())
         for topic in kafka.topics:
@@ -49,7 +52,7 @@ def ensure_topics(config: JobConfig) -> None:
             except TopicAlreadyExistsError:
                 continue
     except KafkaError as error:
-        raise UserError(f"brokers: cannot create the topics at {kafka.brokers!r}: {error}") from error
+        raise UserError(f"brokers: cannot create the topics at {kafka.brokers!r}: {in_one_line(error)}") from error
     finally:
         admin.close()
 
@@ -102,7 +105,8 @@ def add_kafka_sink(
 
 
 def _connection(kafka: KafkaConfig) -> dict[str, str]:
-    return {"connector": "kafka", "properties.bootstrap.servers": kafka.brokers}
+    properties = {"bootstrap.servers": kafka.brokers} | security_properties(kafka.access)
+    return {"connector": "kafka"} | {f"properties.{name}": value for name, value in properties.items()}
 
 
 def _quoted(options: dict[str, str]) -> str:
