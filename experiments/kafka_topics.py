@@ -96,7 +96,8 @@ def require_broker(config: KafkaConfig) -> None:
             admin.list_topics()
     except KafkaError as error:
         raise UserError(
-            f"--brokers: Kafka at {config.brokers} does not answer ({in_one_line(error)}); is it running?"
+            f"--brokers: Kafka at {config.brokers} does not answer ({in_one_line(error)}); is it running, and are "
+            f"--kafka-security and its user right?"
         ) from None
 
 

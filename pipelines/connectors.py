@@ -38,7 +38,10 @@ def ensure_topics(config: JobConfig) -> None:
             **kafka_settings(kafka.brokers, kafka.access), bootstrap_timeout_ms=5_000, request_timeout_ms=10_000
         )
     except (KafkaError, OSError, ValueError) as error:
-        raise UserError(f"brokers: no Kafka broker answers at {kafka.brokers!r} ({in_one_line(error)})") from error
+        raise UserError(
+            f"brokers: no Kafka broker answers at {kafka.brokers!r} ({in_one_line(error)}); is it running, and are "
+            f"--kafka-security and its user right?"
+        ) from error
     try:
         present = set(admin.list_topics())
         for topic in kafka.topics:

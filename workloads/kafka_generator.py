@@ -262,7 +262,8 @@ def connect(config: KafkaConfig) -> KafkaProducer:
         )
     except KafkaError as error:
         raise UserError(
-            f"--brokers: Kafka at {config.brokers} does not answer ({in_one_line(error)}); is it running?"
+            f"--brokers: Kafka at {config.brokers} does not answer ({in_one_line(error)}); is it running, and are "
+            f"--kafka-security and its user right?"
         ) from None
     except ValueError:
         raise UserError(f"--brokers: {config.brokers} is not host:port,...; give the addresses of Kafka") from None
