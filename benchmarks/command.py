@@ -34,7 +34,7 @@ def stated(config: type[C], module: str, description: str) -> C:
     return from_options(config, parser.parse_args())
 
 
-def carry_out(config: W, measure: Callable[[W, Console], Report], show: Callable[[Report, Console], Any]) -> None:
+def carry_out(config: W, measure: Callable[[W, Console], Report], show: Callable[[Report, Console], Any]) -> Report:
     """Write and show what is measured; an interruption ends it with its own status and no report."""
     console = Console()
     try:
@@ -45,6 +45,7 @@ def carry_out(config: W, measure: Callable[[W, Console], Report], show: Callable
     report.write(config.out)
     show(report, console)
     console.print(f"written to {config.out}")
+    return report
 
 
 @contextmanager

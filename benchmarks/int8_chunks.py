@@ -32,7 +32,7 @@ from benchmarks.report import Neighbours, Report, conditions, ratios, spread
 from benchmarks.reuse_probe import FLUSH_TIMEOUT_S, SteadyClock, WrongMeasurementError
 from cache.codec import decode, encode, record_bytes
 from cache.manager import TwoLevelCache, open_cache
-from core.config import CacheConfig, Config, RemoteCodec, RemoteConfig, SizingConfig
+from core.config import CacheConfig, Config, RedisUrl, RemoteCodec, RemoteConfig, SizingConfig
 from core.errors import UserError, exit_on_user_error
 from inference_service.engine import load_checked_model
 from inference_service.model import LoadedModel
@@ -54,7 +54,9 @@ class Int8Config(Config):
     prompts: int = Field(default=8, ge=1, description="measured prompts, after one to warm up")
     prompt_tokens: int = Field(default=1024, ge=1, description="length of each in tokens: full chunks")
     positions: int = Field(default=64, ge=1, description="tokens after each prompt at which logits are compared")
-    redis_url: str | None = Field(default=None, description="redis://host:port of a Redis of your own; none: started")
+    redis_url: RedisUrl | None = Field(
+        default=None, description="redis://host:port of a Redis of your own; none: started"
+    )
     seed: int = Field(default=0, ge=0, description="of the random tokens")
     engine: BenchmarkEngine = BenchmarkEngine()
 

@@ -27,7 +27,7 @@ from benchmarks.command import carry_out, progress, stated
 from benchmarks.raw_redis import delete_namespace, running_redis
 from benchmarks.report import Neighbours, Report, conditions, median_noise, ratios, spread
 from benchmarks.reuse_probe import TTFTS, ReuseProbe, held_tokens
-from core.config import CacheConfig, Config, EngineConfig
+from core.config import CacheConfig, Config, EngineConfig, RedisUrl
 from core.errors import UserError, exit_on_user_error
 from inference_service.engine import load_checked_model
 
@@ -54,7 +54,9 @@ class KvReuseConfig(Config):
     pairs: int = Field(default=40, ge=1, description="pairs of whole requests of a unique prompt, cache off and on")
     unique_prompt_tokens: int = Field(default=1024, ge=1, description="prompt of such a request")
     unique_output_tokens: int = Field(default=64, ge=1, description="answer of such a request")
-    redis_url: str | None = Field(default=None, description="redis://host:port of a Redis of your own; none: started")
+    redis_url: RedisUrl | None = Field(
+        default=None, description="redis://host:port of a Redis of your own; none: started"
+    )
     seed: int = Field(default=0, ge=0, description="of the prompts' random tokens")
     engine: BenchmarkEngine = BenchmarkEngine()
 

@@ -215,7 +215,7 @@ def running(flink: FlinkConfig, found: Services, name: str, job: JobConfig) -> I
     job = in_own_space(with_addresses(job, brokers=found.brokers, redis_url=found.redis_url), space)
     with ExitStack() as cleanup:
         if found.redis_url is not None:
-            cleanup.callback(delete_keys, found.redis_url, space)
+            cleanup.callback(delete_keys, found.redis_url, space, job.cache.remote.access)
         cleanup.enter_context(fresh_topics(job.kafka, partitions=job.parallelism))
         cleanup.callback(_cancel_named, found, space)
         submitted = found.flink.submit(PIPELINE, to_options(job))

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from redis import Redis
 
 from cache.redis_wire import encode_command
+from core.clients import redis_settings
 from core.errors import UserError
 from local_stack.config import StackConfig
 from local_stack.processes import Started, end
@@ -43,7 +44,7 @@ def running_redis(url: str | None, directory: Path) -> Iterator[str]:
 
 def delete_namespace(url: str, namespace: str) -> None:
     """Delete what a benchmark left in a Redis that may not be its own."""
-    with Redis.from_url(url) as client:
+    with Redis.from_url(url, **redis_settings(url)) as client:
         for key in client.scan_iter(match=f"{namespace}:*", count=1000):
             client.unlink(key)
 
@@ -56,7 +57,7 @@ class RawReader:
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        if parts.scheme != "redis" or parts.username or parts.password or parts.path not in ("", "/", "/0"):
+        if parts.scheme != "redis" or redis_settings(url) or parts.path not in ("", "/", "/0"):
             raise UserError("redis_url: the floor is measured over redis://host:port/0 without a password; give such")
         self._socket = socket.create_connection((parts.hostname or "localhost", parts.port or 6379), READ_TIMEOUT_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, field_validator
 from redis import Redis
 
+from core.clients import redis_settings
 from core.config import Config
 from experiments.config import ROOT
 from experiments.provenance import provenance
@@ -62,7 +63,7 @@ def conditions_of(device: dict[str, Any], model: dict[str, Any], redis_url: str 
     versions: dict[str, str | bool | None] = {name: here.versions[name] for name in VERSIONS if name != "redis"}
     versions["redis-py"] = here.versions["redis"]
     if redis_url is not None:
-        with Redis.from_url(redis_url) as client:
+        with Redis.from_url(redis_url, **redis_settings(redis_url)) as client:
             versions["redis-server"] = str(client.info("server")["redis_version"])
     return {
         "command": shlex.join(["python", *map(_without_folder, sys.orig_argv[1:])]),
@@ -120,7 +121,7 @@ class Neighbours:
     def _redis_s(self) -> float:
         if self._redis_url is None:
             return 0.0
-        with Redis.from_url(self._redis_url) as client:
+        with Redis.from_url(self._redis_url, **redis_settings(self._redis_url)) as client:
             redis = client.info("cpu")
         return float(redis["used_cpu_user"]) + float(redis["used_cpu_sys"])
 

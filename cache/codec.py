@@ -9,23 +9,25 @@
 | 12     | 4     | header length                                                |
 | 16     | 8     | payload length                                               |
 | 24     | 20    | the five dimensions, u32 each                                |
-| 44     | 32    | fingerprint: `h0` of model, layout, codec and tenant         |
+| 44     | 32    | fingerprint: `h0` of model, layout, codec, seal and tenant   |
 | 76     | 32    | the chunk's own hash                                         |
 | 108    | 1     | codec of the payload: 0 raw, 1 int8                          |
 | 109    | 3     | zero                                                         |
-| 112    | 16    | xxh3-128 of the 112 bytes before and of the payload          |
+| 112    | 16    | seal of the 112 bytes before and of the payload: xxh3-128,   |
+|        |       | or HMAC-SHA256-128 where the job has a key (`cache.seal`)    |
 
 All numbers are little-endian. The reader knows what it asked for, so every field has one right value; nothing in a
 record decides how much is allocated. Payloads are compared and moved as bytes, so NaN payloads survive.
 """
 
+import hmac
 import struct
 
 import torch
-import xxhash
 
 from cache.payload import Buffer, RecordError, make_payload, payload_bytes
 from cache.protocol import ChunkShape
+from cache.seal import CHECKSUM, Seal
 from core.config import RemoteCodec
 
 MAGIC = b"INFTKVC\x00"
@@ -34,7 +36,6 @@ HEADER_BYTES = 128
 """A multiple of 64, so that the payload of an aligned record is aligned as well."""
 
 _FIELDS = struct.Struct("<8sHBBIQ5I32s32sB3x")
-_CHECKSUM_BYTES = 16
 _DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _CODEC_CODES = {RemoteCodec.RAW: 0, RemoteCodec.INT8: 1}
 
@@ -45,11 +46,17 @@ def record_bytes(shape: ChunkShape, codec: RemoteCodec = RemoteCodec.RAW) -> int
 
 
 def encode_header(
-    shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes, payload: Buffer, codec: RemoteCodec = RemoteCodec.RAW
+    shape: ChunkShape,
+    fingerprint: bytes,
+    chunk_hash: bytes,
+    payload: Buffer,
+    codec: RemoteCodec = RemoteCodec.RAW,
+    *,
+    seal: Seal = CHECKSUM,
 ) -> bytes:
     """The header that stands before `payload`, which `codec` made of a chunk of `shape`."""
     fields = _expected_fields(shape, fingerprint, chunk_hash, codec)
-    return fields + _checksum(fields, payload)
+    return fields + seal.of(fields, payload)
 
 
 def check_header(
@@ -64,10 +71,11 @@ def check_header(
         raise RecordError(f"{_first_difference(fields, expected)} is not what was asked for")
 
 
-def check_payload(header: Buffer, payload: Buffer) -> None:
-    """Raise `RecordError` unless the checksum in `header` is that of header and `payload`."""
-    if _checksum(header[: _FIELDS.size], payload) != bytes(header[_FIELDS.size :]):
-        raise RecordError("checksum does not match")
+def check_payload(header: Buffer, payload: Buffer, seal: Seal = CHECKSUM) -> None:
+    """Raise `RecordError` unless the seal in `header` is that of header and `payload`."""
+    # In constant time: how much of a guess was right must not show.
+    if not hmac.compare_digest(seal.of(header[: _FIELDS.size], payload), bytes(header[_FIELDS.size :])):
+        raise RecordError("checksum does not match" if seal.key_name is None else "it was not made with our key")
 
 
 def encode(
@@ -76,17 +84,25 @@ def encode(
     fingerprint: bytes,
     chunk_hash: bytes,
     codec: RemoteCodec = RemoteCodec.RAW,
+    *,
+    seal: Seal = CHECKSUM,
 ) -> bytes:
     """The whole record of `chunk` (contiguous, of `shape`, on the CPU) as one string; copies the payload.
 
     Raises `UnfitChunkError` for a chunk that `codec` cannot hold.
     """
     payload = make_payload(codec, shape).pack(chunk)
-    return b"".join((encode_header(shape, fingerprint, chunk_hash, payload, codec), payload))
+    return b"".join((encode_header(shape, fingerprint, chunk_hash, payload, codec, seal=seal), payload))
 
 
 def decode(
-    record: Buffer, shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes, codec: RemoteCodec = RemoteCodec.RAW
+    record: Buffer,
+    shape: ChunkShape,
+    fingerprint: bytes,
+    chunk_hash: bytes,
+    codec: RemoteCodec = RemoteCodec.RAW,
+    *,
+    seal: Seal = CHECKSUM,
 ) -> torch.Tensor:
     """The tensor of `shape` inside `record`; a view of it where that is raw. Raises `RecordError` for any other chunk.
 
@@ -97,7 +113,7 @@ def decode(
     view = memoryview(record)
     header, payload = view[:HEADER_BYTES], view[HEADER_BYTES:]
     check_header(header, shape, fingerprint, chunk_hash, codec)
-    check_payload(header, payload)
+    check_payload(header, payload, seal)
     return make_payload(codec, shape).unpack(torch.frombuffer(record, dtype=torch.uint8, offset=HEADER_BYTES))
 
 
@@ -114,12 +130,6 @@ def _expected_fields(shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes, c
         chunk_hash,
         _CODEC_CODES[codec],
     )
-
-
-def _checksum(fields: Buffer, payload: Buffer) -> bytes:
-    digest = xxhash.xxh3_128(fields)
-    digest.update(payload)
-    return digest.digest()
 
 
 def _first_difference(fields: bytes, expected: bytes) -> str:

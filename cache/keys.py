@@ -26,18 +26,24 @@ class PromptKeys:
     """The keys of one prompt's full chunks, in order."""
 
     fingerprint: bytes
-    """`h0`, 32 bytes: model, layout, codec and tenant."""
+    """`h0`, 32 bytes: model, layout, codec, key of the seal and tenant."""
     hashes: tuple[bytes, ...]
     """`h1, h2, ...`, 32 bytes each: one for each full chunk."""
 
 
 class KeySchema:
-    """Makes the keys of one model's chunks under one codec. Pure: calls change nothing."""
+    """Makes the keys of one model's chunks under one codec and seal. Pure: calls change nothing."""
 
-    def __init__(self, identity: ModelIdentity, shape: ChunkShape, codec: RemoteCodec = RemoteCodec.RAW) -> None:
+    def __init__(
+        self,
+        identity: ModelIdentity,
+        shape: ChunkShape,
+        codec: RemoteCodec = RemoteCodec.RAW,
+        seal_key_name: str | None = None,
+    ) -> None:
         self._chunk_bytes = shape.chunk_tokens * TOKEN_BYTES
         self._root = hashlib.sha256()
-        for field in _fields(identity, shape, codec):
+        for field in _fields(identity, shape, codec, seal_key_name):
             self._root.update(field)
 
     def fingerprint(self, salt: str = "") -> bytes:
@@ -62,7 +68,9 @@ class KeySchema:
         return PromptKeys(fingerprint, tuple(hashes))
 
 
-def _fields(identity: ModelIdentity, shape: ChunkShape, codec: RemoteCodec) -> Iterable[bytes]:
+def _fields(
+    identity: ModelIdentity, shape: ChunkShape, codec: RemoteCodec, seal_key_name: str | None
+) -> Iterable[bytes]:
     numbers = {
         "schema": SCHEMA_VERSION,
         "layers": shape.layers,
@@ -83,6 +91,9 @@ def _fields(identity: ModelIdentity, shape: ChunkShape, codec: RemoteCodec) -> I
         # Whatever was computed after an approximate chunk is approximate as well: all of it is kept apart from the keys
         # of those who want exact chunks, which are what they were before there were codecs.
         texts["codec"] = codec.value
+    if seal_key_name is not None:
+        # Those with another key, or none, would take a chunk that is sealed with this one for damaged and delete it.
+        texts["seal"] = seal_key_name
     for tag, number in numbers.items():
         yield _tagged(tag, struct.pack("<Q", number))
     for tag, text in texts.items():

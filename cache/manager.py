@@ -12,11 +12,13 @@ from cache.local import LocalTier
 from cache.protocol import ChunkShape, ModelIdentity
 from cache.redis_wire import RedisAddress
 from cache.remote import ReadCounters, RemoteTier
+from cache.seal import make_seal
 from cache.sizing import Shares, SizingPolicy, StoreObserver, make_sizing
 from cache.stats import CacheStats
 from cache.write_behind import WriteCounters
 from core.clock import Clock
 from core.config import CacheConfig
+from core.credentials import chunk_key
 
 
 def open_cache(
@@ -25,16 +27,19 @@ def open_cache(
     """A cache as `config` describes it, empty; without `redis_url` it has a local tier only. Does not wait for Redis.
 
     `shares`: the budget that it shares with other slots, for the strategy MRC.
-    Raises `UserError` for a `redis_url` that is none, and `ValueError` if `shape` has another chunk size.
+    Raises `UserError` for a `redis_url` that is none and for secrets that this host cannot read, and `ValueError` if
+    `shape` has another chunk size.
     """
     if shape.chunk_tokens != config.chunk_tokens:
         raise ValueError(f"a shape of {shape.chunk_tokens} tokens for chunks of {config.chunk_tokens}")
     sizing = make_sizing(config.sizing, shares)
     local = LocalTier(sizing.capacity_chunks, shape.size_bytes, make_eviction(config.eviction))
-    remote = None
+    remote, seal = None, make_seal(None)
     if config.remote.redis_url is not None:
-        remote = RemoteTier(config.remote, RedisAddress.parse(config.remote.redis_url), shape, clock)
-    keys = KeySchema(identity, shape, config.remote.remote_codec)
+        seal = make_seal(chunk_key(config.remote.chunk_key_file))
+        address = RedisAddress.of(config.remote.redis_url, config.remote.access)
+        remote = RemoteTier(config.remote, address, shape, seal, clock)
+    keys = KeySchema(identity, shape, config.remote.remote_codec, seal.key_name)
     return TwoLevelCache(shape=shape, keys=keys, local=local, sizing=sizing, remote=remote, clock=clock)
 
 

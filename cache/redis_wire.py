@@ -10,11 +10,13 @@ import socket
 import ssl
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from redis.connection import SSLConnection, UnixDomainSocketConnection, parse_url
 
+from core.config import RedisAccessConfig
+from core.credentials import Credentials, credentials, without_secrets
 from core.errors import UserError
 
 _LINE_BUFFER_BYTES = 4096
@@ -45,23 +47,27 @@ class Deadline:
 
 @dataclass(frozen=True)
 class RedisAddress:
-    """Where Redis is and who asks; its text, and so every log line, leaves the password out."""
+    """Where Redis is and who asks; its text, and so every log line, leaves the user out."""
 
     host: str
     port: int
     db: int
     unix_path: str | None = None
-    username: str | None = field(default=None, repr=False)
-    password: str | None = field(default=None, repr=False)
     tls: bool = False
     tls_ca_file: str | None = None
+    asks_as: Credentials | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, url: str, access: RedisAccessConfig) -> Self:
+        """From `redis://host[:port][/db]`, `rediss://...[?ssl_ca_certs=file]` or `unix://path`, and who asks.
+
+        Raises `UserError` for another URL, and for credentials that this host cannot read.
+        """
+        return replace(cls.parse(url), asks_as=credentials("redis", access.redis_credentials_file))
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """From `redis://[[user]:password@]host[:port][/db]`, `rediss://...[?ssl_ca_certs=file]` or `unix://path`.
-
-        Raises `UserError` naming `redis_url`, without the URL, which may hold a password.
-        """
+        """Where alone: of no host in particular. Raises `UserError` naming `redis_url`, without the URL."""
         try:
             options: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
             options.get("host", "localhost").encode("idna")  # What name resolution would stumble over later.
@@ -73,8 +79,6 @@ class RedisAddress:
             port=options.pop("port", 6379),
             db=options.pop("db", 0),
             unix_path=options.pop("path", None),
-            username=options.pop("username", None),
-            password=options.pop("password", None),
             tls=kind is SSLConnection,
             tls_ca_file=options.pop("ssl_ca_certs", None),
         )
@@ -109,6 +113,10 @@ class RedisConnection:
             for command in _greeting(address):
                 connection.send([encode_command(command)], deadline)
                 connection.read_reply(deadline)
+        except ReplyError as error:
+            # Who does not know a command sends back what came with it.
+            sock.close()
+            raise ReplyError(without_secrets(str(error))) from None
         except BaseException:
             sock.close()
             raise
@@ -116,8 +124,11 @@ class RedisConnection:
 
     def send(self, pieces: Iterable[bytes | memoryview], deadline: Deadline) -> None:
         for piece in pieces:
-            self._socket.settimeout(deadline.remaining_s())
-            self._socket.sendall(piece)
+            left = memoryview(piece)
+            # Over TLS `sendall` would allow each of its parts the whole time again.
+            while left:
+                self._socket.settimeout(deadline.remaining_s())
+                left = left[self._socket.send(left) :]
 
     def read_line(self, deadline: Deadline) -> bytes:
         """One line without its end."""
@@ -212,9 +223,9 @@ def _connect(address: RedisAddress, deadline: Deadline) -> socket.socket:
 
 
 def _greeting(address: RedisAddress) -> Iterable[list[bytes]]:
-    if address.password is not None:
-        user = [] if address.username is None else [address.username.encode()]
-        yield [b"AUTH", *user, address.password.encode()]
+    if (user := address.asks_as) is not None:
+        name = [] if user.username is None else [user.username.encode()]
+        yield [b"AUTH", *name, user.password.get_secret_value().encode()]
     if address.db:
         yield [b"SELECT", b"%d" % address.db]
 

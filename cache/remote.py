@@ -15,6 +15,7 @@ from cache.known_keys import KnownKeys
 from cache.payload import RecordError, make_payload, payload_view
 from cache.protocol import ChunkShape
 from cache.redis_wire import Deadline, RedisAddress, RedisConnection, ReplyError, WireError, encode_command
+from cache.seal import Seal
 from cache.write_behind import WriteBehind
 from core.clock import Clock
 from core.config import RemoteConfig
@@ -43,11 +44,14 @@ class RemoteTier:
     to fetch it, and never receives a value that is of no use. After any fault the connection is thrown away.
     """
 
-    def __init__(self, config: RemoteConfig, address: RedisAddress, shape: ChunkShape, clock: Clock) -> None:
+    def __init__(
+        self, config: RemoteConfig, address: RedisAddress, shape: ChunkShape, seal: Seal, clock: Clock
+    ) -> None:
         self.counters = ReadCounters()
         self._address = address
         self._shape = shape
         self._codec = config.remote_codec
+        self._seal = seal
         self._payload = make_payload(config.remote_codec, shape)
         self._record_bytes = record_bytes(shape, config.remote_codec)
         self._prefix = config.redis_namespace.encode("ascii") + b":"
@@ -67,6 +71,7 @@ class RemoteTier:
             lambda deadline: RedisConnection.open(address, deadline),
             self._known,
             CircuitBreaker(config.breaker_failures, config.breaker_open_ms, clock),
+            seal=seal,
         )
 
     def fetch(
@@ -173,7 +178,7 @@ class RemoteTier:
         payload = payload_view(memory)
         connection.read_into(payload, deadline)
         connection.end_bulk(deadline)
-        check_payload(self._header, payload)
+        check_payload(self._header, payload, self._seal)
         return self._payload.unpack(memory)
 
     def _key(self, chunk_hash: bytes) -> bytes:

@@ -15,6 +15,7 @@ from cache.known_keys import KnownKeys
 from cache.payload import UnfitChunkError, make_payload
 from cache.protocol import ChunkShape
 from cache.redis_wire import Deadline, RedisConnection, ReplyError, WireError, encode_command
+from cache.seal import Seal
 from core.config import RemoteConfig
 
 logger = logging.getLogger(__name__)
@@ -58,10 +59,13 @@ class WriteBehind:
         open_connection: Callable[[Deadline], RedisConnection],
         known: KnownKeys,
         breaker: CircuitBreaker,
+        *,
+        seal: Seal,
     ) -> None:
         self.counters = WriteCounters()
         self._shape = shape
         self._codec = config.remote_codec
+        self._seal = seal
         self._payload = make_payload(config.remote_codec, shape)
         self._prefix = config.redis_namespace.encode("ascii") + b":"
         self._set_options = b"\r\n" + _bulk(b"PX") + _bulk(b"%d" % (config.remote_ttl_s * 1000))
@@ -221,7 +225,9 @@ class WriteBehind:
             except UnfitChunkError:
                 self.counters.chunks_unfit += 1
                 continue
-            header = encode_header(self._shape, entry.fingerprint, entry.chunk_hash, payload, self._codec)
+            header = encode_header(
+                self._shape, entry.fingerprint, entry.chunk_hash, payload, self._codec, seal=self._seal
+            )
             value_length = b"$%d\r\n" % (len(header) + len(payload))
             before = b"*5\r\n" + _bulk(b"SET") + _bulk(key) + value_length + header
             connection.send([before, payload, self._set_options], deadline)

@@ -8,8 +8,9 @@ import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Self
+from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MIB = 1 << 20
 MAX_DEAD_LETTER_BYTES = 4 * MIB
@@ -82,6 +83,31 @@ class RemoteCodec(StrEnum):
     """Its tensor, bit by bit."""
     INT8 = "int8"
     """Eight bits a number, with scales: close to the tensor, not equal to it."""
+
+
+class KafkaSecurity(StrEnum):
+    """How clients speak to Kafka, in its own words."""
+
+    PLAINTEXT = "PLAINTEXT"
+    SSL = "SSL"
+    SASL_PLAINTEXT = "SASL_PLAINTEXT"
+    SASL_SSL = "SASL_SSL"
+
+    @property
+    def has_tls(self) -> bool:
+        return self in (KafkaSecurity.SSL, KafkaSecurity.SASL_SSL)
+
+    @property
+    def has_user(self) -> bool:
+        return self in (KafkaSecurity.SASL_PLAINTEXT, KafkaSecurity.SASL_SSL)
+
+
+class SaslMechanism(StrEnum):
+    """How a client proves to Kafka who it is."""
+
+    PLAIN = "PLAIN"
+    SCRAM_SHA_256 = "SCRAM-SHA-256"
+    SCRAM_SHA_512 = "SCRAM-SHA-512"
 
 
 class Eviction(StrEnum):
@@ -178,15 +204,62 @@ class SizingConfig(Config):
         return self
 
 
+def _without_credentials(url: str) -> str:
+    try:
+        named = {"username", "password"} & parse_qs(urlsplit(url).query).keys()
+    except ValueError:
+        raise ValueError("is no URL; write redis://host:port/db") from None
+    if "@" in url or named:
+        raise ValueError(
+            "names a user or a password, which others may see there; set INFERTUNER_REDIS_USERNAME and "
+            "INFERTUNER_REDIS_PASSWORD instead, or give --redis-credentials-file"
+        )
+    return url
+
+
+RedisUrl = Annotated[str, AfterValidator(_without_credentials)]
+"""Where a Redis is, and nothing of who asks."""
+
+
+def _on_every_host(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError("is read on every host of the job; give the whole path, from / on")
+    if not set(str(path)).isdisjoint(':{},"\\'):
+        raise ValueError('has one of : { } , " \\ in its path, which Kafka would misread; choose another')
+    return path
+
+
+HostFile = Annotated[Path, AfterValidator(_on_every_host)]
+"""A file that is under the same path, not necessarily of the same content, on each host of a job."""
+
+
+class RedisAccessConfig(Config):
+    """Who asks Redis. Over TLS the URL is `rediss://host:port/db?ssl_ca_certs=FILE`."""
+
+    redis_credentials_file: HostFile | None = Field(
+        default=None,
+        description="file, on each host, with password=... and maybe username=..., readable by its owner alone; none: "
+        "INFERTUNER_REDIS_USERNAME and INFERTUNER_REDIS_PASSWORD of its environment, if set",
+    )
+
+
 class RemoteConfig(Config):
     """The Redis tier. Without `redis_url` there is none."""
 
-    redis_url: str | None = Field(default=None, description="redis://host:port/db of the remote tier; none: no Redis")
+    redis_url: RedisUrl | None = Field(
+        default=None, description="redis://host:port/db of the remote tier, rediss:// over TLS; none: no Redis"
+    )
+    access: RedisAccessConfig = RedisAccessConfig()
     redis_namespace: str = Field(
         default="infertuner", min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$", description="prefix of keys"
     )
     remote_codec: RemoteCodec = Field(
         default=RemoteCodec.RAW, description="chunks in Redis: raw, bit-exact; int8, smaller and approximate"
+    )
+    chunk_key_file: HostFile | None = Field(
+        default=None,
+        description="file, on each host, with the key that authenticates chunks in Redis, readable by its owner alone; "
+        "none: INFERTUNER_CHUNK_KEY of its environment, if set",
     )
     remote_deadline_ms: float = Field(default=100.0, gt=0, description="longest that a look-up may wait for Redis")
     remote_ttl_s: int = Field(default=3600, ge=1, description="lifetime of a chunk in Redis")
@@ -295,6 +368,36 @@ class PlacementConfig(Config):
     )
 
 
+class KafkaAccessConfig(Config):
+    """How Kafka is spoken to, and as whom."""
+
+    kafka_security: KafkaSecurity = Field(
+        default=KafkaSecurity.PLAINTEXT,
+        description="PLAINTEXT; SSL: over TLS; SASL_PLAINTEXT: as a user; SASL_SSL: as a user, over TLS",
+    )
+    kafka_sasl_mechanism: SaslMechanism = Field(
+        default=SaslMechanism.PLAIN, description="SASL: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512"
+    )
+    kafka_ca_file: HostFile | None = Field(
+        default=None,
+        description="SSL: PEM file, on each host, of the CA to trust; none: those that Java and Python come with",
+    )
+    kafka_credentials_file: HostFile | None = Field(
+        default=None,
+        description="SASL: file, on each host, with username=... and password=..., readable by its owner alone; none: "
+        "INFERTUNER_KAFKA_USERNAME and INFERTUNER_KAFKA_PASSWORD of its environment",
+    )
+
+    @model_validator(mode="after")
+    def _all_of_it_is_used(self) -> Self:
+        # Whoever gives one of them must not be left without what it promises.
+        if self.kafka_ca_file is not None and not self.kafka_security.has_tls:
+            raise ValueError("kafka_ca_file is only read over TLS; add --kafka-security SSL or SASL_SSL")
+        if self.kafka_credentials_file is not None and not self.kafka_security.has_user:
+            raise ValueError("kafka_credentials_file is only read with SASL; add --kafka-security SASL_SSL")
+        return self
+
+
 class KafkaConfig(Config):
     """The broker and the names of the topics."""
 
@@ -303,6 +406,7 @@ class KafkaConfig(Config):
         default="llm", pattern=r"^[A-Za-z0-9._-]{1,200}$", description="topics are PREFIX.requests, .responses, ..."
     )
     consumer_group: str = Field(default="infertuner", min_length=1, description="Kafka group id of the job")
+    access: KafkaAccessConfig = KafkaAccessConfig()
 
     @property
     def requests_topic(self) -> str:

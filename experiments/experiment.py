@@ -11,6 +11,7 @@ from kafka.errors import KafkaError
 from rich.console import Console
 
 from core.config import JobConfig
+from core.credentials import in_one_line
 from core.errors import UserError
 from core.model_path import with_model_found
 from experiments.config import RunConfig, Variant, check_writable, with_addresses, with_profile_found
@@ -92,7 +93,7 @@ def carry_out(experiment: Experiment, run: RunConfig, run_id: str) -> None:
             try:
                 records = run_variant(setting, Variant(variant.name, job), position)
             except KafkaError as error:
-                raise UserError(f"Kafka at {found.brokers} failed: {' '.join(str(error).split())}") from None
+                raise UserError(f"Kafka at {found.brokers} failed: {in_one_line(error)}") from None
             except UserError as error:
                 raise UserError(f"{variant.name}: {error}") from None
             write_run(raw, records)

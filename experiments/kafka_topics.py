@@ -9,7 +9,9 @@ from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.admin import NewTopic
 from kafka.errors import KafkaError, UnknownTopicOrPartitionError
 
+from core.clients import kafka_settings
 from core.config import KafkaConfig
+from core.credentials import in_one_line
 from core.errors import UserError
 
 CONNECT_TIMEOUT_MS = 5_000
@@ -37,10 +39,10 @@ def fresh_topics(config: KafkaConfig, partitions: int) -> Iterator[None]:
         for name in config.topics
     ]
     try:
-        with _admin(config.brokers) as admin:
+        with _admin(config) as admin:
             admin.create_topics(topics)
     except KafkaError as error:
-        raise UserError(f"--brokers: Kafka at {config.brokers}: {_one_line(error)}") from None
+        raise UserError(f"--brokers: Kafka at {config.brokers}: {in_one_line(error)}") from None
     try:
         yield
     finally:
@@ -50,21 +52,23 @@ def fresh_topics(config: KafkaConfig, partitions: int) -> Iterator[None]:
 def delete_topics(config: KafkaConfig) -> None:
     """Delete the topics of `config`; those that do not exist are let pass."""
     try:
-        with _admin(config.brokers) as admin:
+        with _admin(config) as admin:
             for name in config.topics:
                 try:
                     admin.delete_topics([name])
                 except UnknownTopicOrPartitionError:
                     continue
     except KafkaError as error:
-        raise UserError(f"topics {config.topic_prefix}.* are left in Kafka ({_one_line(error)}); delete them") from None
+        raise UserError(
+            f"topics {config.topic_prefix}.* are left in Kafka ({in_one_line(error)}); delete them"
+        ) from None
 
 
 @contextmanager
 def reading(config: KafkaConfig, topics: Sequence[str]) -> Iterator[KafkaConsumer]:
     """A consumer of `topics` from their beginning, outside any group; sees only what is committed."""
     consumer = KafkaConsumer(
-        bootstrap_servers=config.brokers.split(","),
+        **kafka_settings(config.brokers, config.access),
         bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
         group_id=None,
         enable_auto_commit=False,
@@ -85,13 +89,16 @@ def at_end(consumer: KafkaConsumer) -> bool:
     return all(consumer.position(partition) >= end for partition, end in ends.items())
 
 
-def require_broker(brokers: str) -> None:
+def require_broker(config: KafkaConfig) -> None:
     """Raises `UserError` if no broker answers there."""
     try:
-        with _admin(brokers) as admin:
+        with _admin(config) as admin:
             admin.list_topics()
     except KafkaError as error:
-        raise UserError(f"--brokers: Kafka at {brokers} does not answer ({_one_line(error)}); is it running?") from None
+        raise UserError(
+            f"--brokers: Kafka at {config.brokers} does not answer ({in_one_line(error)}); is it running, and are "
+            f"--kafka-security and its user right?"
+        ) from None
 
 
 def _partitions(consumer: KafkaConsumer, topic: str) -> list[TopicPartition]:
@@ -105,20 +112,16 @@ def _partitions(consumer: KafkaConsumer, topic: str) -> list[TopicPartition]:
 
 
 @contextmanager
-def _admin(brokers: str) -> Iterator[KafkaAdminClient]:
+def _admin(config: KafkaConfig) -> Iterator[KafkaAdminClient]:
     try:
         admin = KafkaAdminClient(
-            bootstrap_servers=brokers.split(","),
+            **kafka_settings(config.brokers, config.access),
             bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
             request_timeout_ms=CONNECT_TIMEOUT_MS,
         )
     except ValueError:
-        raise UserError(f"--brokers: {brokers} is not host:port,...; give the addresses of Kafka") from None
+        raise UserError(f"--brokers: {config.brokers} is not host:port,...; give the addresses of Kafka") from None
     try:
         yield admin
     finally:
         admin.close()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

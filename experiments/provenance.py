@@ -7,11 +7,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 
-from core.config import JobConfig
 from experiments.config import ROOT
 from experiments.records import Provenance
 
@@ -29,17 +27,6 @@ def provenance() -> Provenance:
         git_commit=commit,
         git_dirty=None if changes is None else bool(changes),
     )
-
-
-def without_secrets(job: JobConfig) -> JobConfig:
-    """`job` as it may stand in a file: a user and password in Redis's address are left out."""
-    url = job.cache.remote.redis_url
-    if url is None or "@" not in url:
-        return job
-    parts = urlsplit(url)
-    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-    remote = job.cache.remote.model_copy(update={"redis_url": bare})
-    return job.model_copy(update={"cache": job.cache.model_copy(update={"remote": remote})})
 
 
 def _machine() -> dict[str, Any]:

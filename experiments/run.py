@@ -10,15 +10,17 @@ from pathlib import Path
 from redis import Redis
 from redis.exceptions import RedisError
 
+from core.clients import redis_settings
 from core.clock import SystemClock
-from core.config import JobConfig
+from core.config import JobConfig, RedisAccessConfig
+from core.credentials import in_one_line
 from core.errors import UserError
 from core.options import to_options
 from experiments.collector import Collector, Ledger, wait_ready
 from experiments.config import RunConfig, Variant
 from experiments.flink_job import FlinkCluster, FlinkJob
 from experiments.kafka_topics import fresh_topics, reading
-from experiments.provenance import provenance, without_secrets
+from experiments.provenance import provenance
 from experiments.records import Load, Manifest, RunRecords
 from workloads.config import WorkloadConfig
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connected, offered
@@ -55,7 +57,7 @@ def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords
     with ExitStack() as cleanup:
         remote = job.cache.remote
         if remote.redis_url is not None:
-            cleanup.callback(delete_keys, remote.redis_url, remote.redis_namespace)
+            cleanup.callback(delete_keys, remote.redis_url, remote.redis_namespace, remote.access)
         cleanup.enter_context(fresh_topics(job.kafka, partitions=job.parallelism))
         submitted = cleanup.enter_context(_submitted(setting, job))
         ready = cleanup.enter_context(reading(job.kafka, [job.kafka.ready_topic]))
@@ -88,7 +90,7 @@ def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords
             run_id=setting.run_id,
             variant=variant.name,
             position=position,
-            job=without_secrets(job),
+            job=job,
             workload=setting.workload_config,
             job_id=submitted.job_id,
             slots=slots,
@@ -131,11 +133,12 @@ def _submitted(setting: Setting, job: JobConfig) -> Iterator[FlinkJob]:
                 accepted.cancel()
 
 
-def delete_keys(redis_url: str, namespace: str) -> int:
+def delete_keys(redis_url: str, namespace: str, access: RedisAccessConfig) -> int:
     """Delete the keys of `namespace`, found by SCAN; returns how many. Raises `UserError` if Redis fails."""
     deleted = 0
+    settings = redis_settings(redis_url, access)
     try:
-        with Redis.from_url(redis_url, socket_timeout=10, socket_connect_timeout=5) as client:
+        with Redis.from_url(redis_url, **settings, socket_timeout=10, socket_connect_timeout=5) as client:
             batch: list[bytes] = []
             for key in client.scan_iter(match=f"{namespace}:*", count=REDIS_BATCH):
                 batch.append(key)
@@ -145,5 +148,5 @@ def delete_keys(redis_url: str, namespace: str) -> int:
             if batch:
                 deleted += int(client.unlink(*batch))
     except (RedisError, OSError) as error:
-        raise UserError(f"keys {namespace}:* are left in Redis ({' '.join(str(error).split())})") from None
+        raise UserError(f"keys {namespace}:* are left in Redis ({in_one_line(error)})") from None
     return deleted

@@ -9,7 +9,9 @@ from redis import Redis
 from redis.exceptions import RedisError
 from rich.console import Console
 
-from core.config import JobConfig
+from core.clients import redis_settings
+from core.config import JobConfig, RedisAccessConfig
+from core.credentials import in_one_line
 from core.errors import UserError
 from experiments.config import ROOT, RunConfig
 from experiments.flink_job import FlinkCluster
@@ -40,9 +42,9 @@ def services(run: RunConfig, job: JobConfig) -> Iterator[Services]:
         addresses = stack.addresses()
         argv, env = flink_cli(stack)
         flink = FlinkCluster(addresses.flink_rest_url, argv, env, ROOT)
-        require_broker(addresses.brokers)
+        require_broker(job.kafka.model_copy(update={"brokers": addresses.brokers}))
         if run.remote:
-            _require_redis(addresses.redis_url)
+            _require_redis(addresses.redis_url, job.cache.remote.access)
         if (slots := flink.slots()) < job.parallelism:
             raise UserError(
                 f"{job.parallelism} slots are needed and Flink has {slots}; lower the parallelism, or give Flink more"
@@ -61,6 +63,7 @@ def _stack(run: RunConfig, job: JobConfig) -> LocalStack:
         "redis_url": job.cache.remote.redis_url,
         "flink_url": run.flink_url,
     }
+    access: dict[str, Any] = {"redis_access": job.cache.remote.access, "kafka_access": job.kafka.access}
     directory = run.stack_dir
     if any(own.values()):
         # Other options than the local stack's: a folder of its own, so that the two do not meet.
@@ -68,18 +71,17 @@ def _stack(run: RunConfig, job: JobConfig) -> LocalStack:
     elif running := LocalStack.running_in(directory):
         return running
     slots = max(StackConfig.model_fields["task_slots"].default, -(-job.parallelism // TASK_MANAGERS))
-    return LocalStack(StackConfig(dir=directory, task_managers=TASK_MANAGERS, task_slots=slots, **own))
+    return LocalStack(StackConfig(dir=directory, task_managers=TASK_MANAGERS, task_slots=slots, **own, **access))
 
 
 def _runs(stack: LocalStack) -> bool:
     return LocalStack.running_in(stack.config.dir) is not None and not any(part.problem for part in stack.health())
 
 
-def _require_redis(url: str) -> None:
+def _require_redis(url: str, access: RedisAccessConfig) -> None:
+    settings = redis_settings(url, access)
     try:
-        with Redis.from_url(url, socket_timeout=5, socket_connect_timeout=5) as client:
+        with Redis.from_url(url, **settings, socket_timeout=5, socket_connect_timeout=5) as client:
             client.ping()
     except (RedisError, OSError, ValueError) as error:
-        raise UserError(
-            f"--redis-url: Redis does not answer ({' '.join(str(error).split())}); is it running?"
-        ) from None
+        raise UserError(f"--redis-url: Redis does not answer ({in_one_line(error)}); is it running?") from None

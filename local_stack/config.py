@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from core.config import Config
+from core.config import Config, HostFile, KafkaAccessConfig, KafkaSecurity, RedisAccessConfig, RedisUrl
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,15 +26,21 @@ class StackConfig(Config):
 
     dir: Path = Field(default=ROOT / ".local" / "stack", description="folder of all its data, logs and state")
     brokers: HostPort | None = Field(default=None, description="HOST:PORT of a Kafka of your own")
-    redis_url: str | None = Field(
+    redis_url: RedisUrl | None = Field(
         default=None, pattern=r"^rediss?://\S+$", description="redis://HOST:PORT/DB of a Redis of your own"
     )
+    redis_access: RedisAccessConfig = RedisAccessConfig()
+    kafka_access: KafkaAccessConfig = KafkaAccessConfig()
     flink_url: str | None = Field(
         default=None, pattern=r"^http://[^\s:/]+:\d{1,5}/?$", description="http://HOST:PORT of a Flink of your own"
     )
 
     kafka_port: Port = Field(default=9092, description="port of Kafka")
     kafka_controller_port: Port = Field(default=9093, description="port of Kafka's controller")
+    kafka_properties: HostFile | None = Field(
+        default=None,
+        description="file of further settings of Kafka, which override ours: what kafka_security needs at the broker",
+    )
     kafka_heap_mb: int = Field(default=512, ge=128, description="heap of Kafka")
     redis_port: Port = Field(default=6379, description="port of Redis")
     redis_max_memory_mb: int = Field(default=512, ge=1, description="what Redis may hold; beyond, it evicts by LRU")
@@ -49,6 +55,17 @@ class StackConfig(Config):
 
     start_timeout_s: float = Field(default=240.0, gt=0, description="longest to wait until everything answers")
     stop_grace_s: float = Field(default=10.0, ge=0, description="time to end by itself before a process is killed")
+
+    @model_validator(mode="after")
+    def _broker_knows_its_security(self) -> Self:
+        if self.kafka_access.kafka_security is not KafkaSecurity.PLAINTEXT and not (
+            self.brokers or self.kafka_properties
+        ):
+            raise ValueError(
+                "kafka_security is set up at the broker; name yours with --brokers, or its settings with "
+                "--kafka-properties"
+            )
+        return self
 
     @classmethod
     def on_free_ports(cls, directory: Path, **fields: Any) -> Self:

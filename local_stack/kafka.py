@@ -5,10 +5,13 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
 
+from core.clients import kafka_settings
+from core.credentials import in_one_line
 from core.errors import UserError
 from local_stack.config import HOST, JARS, LIGHT_JAVA, StackConfig
 from local_stack.processes import Started, launch
@@ -21,9 +24,10 @@ process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@{host}:{controller_port}
 controller.listener.names=CONTROLLER
-listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller_port}
-advertised.listeners=PLAINTEXT://{host}:{port}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+listeners=CLIENTS://{host}:{port},CONTROLLER://{host}:{controller_port}
+advertised.listeners=CLIENTS://{host}:{port}
+listener.security.protocol.map=CLIENTS:{security},CONTROLLER:PLAINTEXT
+inter.broker.listener.name=CLIENTS
 log.dirs={data}
 
 # One node cannot hold more than one replica.
@@ -93,7 +97,7 @@ class KafkaService:
             # The plain connection first: the client would log every refusal.
             socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
             admin = KafkaAdminClient(
-                bootstrap_servers=self.address.split(","),
+                **kafka_settings(self.address, self._config.kafka_access),
                 request_timeout_ms=int(PROBE_TIMEOUT_S * 1000),
                 bootstrap_timeout_ms=int(PROBE_TIMEOUT_S * 1000),
             )
@@ -102,7 +106,7 @@ class KafkaService:
             finally:
                 admin.close()
         except (KafkaError, OSError, OverflowError) as error:
-            raise NotReady(str(error) or type(error).__name__) from None
+            raise NotReady(in_one_line(error)) from None
 
     @property
     def _properties(self) -> str:
@@ -110,14 +114,18 @@ class KafkaService:
 
     def _write_properties(self) -> None:
         self._dir.mkdir(parents=True, exist_ok=True)
-        (self._dir / "server.properties").write_text(
-            PROPERTIES.format(
-                host=HOST,
-                port=self._config.kafka_port,
-                controller_port=self._config.kafka_controller_port,
-                data=self._dir / "data",
-            )
+        ours = PROPERTIES.format(
+            host=HOST,
+            port=self._config.kafka_port,
+            controller_port=self._config.kafka_controller_port,
+            data=self._dir / "data",
+            security=self._config.kafka_access.kafka_security,
         )
+        further = self._config.kafka_properties
+        written = Path(self._properties)
+        written.touch(mode=0o600)
+        written.chmod(0o600)  # A broker's settings may hold its users' passwords.
+        written.write_text(ours + ("" if further is None else further.read_text()))
         (self._dir / "log4j2.properties").write_text(LOGGING)
 
     def _format_once(self) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from redis import Redis
 from redis.exceptions import RedisError
 
+from core.clients import redis_settings
+from core.credentials import in_one_line
 from local_stack.config import HOST, StackConfig
 from local_stack.processes import Started, launch
 from local_stack.service import PROBE_TIMEOUT_S, NotReady, program
@@ -33,8 +35,11 @@ class RedisService:
     def probe(self) -> None:
         try:
             with Redis.from_url(
-                self.address, socket_timeout=PROBE_TIMEOUT_S, socket_connect_timeout=PROBE_TIMEOUT_S
+                self.address,
+                **redis_settings(self.address, self._config.redis_access),
+                socket_timeout=PROBE_TIMEOUT_S,
+                socket_connect_timeout=PROBE_TIMEOUT_S,
             ) as client:
                 client.ping()
         except (RedisError, OSError, ValueError) as error:
-            raise NotReady(str(error)) from None
+            raise NotReady(in_one_line(error)) from None

@@ -14,8 +14,9 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from cache.sizing.budget import Budget, SlotReport
+from core.clients import FROM_ENVIRONMENT, redis_settings
 from core.clock import Clock
-from core.config import JobConfig, Strategy
+from core.config import JobConfig, RedisAccessConfig, Strategy
 from operators.load_board import TIMEOUT_S
 from operators.periodic import Periodic
 
@@ -27,8 +28,10 @@ _REPORT = TypeAdapter(SlotReport)
 class BudgetBoard:
     """Reports by slot, in Redis, under a name that no other job has."""
 
-    def __init__(self, redis_url: str, name: str, slots: int) -> None:
-        self._redis = Redis.from_url(redis_url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+    def __init__(self, redis_url: str, name: str, slots: int, access: RedisAccessConfig = FROM_ENVIRONMENT) -> None:
+        self._redis = Redis.from_url(
+            redis_url, **redis_settings(redis_url, access), socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S
+        )
         self._keys = [f"{name}:gains:{slot}" for slot in range(slots)]
 
     def write(self, slot: int, report: SlotReport) -> None:
@@ -76,7 +79,7 @@ class BudgetShare:
         board = None
         if config.parallelism > 1 and remote.redis_url is not None:
             name = f"{remote.redis_namespace}:{config.job_name}:{config.kafka.consumer_group}"
-            board = BudgetBoard(remote.redis_url, name, config.parallelism)
+            board = BudgetBoard(remote.redis_url, name, config.parallelism, remote.access)
         return cls(budget, slot, board, clock)
 
     def offer(self, report: SlotReport) -> None:

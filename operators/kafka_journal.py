@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing
 
 from kafka import KafkaConsumer, TopicPartition
 
+from core.clients import kafka_settings
 from core.config import KafkaConfig
 from operators.journal import Partition, Record
 
@@ -66,7 +67,7 @@ class KafkaJournal:
     def _consumer(self, *, committed: bool) -> KafkaConsumer:
         if committed not in self._consumers:
             made = KafkaConsumer(
-                bootstrap_servers=self._kafka.brokers.split(","),
+                **kafka_settings(self._kafka.brokers, self._kafka.access),
                 bootstrap_timeout_ms=REQUEST_TIMEOUT_MS,
                 request_timeout_ms=REQUEST_TIMEOUT_MS,
                 group_id=None,

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from redis import Redis
 from redis.exceptions import RedisError
 
-from core.config import JobConfig, Placement
+from core.clients import FROM_ENVIRONMENT, redis_settings
+from core.config import JobConfig, Placement, RedisAccessConfig
 from operators.periodic import Periodic
 
 STALE_MS = 2000
@@ -21,8 +22,10 @@ TIMEOUT_S = 0.5
 class LoadBoard:
     """Queue lengths in ms by slot, in Redis, under a name that no other job has."""
 
-    def __init__(self, redis_url: str, name: str, slots: int) -> None:
-        self._redis = Redis.from_url(redis_url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+    def __init__(self, redis_url: str, name: str, slots: int, access: RedisAccessConfig = FROM_ENVIRONMENT) -> None:
+        self._redis = Redis.from_url(
+            redis_url, **redis_settings(redis_url, access), socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S
+        )
         self._keys = [f"{name}:queue:{slot}" for slot in range(slots)]
 
     @classmethod
@@ -32,7 +35,7 @@ class LoadBoard:
         if config.placing.placement is not Placement.BALANCED or remote.redis_url is None or config.parallelism == 1:
             return None
         name = f"{remote.redis_namespace}:{config.job_name}:{config.kafka.consumer_group}"
-        return cls(remote.redis_url, name, config.parallelism)
+        return cls(remote.redis_url, name, config.parallelism, remote.access)
 
     def write(self, slot: int, queue_ms: float) -> None:
         self._redis.set(self._keys[slot], f"{queue_ms:.0f}", px=STALE_MS)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
+from core.credentials import in_one_line
+
 logger = logging.getLogger(__name__)
 
 EVERY_S = 0.1
@@ -33,5 +35,5 @@ class Periodic:
                 failing = False
             except (RedisError, ValueError) as error:
                 if not failing:
-                    logger.warning("%s: %s", self._thread.name, " ".join(str(error).split()))
+                    logger.warning("%s: %s", self._thread.name, in_one_line(error))
                 failing = True

@@ -14,9 +14,12 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 from pyflink.datastream import DataStream
 from pyflink.table import DataTypes, Schema, StatementSet, StreamTableEnvironment
 
+from core.clients import kafka_settings
 from core.config import MAX_DEAD_LETTER_BYTES, Delivery, JobConfig, KafkaConfig
+from core.credentials import in_one_line
 from core.errors import UserError
 from operators.functions import WARM_UP
+from pipelines.kafka_security import security_properties
 
 CONNECT_TIMEOUT_MS = 5_000
 REQUEST_TIMEOUT_MS = 10_000
@@ -49,7 +52,7 @@ def ensure_topics(config: JobConfig) -> None:
             except TopicAlreadyExistsError:
                 continue
     except KafkaError as error:
-        raise UserError(f"brokers: cannot create the topics at {kafka.brokers!r}: {error}") from error
+        raise UserError(f"brokers: cannot create the topics at {kafka.brokers!r}: {in_one_line(error)}") from error
     finally:
         admin.close()
 
@@ -63,7 +66,7 @@ def resume_offsets(config: JobConfig) -> dict[int, int]:
     kafka = config.kafka
     try:
         consumer = KafkaConsumer(
-            bootstrap_servers=kafka.brokers.split(","),
+            **kafka_settings(kafka.brokers, kafka.access),
             bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
             request_timeout_ms=REQUEST_TIMEOUT_MS,
             group_id=kafka.consumer_group,
@@ -167,16 +170,20 @@ def add_kafka_sink(
 def _admin(kafka: KafkaConfig) -> KafkaAdminClient:
     try:
         return KafkaAdminClient(
-            bootstrap_servers=kafka.brokers.split(","),
+            **kafka_settings(kafka.brokers, kafka.access),
             bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
             request_timeout_ms=REQUEST_TIMEOUT_MS,
         )
     except (KafkaError, OSError, ValueError) as error:
-        raise UserError(f"brokers: no Kafka broker answers at {kafka.brokers!r} ({type(error).__name__})") from error
+        raise UserError(
+            f"brokers: no Kafka broker answers at {kafka.brokers!r} ({in_one_line(error)}); is it running, and are "
+            f"--kafka-security and its user right?"
+        ) from error
 
 
 def _connection(kafka: KafkaConfig) -> dict[str, str]:
-    return {"connector": "kafka", "properties.bootstrap.servers": kafka.brokers}
+    properties = {"bootstrap.servers": kafka.brokers} | security_properties(kafka.access)
+    return {"connector": "kafka"} | {f"properties.{name}": value for name, value in properties.items()}
 
 
 def _quoted(options: dict[str, str]) -> str:

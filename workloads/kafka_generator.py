@@ -10,8 +10,10 @@ from typing import Any, Protocol
 from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import KafkaError
 
+from core.clients import kafka_settings
 from core.clock import Clock
 from core.config import KafkaConfig
+from core.credentials import in_one_line
 from core.errors import UserError
 from core.records import Request
 from workloads.pacing import Backlog, Lag, OpenLoop
@@ -231,10 +233,10 @@ def connect(config: KafkaConfig) -> KafkaProducer:
 
     Raises `UserError` within about twice `CONNECT_TIMEOUT_MS` where no broker answers or the topic does not exist.
     """
-    brokers = config.brokers.split(",")
+    settings = kafka_settings(config.brokers, config.access)
     try:
         admin = KafkaAdminClient(
-            bootstrap_servers=brokers,
+            **settings,
             bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
             request_timeout_ms=CONNECT_TIMEOUT_MS,
         )
@@ -248,7 +250,7 @@ def connect(config: KafkaConfig) -> KafkaProducer:
                 f"create it or start the job first"
             )
         return KafkaProducer(
-            bootstrap_servers=brokers,
+            **settings,
             acks="all",
             enable_idempotence=True,
             linger_ms=0,
@@ -259,8 +261,10 @@ def connect(config: KafkaConfig) -> KafkaProducer:
             delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
         )
     except KafkaError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--brokers: Kafka at {config.brokers} does not answer ({reason}); is it running?") from None
+        raise UserError(
+            f"--brokers: Kafka at {config.brokers} does not answer ({in_one_line(error)}); is it running, and are "
+            f"--kafka-security and its user right?"
+        ) from None
     except ValueError:
         raise UserError(f"--brokers: {config.brokers} is not host:port,...; give the addresses of Kafka") from None
 

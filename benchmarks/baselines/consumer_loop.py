@@ -7,6 +7,8 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from benchmarks.baselines.padded import answer_together
 from benchmarks.baselines.worker import Answers, Order, WorkerConfig, run_worker
+from core.clients import kafka_settings
+from core.config import KafkaAccessConfig
 from core.records import Request
 from inference_service.model import LoadedModel
 from inference_service.prompts import prompt_tokens
@@ -28,11 +30,11 @@ class ConsumerLoop:
     def prepare(self, order: Order) -> None:
         """Connect and read to the end of what is there: nothing yet."""
         self._order = order
-        servers = order.brokers.split(",")
-        self._producer = KafkaProducer(bootstrap_servers=servers, acks="all")
+        settings = kafka_settings(order.brokers, KafkaAccessConfig())
+        self._producer = KafkaProducer(**settings, acks="all")
         self._producer.partitions_for(order.responses_topic)
         self._consumer = KafkaConsumer(
-            bootstrap_servers=servers,
+            **settings,
             group_id=order.requests_topic,
             auto_offset_reset="earliest",
             max_poll_records=self._batch,

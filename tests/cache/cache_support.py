@@ -106,13 +106,17 @@ def in_another_process(script: str) -> str:
     return run.stdout.strip()
 
 
-class RedisServer:
-    """A real `redis-server` of our own on a free loopback port."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
-    def __init__(self, directory) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+
+class RedisServer:
+    """A real `redis-server` of our own on a free loopback port; `further` options of its command line."""
+
+    def __init__(self, directory, *further: str) -> None:
+        self.port = free_port()
         self.socket_path = f"{directory}/redis.sock"
         options = [
             "--unixsocket",
@@ -125,6 +129,7 @@ class RedisServer:
             "no",
             "--dir",
             str(directory),
+            *further,
         ]
         self._process = subprocess.Popen(
             [program("redis-server"), "--port", str(self.port), *options],
@@ -140,7 +145,7 @@ class RedisServer:
                 raise RuntimeError(f"redis-server ended with status {self._process.returncode}")
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1) as client:
                 client.sendall(b"PING\r\n")
-                if client.recv(16).startswith(b"+PONG"):
+                if client.recv(16).startswith((b"+PONG", b"-NOAUTH")):
                     return
         raise RuntimeError("redis-server does not answer")
 

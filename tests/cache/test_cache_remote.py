@@ -1,6 +1,5 @@
 """The remote tier through a cache, on a real Redis: what it keeps, and property 8, every fault of it."""
 
-import logging
 import socket
 import time
 from dataclasses import replace
@@ -12,7 +11,6 @@ from cache_support import IDENTITY, SHAPE, Proxy, RedisServer, check_lease, hits
 
 from cache.codec import HEADER_BYTES, record_bytes
 from cache.keys import KeySchema
-from cache.redis_wire import RedisAddress
 from core.clock import ManualClock
 
 N = 5
@@ -246,25 +244,6 @@ class TestOutage:
         assert cache.stats().remote_errors == 1
         proxy.pass_through()
         assert hits(cache, TOKENS) == (0, N)
-
-    def test_redis_that_wants_a_password(self, tmp_path, caches, caplog):
-        server = RedisServer(tmp_path)
-        try:
-            url = f"redis://:hunter2@127.0.0.1:{server.port}/3"
-            cache = caches(url)
-            with caplog.at_level(logging.DEBUG):
-                for _ in range(4):  # AUTH without a password set is an error.
-                    assert hits(cache, TOKENS) == (0, 0)
-            assert cache.stats().remote_errors == 3
-            assert "left alone" in caplog.text
-            assert "hunter2" not in caplog.text + str(RedisAddress.parse(url)) + repr(RedisAddress.parse(url))
-            redis.Redis(port=server.port).config_set("requirepass", "hunter2")
-            store(writer := caches(url), TOKENS)
-            assert writer.flush(10)
-            assert redis.Redis(port=server.port, db=3, password="hunter2").dbsize() == N
-            assert hits(caches(url), TOKENS) == (0, N)
-        finally:
-            server.stop()
 
 
 class TestWriting:

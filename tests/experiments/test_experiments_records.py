@@ -5,10 +5,8 @@ from pathlib import Path
 import pytest
 from experiment_samples import dead_letter, made_runs, response, run_of
 
-from core.config import JobConfig
 from core.errors import UserError
-from experiments.config import with_addresses
-from experiments.provenance import provenance, without_secrets
+from experiments.provenance import provenance
 from experiments.records import read_runs, write_run
 
 
@@ -59,12 +57,6 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     write_run(tmp_path, run_of(response())).unlink()
     with pytest.raises(UserError, match="is missing beside its manifest"):
         read_runs(tmp_path)
-
-
-def test_a_password_of_redis_is_not_written() -> None:
-    job = with_addresses(JobConfig(), brokers="b:1", redis_url="redis://user:secret@host:6379/2")
-    assert without_secrets(job).cache.remote.redis_url == "redis://host:6379/2"
-    assert without_secrets(JobConfig()) == JobConfig()
 
 
 def test_provenance_says_where_and_with_what() -> None:

@@ -19,7 +19,8 @@ from core.options import to_options
 from local_stack import LocalStack, StackConfig, flink_cli
 from local_stack.config import port_is_free
 from local_stack.flink import DIRECT
-from local_stack.processes import Started, is_alive, members
+from local_stack.processes import Started, is_alive
+from tests.pipelines.job_run import listening_on, processes_of
 
 pytestmark = pytest.mark.integration
 
@@ -72,14 +73,8 @@ def test_every_part_answers(stack: LocalStack) -> None:
 
 
 def test_everything_listens_on_loopback_only(stack: LocalStack) -> None:
-    listening = {
-        connection.laddr.ip.removeprefix("::ffff:")
-        for started in started_by(stack)
-        for process in members(started)
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening == {"127.0.0.1"}
+    """tests/pipelines/test_inference_job.py asks the same of the processes that a job has."""
+    assert listening_on(processes_of(stack)) == {"127.0.0.1"}
 
 
 def test_flink_has_the_kafka_connector_and_the_project(stack: LocalStack, tmp_path: Path) -> None:

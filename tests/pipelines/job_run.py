@@ -2,29 +2,46 @@
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from core.config import KafkaConfig
+from core.clients import kafka_settings
+from core.config import KafkaAccessConfig, KafkaConfig
 from core.records import DeadLetter, Request, Response
 from experiments.flink_job import FlinkCluster, FlinkJob
 from local_stack import LocalStack
+from local_stack.processes import members
 
 ROOT = Path(__file__).resolve().parents[2]
+OPEN = KafkaAccessConfig()
 
 
 class Run:
     """One job on topics of its own, and what it has written."""
 
-    def __init__(self, stack: LocalStack, flink: FlinkCluster, model: Path, prefix: str, script: Path) -> None:
+    def __init__(
+        self,
+        stack: LocalStack,
+        flink: FlinkCluster,
+        model: Path,
+        prefix: str,
+        script: Path,
+        *,
+        brokers: str | None = None,
+        access: KafkaAccessConfig = OPEN,
+    ) -> None:
         self._script = script
         self._addresses = stack.addresses()
         self._flink = flink
         self._model = model
-        self.kafka = KafkaConfig(brokers=self._addresses.brokers, topic_prefix=prefix, consumer_group=prefix)
-        self._producer = KafkaProducer(bootstrap_servers=self.kafka.brokers, max_request_size=2 << 20)
+        self.kafka = KafkaConfig(
+            brokers=brokers or self._addresses.brokers, topic_prefix=prefix, consumer_group=prefix, access=access
+        )
+        self._clients = kafka_settings(self.kafka.brokers, access)
+        self._producer = KafkaProducer(**self._clients, max_request_size=2 << 20)
         self._consumer: KafkaConsumer | None = None
         self.sent: list[Request] = []
         self.ready: list[dict[str, object]] = []
@@ -66,9 +83,7 @@ class Run:
     def read_until(self, done, timeout_s: float = 240.0) -> None:
         """Read all topics until `done(self)`; fails with what was read if that takes too long."""
         if self._consumer is None:
-            self._consumer = KafkaConsumer(
-                bootstrap_servers=self.kafka.brokers, auto_offset_reset="earliest", group_id=None
-            )
+            self._consumer = KafkaConsumer(**self._clients, auto_offset_reset="earliest", group_id=None)
             partitions = [
                 TopicPartition(topic, number)
                 for topic in self.kafka.topics[1:]
@@ -118,6 +133,21 @@ def checkpoints(run: Run) -> int:
     """Completed ones of the run's job."""
     answer = run.job.cluster.get(f"/jobs/{run.job.job_id}/checkpoints")
     return int(answer["counts"]["completed"])
+
+
+def processes_of(stack: LocalStack) -> list[psutil.Process]:
+    """All that the stack has started, those included that serve its running jobs."""
+    return [process for part in stack.health() for started in part.processes for process in members(started)]
+
+
+def listening_on(processes: Iterable[psutil.Process]) -> set[str]:
+    """The addresses at which any of them takes connections."""
+    return {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
 
 
 def worker(stack: LocalStack) -> int:

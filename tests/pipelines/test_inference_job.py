@@ -20,7 +20,16 @@ from inference_service.device_profile import DeviceProfile
 from inference_service.engine import Engine, load_checked_model
 from local_stack import LocalStack
 from pipelines.connectors import ensure_topics
-from tests.pipelines.job_run import ROOT, Run, checkpoints, ids, slot_process, worker
+from tests.pipelines.job_run import (
+    ROOT,
+    Run,
+    checkpoints,
+    ids,
+    listening_on,
+    processes_of,
+    slot_process,
+    worker,
+)
 
 pytestmark = pytest.mark.integration
 JOB = ROOT / "pipelines" / "inference.py"
@@ -75,9 +84,14 @@ def test_a_bounded_run_answers_everything_as_the_engine_alone_would(run: Run, mo
     assert max(answer.batch_size for answer in run.responses) <= 6
 
 
-def test_an_answer_does_not_wait_for_a_longer_one_and_a_drain_answers_both(run: Run, slow: list[str]) -> None:
+def test_an_answer_does_not_wait_for_a_longer_one_and_a_drain_answers_both(
+    run: Run, stack: LocalStack, slow: list[str]
+) -> None:
     run.submit("--parallelism", "2", *slow)
     run.read_until(lambda r: len(r.ready) == 2)
+    running = processes_of(stack)
+    assert sum("operators.slot_server" in process.cmdline() for process in running) == 2
+    assert listening_on(running) == {"127.0.0.1"}
     assert {str(ready["device"]) for ready in run.ready} == {"simulated:0", "simulated:1"}
     assert {ready["engine"] for ready in run.ready} == {"simulated"}
     long, short = _neighbours(2)

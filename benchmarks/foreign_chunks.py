@@ -1,0 +1,229 @@
+"""`python -m benchmarks.foreign_chunks`: does a cache ever hand out another tenant's or another model's chunk?
+
+Tenants ask for the same few prompts of several models, which differ in as little as they can; half of the pairs of
+tenant and model never store anything. All caches share one Redis and namespace. Every chunk is stamped with its model,
+tenant and tokens, and every chunk that comes back is compared with the one right stamp, bit by bit. A hit where nothing
+was stored is foreign, whatever is in it.
+"""
+
+import hashlib
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from redis import Redis
+from rich.console import Console
+
+from benchmarks.command import carry_out, progress, stated
+from benchmarks.raw_redis import delete_namespace, running_redis
+from benchmarks.report import Report, conditions_of
+from cache.manager import TwoLevelCache, open_cache
+from cache.protocol import ChunkShape, ModelIdentity
+from core.clients import redis_settings
+from core.clock import SystemClock
+from core.config import CacheConfig, Config, RedisUrl, RemoteConfig, SizingConfig
+
+SHAPE = ChunkShape(layers=1, kv_heads=1, chunk_tokens=2, head_dim=4, dtype=torch.float32)
+LONGEST_PROMPT_CHUNKS = 5
+PROMPTS = 64
+CAPACITY_CHUNKS = 64
+"""Of a local tier: far below what its tenants use, so that all come and go."""
+CACHES_OF_A_WORLD = 2
+FORGET_EVERY = 2000
+"""Look-ups after which Redis loses a third of its chunks, so that there is always something to miss."""
+NAMESPACE = "foreign-chunks"
+
+SALTS = ("", "a", "A", "b", "ab", "a ", " a", "a\x00", "\x00a", "ä", "a\u0308", "4:salt")
+"""Tenants whose names are as alike as names can be; two of them look the same."""
+
+_BASE = ModelIdentity(weights_digest="w", tokenizer_digest="t", settings="s")
+MODELS = (
+    _BASE,
+    replace(_BASE, weights_digest="other"),
+    replace(_BASE, tokenizer_digest="other"),
+    replace(_BASE, settings="other"),
+    replace(_BASE, adapter="other"),
+    # Whose fields, written one after the other, are those of the first.
+    replace(_BASE, weights_digest="wt", tokenizer_digest=""),
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """Caches that may share chunks: of one model, with one key or none."""
+
+    model: ModelIdentity
+    authenticated: bool = False
+
+
+WORLDS = (*(World(model) for model in MODELS), World(_BASE, authenticated=True))
+
+
+class ForeignChunksConfig(Config):
+    """How much is asked."""
+
+    out: Path = Field(default=Path("results/benchmarks/foreign_chunks.json"), description="where the result is written")
+    lookups: int = Field(default=1_000_000, ge=1, description="look-ups in all")
+    redis_url: RedisUrl | None = Field(
+        default=None, description="redis://host:port of a Redis of your own; none: started"
+    )
+    seed: int = Field(default=0, ge=0, description="of who asks for what, and where")
+
+
+@dataclass
+class Counts:
+    """What happened."""
+
+    lookups: int = 0
+    lookups_of_nothing: int = 0
+    """By a tenant who has never stored anything of that model."""
+    local_chunks: int = 0
+    remote_chunks: int = 0
+    foreign_chunks: int = 0
+    chunks_stored: int = 0
+
+
+@dataclass
+class Trial:
+    """Caches of all worlds on one Redis, and what they have handed out."""
+
+    caches: Sequence[tuple[int, TwoLevelCache]]
+    """Each with the position of its world."""
+    seed: int
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+        # Few kinds of chunks: prompts begin alike, and what one asks for another has.
+        self._prompts = [
+            [token for _ in range(self._random.randint(1, LONGEST_PROMPT_CHUNKS)) for token in self._chunk()]
+            for _ in range(PROMPTS)
+        ]
+        self._stamps: dict[tuple[int, int, bytes], bytes] = {}
+
+    def look_up(self) -> None:
+        """One tenant asks one cache for one prompt, and may store what is missing."""
+        world, cache = self._random.choice(self.caches)
+        tenant, prompt = self._random.randrange(len(SALTS)), self._random.choice(self._prompts)
+        stores = (world + tenant) % 2 == 0
+        self.counts.lookups += 1
+        self.counts.lookups_of_nothing += not stores
+        with cache.lookup(prompt, SALTS[tenant]) as lease:
+            self.counts.local_chunks += lease.local_chunks
+            self.counts.remote_chunks += lease.remote_chunks
+            for index, chunk in enumerate(lease.chunks):
+                right = self._stamp(world, tenant, prompt, index)
+                self.counts.foreign_chunks += not stores or bytes(chunk.view(-1).numpy()) != right
+            missing = len(lease.chunks) * SHAPE.chunk_tokens < len(prompt)
+        if stores and missing:
+
+            def read_chunk(index: int, out: torch.Tensor) -> None:
+                stamp = bytearray(self._stamp(world, tenant, prompt, index))
+                out.copy_(torch.frombuffer(stamp, dtype=SHAPE.dtype).view(SHAPE.size))
+
+            self.counts.chunks_stored += cache.store(prompt, read_chunk, SALTS[tenant])
+
+    def _chunk(self) -> list[int]:
+        return [self._random.randrange(2) for _ in range(SHAPE.chunk_tokens)]
+
+    def _stamp(self, world: int, tenant: int, prompt: list[int], index: int) -> bytes:
+        """The one right content of a chunk."""
+        about = (world, tenant, bytes(prompt[: (index + 1) * SHAPE.chunk_tokens]))
+        if about not in self._stamps:
+            self._stamps[about] = hashlib.blake2b(repr(about).encode(), digest_size=SHAPE.size_bytes).digest()
+        return self._stamps[about]
+
+
+def try_all(config: ForeignChunksConfig, url: str, directory: Path, console: Console) -> Trial:
+    """Ask `config.lookups` times."""
+    key_file = directory / "chunk.key"
+    key_file.touch(mode=0o600)
+    key_file.write_text(hashlib.sha256(str(config.seed).encode()).hexdigest())
+    forgetful = random.Random(config.seed)
+    with ExitStack() as opened:
+        client = opened.enter_context(Redis.from_url(url, **redis_settings(url)))
+        caches = []
+        for position, world in enumerate(WORLDS):
+            for _ in range(CACHES_OF_A_WORLD):
+                cache = _open(world, url, key_file)
+                opened.callback(cache.close)
+                caches.append((position, cache))
+        opened.callback(delete_namespace, url, NAMESPACE)
+        trial = Trial(caches, config.seed)
+        bar = opened.enter_context(progress(console))
+        task = bar.add_task("look-ups", total=config.lookups)
+        for number in range(config.lookups):
+            if number % FORGET_EVERY == FORGET_EVERY - 1:
+                client.unlink(*(key for key in client.keys(f"{NAMESPACE}:*") if forgetful.random() < 1 / 3))
+                bar.update(task, completed=number)
+            trial.look_up()
+    return trial
+
+
+def _open(world: World, url: str, key_file: Path) -> TwoLevelCache:
+    config = CacheConfig(
+        chunk_tokens=SHAPE.chunk_tokens,
+        sizing=SizingConfig(capacity_chunks=CAPACITY_CHUNKS),
+        remote=RemoteConfig(
+            redis_url=url,
+            redis_namespace=NAMESPACE,
+            remote_deadline_ms=10_000,
+            chunk_key_file=key_file if world.authenticated else None,
+        ),
+    )
+    return open_cache(config, SHAPE, world.model, SystemClock())
+
+
+def measure(config: ForeignChunksConfig, console: Console) -> Report:
+    with ExitStack() as cleanup:
+        directory = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="foreign-chunks-")))
+        url = cleanup.enter_context(running_redis(config.redis_url, directory))
+        where = conditions_of({}, {}, url)
+        trial = try_all(config, url, directory, console)
+    stats = [cache.stats() for _, cache in trial.caches]
+    return Report(
+        benchmark="foreign_chunks",
+        **where,
+        rounds=1,
+        settings={
+            "seed": config.seed,
+            "tenants": len(SALTS),
+            "models": len(MODELS),
+            "worlds": len(WORLDS),
+            "caches": len(trial.caches),
+            "prompts": PROMPTS,
+            "capacity_chunks": CAPACITY_CHUNKS,
+        },
+        figures={name: float(count) for name, count in vars(trial.counts).items()}
+        | {
+            "evictions": float(sum(one.evictions for one in stats)),
+            "remote_corrupt": float(sum(one.remote_corrupt for one in stats)),
+            "remote_errors": float(sum(one.remote_errors + one.remote_timeouts for one in stats)),
+        },
+        samples={},
+    )
+
+
+def show(report: Report, console: Console) -> None:
+    figures = {name: f"{int(value):,}" for name, value in report.figures.items()}
+    console.print(
+        f"{figures['lookups']} look-ups by {report.settings['tenants']} tenants in {report.settings['caches']} caches "
+        f"brought {figures['local_chunks']} chunks from their own tier and {figures['remote_chunks']} from Redis; "
+        f"foreign: {figures['foreign_chunks']}"
+    )
+
+
+def main() -> None:
+    config = stated(ForeignChunksConfig, "benchmarks.foreign_chunks", (__doc__ or "").splitlines()[0])
+    report = carry_out(config, measure, show)
+    sys.exit(1 if report.figures["foreign_chunks"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Kafka's own admin client, the one inside Flink's connector, made with properties that come as JSON lines on stdin.
+
+Prints a line for each: the names of the topics that it sees, or why it does not.
+"""
+
+import json
+import sys
+
+from py4j.protocol import Py4JJavaError
+from pyflink.java_gateway import get_gateway
+
+from pipelines.kafka_security import SHADED
+
+
+def main() -> None:
+    jvm = get_gateway().jvm
+    for line in sys.stdin:
+        properties = jvm.java.util.Properties()
+        for name, value in json.loads(line).items():
+            properties.setProperty(name, value)
+        print(json.dumps(topics(jvm, properties)))  # noqa: T201
+
+
+def topics(jvm, properties) -> list[str] | str:
+    admin_class = jvm.java.lang.Class.forName(f"{SHADED}org.apache.kafka.clients.admin.Admin")
+    create = next(
+        method
+        for method in admin_class.getMethods()
+        if method.getName() == "create" and "Properties" in method.toString()
+    )
+    try:
+        admin = create.invoke(None, jvm_array(jvm, properties))
+        try:
+            return sorted(admin.listTopics().names().get())
+        finally:
+            admin.close()
+    except Py4JJavaError as error:
+        cause = error.java_exception
+        while cause.getCause() is not None:
+            cause = cause.getCause()
+        return cause.toString()
+
+
+def jvm_array(jvm, value):
+    array = get_gateway().new_array(jvm.java.lang.Object, 1)
+    array[0] = value
+    return array
+
+
+if __name__ == "__main__":
+    main()
