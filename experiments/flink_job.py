@@ -38,9 +38,13 @@ class FlinkCluster:
         self._env = dict(env)
         self._cwd = cwd
 
-    def submit(self, script: Path, options: Sequence[str]) -> "FlinkJob":
-        """Start `script` detached. Raises `UserError` with the reason, in one line, if it is not accepted."""
-        argv = [*self._argv, "run", "-d", "-py", str(script), *options]
+    def submit(self, script: Path, options: Sequence[str], savepoint: str | None = None) -> "FlinkJob":
+        """Start `script` detached, with the state of `savepoint`.
+
+        Raises `UserError` with the reason, in one line, if it is not accepted.
+        """
+        state = [] if savepoint is None else ["-s", savepoint]
+        argv = [*self._argv, "run", "-d", *state, "-py", str(script), *options]
         # A session of its own: a Ctrl-C must reach only us, who then know whether a job has to be cancelled.
         process = subprocess.Popen(
             argv,

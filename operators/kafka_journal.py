@@ -1,5 +1,6 @@
 """The journal in Kafka."""
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -14,6 +15,9 @@ PATIENCE_S = 60.0
 """Longest that Kafka may give nothing new. Beyond it the operator fails, and Flink restarts it, later and later."""
 REQUEST_TIMEOUT_MS = 20_000
 POLL_MS = 500
+
+# It logs each connection and each look at the brokers.
+logging.getLogger("kafka").setLevel(logging.WARNING)
 
 
 class KafkaJournal:
@@ -45,6 +49,7 @@ class KafkaJournal:
         ends = {TopicPartition(*partition): span.stop for partition, span in spans.items() if span}
         consumer = self._consumer(committed=committed)
         consumer.assign(list(ends))
+        consumer.resume(*ends)
         for place in ends:
             partition = Partition(*place)
             consumer.seek(place, max(spans[partition].start, begins[partition]))

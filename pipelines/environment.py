@@ -21,9 +21,8 @@ _SETTINGS = {
     "execution.buffer-timeout.interval": "0 ms",
     # Barriers overtake what queues before a busy engine; aligned ones would wait for all of it.
     "execution.checkpointing.unaligned.enabled": "true",
-    # A job that was cancelled, or whose cluster died, can go on from the last ones.
+    # A job that was cancelled, or whose cluster died, can go on from the last one.
     "execution.checkpointing.externalized-checkpoint-retention": "RETAIN_ON_CANCELLATION",
-    "execution.checkpointing.num-retained": "2",
     "restart-strategy.type": "exponential-delay",
     "restart-strategy.exponential-delay.initial-backoff": "1 s",
     "restart-strategy.exponential-delay.max-backoff": "30 s",

@@ -18,13 +18,18 @@ from workloads.catalogue import make_workload
 from workloads.config import WorkloadConfig
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connected
 from workloads.progress import progress_bar
-from workloads.timed_request import Workload
+from workloads.timed_request import OfRun, Workload
 
 
 class LoadConfig(Config):
     """How the load is sent."""
 
     backlog: bool = Field(default=False, description="send everything at once instead of on the workload's schedule")
+    run: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="end of every request id, as a job answers an id once; none: the time of the start in ms",
+    )
     dry_run: bool = Field(
         default=False, description="print the requests as JSON lines, created at 0 + their offset; send nothing"
     )
@@ -55,7 +60,9 @@ def _send(config: LoadConfig, workload: Workload) -> LoadReport:
     topic = config.kafka.requests_topic
     with _stopped_by_signal() as stop, connected(config.kafka) as producer, progress_bar() as progress:
         task = progress.add_task("requests", total=workload.requests)
-        generator = KafkaLoadGenerator(producer, topic, workload, SystemClock(), backlog=config.backlog)
+        clock = SystemClock()
+        of_run = OfRun(workload, config.run or f"{clock.wall_ms():.0f}")
+        generator = KafkaLoadGenerator(producer, topic, of_run, clock, backlog=config.backlog)
         return generator.run(stop, on_sent=lambda _: progress.advance(task))
 
 

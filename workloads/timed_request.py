@@ -1,7 +1,7 @@
 """A request before it is sent: when it is due and what it asks."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from core.records import Request
@@ -45,6 +45,24 @@ class Workload(Protocol):
     def adjustments(self) -> Mapping[str, int]:
         """What the latest iteration has changed or left out so far, by name; empty where nothing can be."""
         ...
+
+
+class OfRun:
+    """A workload whose ids end in `run`: a job takes a request for a copy whose id it has seen lately."""
+
+    def __init__(self, workload: Workload, run: str) -> None:
+        self._workload = workload
+        self._run = run
+
+    @property
+    def requests(self) -> int:
+        return self._workload.requests
+
+    def __iter__(self) -> Iterator[TimedRequest]:
+        return (replace(timed, request_id=f"{timed.request_id}-{self._run}") for timed in self._workload)
+
+    def adjustments(self) -> Mapping[str, int]:
+        return self._workload.adjustments()
 
 
 def request_id(workload: str, seed: int, index: int) -> str:

@@ -49,10 +49,11 @@ class Run:
         self.letters: list[DeadLetter] = []
         self.job: FlinkJob | None = None
 
-    def submit(self, *options: str) -> FlinkJob:
+    def submit(self, *options: str, savepoint: str | None = None) -> FlinkJob:
         self.job = self._flink.submit(
             self._script,
-            [
+            savepoint=savepoint,
+            options=[
                 *("--brokers", self.kafka.brokers, "--topic-prefix", self.kafka.topic_prefix),
                 *("--consumer-group", self.kafka.consumer_group, "--redis-url", self._addresses.redis_url),
                 *("--redis-namespace", self.kafka.topic_prefix, "--model", str(self._model), "--chunk-tokens", "8"),
@@ -148,6 +149,29 @@ def listening_on(processes: Iterable[psutil.Process]) -> set[str]:
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
+
+
+def take_checkpoint(run: Run) -> None:
+    """Have one taken now, and wait until it is complete."""
+    _ask(run, "checkpoints", "checkpoints", {"checkpointType": "CONFIGURED"})
+
+
+def stop_with_savepoint(run: Run, folder: Path, *, drain: bool = False) -> str:
+    """End the run's job, without `drain` with what is in flight in the savepoint; where that is."""
+    location = _ask(run, "stop", "savepoints", {"targetDirectory": str(folder), "drain": drain})["location"]
+    assert run.job.wait_ended(240) == "FINISHED"
+    return str(location)
+
+
+def _ask(run: Run, order: str, answers: str, body: dict[str, object]) -> dict[str, object]:
+    job = f"/jobs/{run.job.job_id}"
+    trigger = run.job.cluster.post(f"{job}/{order}", body)["request-id"]
+    deadline_s = time.monotonic() + 240
+    while (answer := run.job.cluster.get(f"{job}/{answers}/{trigger}"))["status"]["id"] != "COMPLETED":
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    assert "failure-cause" not in answer["operation"], answer
+    return dict(answer["operation"])
 
 
 def worker(stack: LocalStack) -> int:

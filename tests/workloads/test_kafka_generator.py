@@ -241,6 +241,17 @@ def test_the_command_sends_and_reports(
     assert (finished.returncode, finished.stderr) == (0, "")
     report = dict(line.split(":", 1) for line in finished.stdout.splitlines())
     assert [report[name].strip() for name in ("requests sent", "acknowledged", "errors")] == ["30", "30", "0"]
+    assert run_workloads(*where, "--requests", "30", "--backlog", "--run", "two").returncode == 0
+    consumer = KafkaConsumer(
+        kafka_config.requests_topic,
+        bootstrap_servers=kafka_config.brokers,
+        auto_offset_reset="earliest",
+        consumer_timeout_ms=20_000,
+    )
+    ids = {Request.from_json(record.value).request_id for record in itertools.islice(consumer, 60)}
+    consumer.close()
+    assert len(ids) == 60
+    assert sum(name.endswith("-two") for name in ids) == 30
 
     finished = run_workloads(*where[:2], "--topic-prefix", "no-such")
     assert (finished.returncode, finished.stdout) == (2, "")
