@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 from rich.console import Console
 
 from core.clients import redis_settings
-from core.config import JobConfig, RedisAccessConfig
+from core.config import JobConfig, KafkaSecurity, RedisAccessConfig
 from core.credentials import in_one_line
 from core.errors import UserError
 from experiments.config import ROOT, RunConfig
@@ -70,6 +70,8 @@ def _stack(run: RunConfig, job: JobConfig) -> LocalStack:
         directory = directory.with_name(directory.name + "-own")
     elif running := LocalStack.running_in(directory):
         return running
+    if job.kafka.access.kafka_security is not KafkaSecurity.PLAINTEXT and own["brokers"] is None:
+        raise UserError("--kafka-security: is of a Kafka of your own; name it with --brokers, or leave this out")
     slots = max(StackConfig.model_fields["task_slots"].default, -(-job.parallelism // TASK_MANAGERS))
     return LocalStack(StackConfig(dir=directory, task_managers=TASK_MANAGERS, task_slots=slots, **own, **access))
 

@@ -9,14 +9,23 @@ from typing import Any
 
 import pytest
 
-from core.config import Eviction, JobConfig, Strategy
+from core.config import Eviction, JobConfig, KafkaAccessConfig, KafkaConfig, KafkaSecurity, Strategy
 from core.errors import UserError
 from core.model_path import with_model_found
 from core.options import Parser, add_options, flatten, from_options, to_options
 from core.session_home import home_slot
 from experiments import batch_analysis, cache_experiments, gpu_scaling
 from experiments.cache_experiments import COMMAND, CacheExperimentConfig, variants
-from experiments.config import DECIDED, Command, check_writable, distinct_numbers, with_addresses, with_profile_found
+from experiments.config import (
+    DECIDED,
+    Command,
+    RunConfig,
+    check_writable,
+    distinct_numbers,
+    with_addresses,
+    with_profile_found,
+)
+from experiments.services import services
 from workloads.catalogue import make_workload
 
 
@@ -225,3 +234,13 @@ def test_every_experiment_refuses_before_it_starts_anything(
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "stack").exists()
+
+
+def test_security_of_a_kafka_that_would_be_started_is_refused(tmp_path: Path) -> None:
+    secured = KafkaConfig(access=KafkaAccessConfig(kafka_security=KafkaSecurity.SASL_SSL))
+    run = RunConfig(stack_dir=tmp_path)
+    with (
+        pytest.raises(UserError, match=r"^--kafka-security: is of a Kafka of your own"),
+        services(run, JobConfig(kafka=secured)),
+    ):
+        pass
