@@ -15,7 +15,7 @@ from pyflink.fn_execution.coders import FieldCoder
 
 Key = int | None
 """None where a stream has no keys."""
-Contents = Mapping[tuple[str, Key], Any]
+Contents = Mapping[tuple[str, int], Any]
 """By name and key, only of what is not empty: bytes of a value, a tuple of them, or a mapping of them to others."""
 
 
@@ -69,7 +69,7 @@ class StoredState(State, ABC):
         raise NotImplementedError
 
     @property
-    def _place(self) -> tuple[str, Key]:
+    def _place(self) -> tuple[str, Any]:
         return self._name, self._store.current_key
 
     def _get(self) -> Any:
@@ -77,7 +77,7 @@ class StoredState(State, ABC):
 
     def _set(self, content: Any) -> None:
         self._changes[self._store.current_key] += 1
-        if content:
+        if content not in (None, (), {}):
             self._store.contents[self._place] = content
         else:
             self._store.contents.pop(self._place, None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pyflink.datastream import TimeDomain, TimerService
 
 from core.clock import Clock
-from tests.operators.flink.keyed_state import Key, KeyedState
+from tests.operators.flink.keyed_state import KeyedState
 
 BEFORE_ALL_TIME = -(2**63)
 
@@ -16,7 +16,7 @@ class Timer:
     """Rings at `timestamp`, in ms of processing time or of event time."""
 
     timestamp: int
-    key: Key
+    key: int
     domain: TimeDomain
 
 
