@@ -13,7 +13,7 @@ class KnownKeys:
     look-up, or forgotten after its lifetime; either way the chunk is written again.
     """
 
-    def __init__(self, lifetime_ms: float, clock: Clock, limit: int = 65_536) -> None:
+    def __init__(self, lifetime_ms: float, clock: Clock, limit: int) -> None:
         self._lifetime_ms = lifetime_ms
         self._clock = clock
         self._limit = limit

@@ -64,7 +64,7 @@ class RemoteTier:
         self._connection: RedisConnection | None = None
         self._header = bytearray(HEADER_BYTES)
         # Believed for half the time to live, so that what is still in use is written afresh before it expires.
-        self._known = KnownKeys(config.remote_ttl_s * 1000 / 2, clock)
+        self._known = KnownKeys(config.remote_ttl_s * 1000 / 2, clock, config.remote_known_chunks)
         self.writes = WriteBehind(
             config,
             shape,

@@ -264,6 +264,9 @@ class RemoteConfig(Config):
     remote_deadline_ms: float = Field(default=100.0, gt=0, description="longest that a look-up may wait for Redis")
     remote_ttl_s: int = Field(default=3600, ge=1, description="lifetime of a chunk in Redis")
     remote_read_bytes: int = Field(default=4 * MIB, ge=1, description="bytes asked of Redis in one round trip")
+    remote_known_chunks: int = Field(
+        default=65_536, ge=1, description="chunks that are known to be in Redis and not written again"
+    )
     write_queue_bytes: int = Field(default=64 * MIB, ge=0, description="write-behind queue; full, it drops the newest")
     write_flush_ms: float = Field(default=20.0, ge=0, description="longest a chunk waits for others to be written with")
     breaker_failures: int = Field(default=3, ge=1, description="failures in a row after which Redis is left alone")
@@ -365,6 +368,11 @@ class PlacementConfig(Config):
     )
     overload_ratio: float = Field(
         default=2.0, ge=1, description="balanced: and longer than this times the mean of the others' queues"
+    )
+    remembered_sessions: int = Field(
+        default=100_000,
+        ge=1,
+        description="balanced: sessions whose slot is known; one silent for so many others begins anew",
     )
 
 

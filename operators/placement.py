@@ -8,8 +8,6 @@ from core.config import PlacementConfig
 from core.session_home import home_slot
 from operators.load_board import Loads
 
-REMEMBERED_SESSIONS = 100_000
-"""Sessions whose slot is known; one that has been silent for so many others begins anew, at home."""
 DETOUR_MS = 100.0
 """What a session is taken to add to the queue it is sent to, until that slot reports again."""
 
@@ -51,7 +49,7 @@ class BalancedPlacement:
         if slot is None:
             slot = self._place(home_slot(session_id, self._slots))
         self._known[session_id] = slot
-        if len(self._known) > REMEMBERED_SESSIONS:
+        if len(self._known) > self._config.remembered_sessions:
             self._known.popitem(last=False)
         return slot
 

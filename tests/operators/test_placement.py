@@ -64,8 +64,8 @@ def at_home(slot: int, slots: int, count: int = 1) -> list[str]:
     return list(islice(found, count))
 
 
-def balanced(loads: Known, slots: int = 2) -> BalancedPlacement:
-    return BalancedPlacement(slots, PlacementConfig(overload_ms=500, overload_ratio=2), loads)
+def balanced(loads: Known, slots: int = 2, **options: int) -> BalancedPlacement:
+    return BalancedPlacement(slots, PlacementConfig(overload_ms=500, overload_ratio=2, **options), loads)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
@@ -104,10 +104,9 @@ def test_a_slot_that_has_said_nothing_is_not_gone_to_nor_left() -> None:
     assert balanced(Known(s0=9000.0)).slot_of(at_home(0, 2)[0]) == 0
 
 
-def test_a_session_that_is_long_forgotten_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("operators.placement.REMEMBERED_SESSIONS", 2)
+def test_a_session_that_is_long_forgotten_begins_anew() -> None:
     loads = Known(s0=9000.0, s1=0.0)
-    placement = balanced(loads)
+    placement = balanced(loads, remembered_sessions=2)
     first, second, third = at_home(0, 2, 3)
     assert placement.slot_of(first) == 1
     loads.say(s0=0.0, s1=0.0)
