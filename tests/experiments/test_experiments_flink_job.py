@@ -107,7 +107,7 @@ def test_a_job_that_does_not_drain_is_an_error(played: tuple[Played, FlinkCluste
         f"/jobs/{JOB}/stop": [{"request-id": "t"}],
         f"/jobs/{JOB}/savepoints/t": [{"status": {"id": "COMPLETED"}, "operation": failed}],
     }
-    with pytest.raises(UserError, match=r"did not drain: c\.D: no room"):
+    with pytest.raises(UserError, match=r"did not stop: c\.D: no room"):
         FlinkJob(cluster, JOB).stop(None, 10)
 
 
