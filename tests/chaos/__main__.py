@@ -5,12 +5,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from kafka.errors import KafkaError
 from pydantic import Field, field_validator
 from redis.exceptions import RedisError
-from rich.progress import Progress
+from rich.progress import TaskID
+from transformers import Qwen2Config
+from transformers.utils.logging import disable_progress_bar
 
 from core.config import CacheConfig, Config, EngineConfig, JobConfig, SizingConfig
 from core.errors import UserError, exit_on_user_error
@@ -21,13 +24,16 @@ from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 from experiments.report import Shown, show, write_csv
 from local_stack import LocalStack
 from tests.chaos.figure import draw
+from tests.chaos.hostile import mixed_records, under_hostile_input
 from tests.chaos.load import LoadShape, Reference
-from tests.chaos.scenario import SCENARIOS, Scenario, Trial, carry_out
+from tests.chaos.scenario import SCENARIOS, OnProgress, Trial, carry_out, running_job
 from tests.chaos.stack import ChaosStack, chaos_config
-from tests.chaos.table import Row, failings, row, table
+from tests.chaos.table import Row, failings, hostile_failings, hostile_row, row, table
+from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 from workloads.progress import progress_bar
 
-NAMES = tuple(scenario.name for scenario in SCENARIOS)
+HOSTILE = "hostile"
+NAMES = (*(scenario.name for scenario in SCENARIOS), HOSTILE)
 SHOWN: tuple[Shown, ...] = (
     ("scenario", "scenario", ""),
     ("requests", "requests", ","),
@@ -50,6 +56,7 @@ class ChaosConfig(Config):
     scenarios: str = Field(default=",".join(NAMES), min_length=1, description="which, separated by commas")
     requests: int = Field(default=80, ge=8, le=100_000, description="requests of a scenario; every tenth is sent twice")
     rate: float = Field(default=3.0, gt=0, le=1000, description="requests a second")
+    hostile_records: int = Field(default=10_000, ge=8, le=1_000_000, description="records of hostile input")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="of the load")
     model: str = Field(default="default", min_length=1, description="path or name of a causal LM; default: built here")
     checkpoint_interval_ms: int = Field(default=2000, ge=100, description="of the job under chaos")
@@ -70,9 +77,8 @@ class ChaosConfig(Config):
         return ",".join(names)
 
     @property
-    def chosen(self) -> list[Scenario]:
-        known = {scenario.name: scenario for scenario in SCENARIOS}
-        return [known[name] for name in self.scenarios.split(",")]
+    def chosen(self) -> list[str]:
+        return self.scenarios.split(",")
 
     @property
     def shape(self) -> LoadShape:
@@ -98,6 +104,7 @@ def main() -> None:
     add_options(parser, ChaosConfig)
     config = from_options(ChaosConfig, parser.parse_args())
     check_writable(config.out)
+    disable_progress_bar()
     try:
         with interruptible():
             failed = run(config)
@@ -110,45 +117,85 @@ def main() -> None:
 def run(config: ChaosConfig) -> bool:
     """Carry out all scenarios, write and show what came of them; whether any has failed."""
     stem = f"chaos_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-    said: list[str] = []
-    trials: list[Trial] = []
-    rows: list[Row] = []
-    reference = Reference(config.job)
+    suite = Suite(config, config.out / stem)
     with fresh_stack(config.dir) as stack, progress_bar("{task.description:40}") as bar:
-        for scenario in config.chosen:
+        for name in config.chosen:
+            task = bar.add_task(name, total=config.hostile_records if name == HOSTILE else config.requests)
+
+            def on_progress(what: str, count: int, name: str = name, task: TaskID = task) -> None:
+                bar.update(task, description=f"{name}: {what}", completed=count)
+
             try:
-                trial = carried_out(scenario, stack, config, bar)
+                suite.add(name, stack, on_progress)
             except (UserError, KafkaError, RedisError) as error:
-                said.append(f"{scenario.name}: {' '.join(str(error).split())}")
-                continue
+                suite.said.append(f"{name}: {' '.join(str(error).split())}")
             finally:
                 stack.start_again()
-            result = row(trial, reference)
-            trials.append(trial)
-            rows.append(result)
-            said += [f"{scenario.name}: {line}" for line in failings(trial, result)]
-            write_csv(table(rows), config.out / f"{stem}.csv")
-            draw(trials, config.out / f"{stem}.png")
-        if said:
-            keep_logs(stack, config.dir / "log")
-    show(table(rows), SHOWN, said or ["Every request was answered exactly once, and as the engine alone answers it."])
-    if rows:
-        sys.stdout.write(f"written to {config.out / stem}.csv and .png\n")
-    if said:
-        sys.stdout.write(f"logs of the stack: {config.dir / 'log'}\n")
-    return bool(said)
+            bar.update(task, description=f"{name}: done")
+        if suite.said:
+            shutil.copytree(stack.logs, config.dir / "log")
+    suite.show()
+    return bool(suite.said)
 
 
-def carried_out(scenario: Scenario, stack: ChaosStack, config: ChaosConfig, bar: Progress) -> Trial:
-    """The scenario, with its progress shown."""
-    task = bar.add_task(scenario.name, total=config.requests)
+class Suite:
+    """What has come of the scenarios so far, in files called `stem`."""
 
-    def on_progress(what: str, count: int) -> None:
-        bar.update(task, description=f"{scenario.name}: {what}", completed=count)
+    def __init__(self, config: ChaosConfig, stem: Path) -> None:
+        self._config = config
+        self._stem = stem
+        self._trials: list[Trial] = []
+        self._rows: list[Row] = []
+        self.said: list[str] = []
+        """What has gone wrong, a line each."""
 
-    trial = carry_out(scenario, stack, config.job, config.shape, on_progress)
-    bar.update(task, description=f"{scenario.name}: done")
-    return trial
+    def add(self, name: str, stack: ChaosStack, on_progress: OnProgress) -> None:
+        """Carry it out and write what came of all so far. Raises `UserError` where it cannot be carried out."""
+        result, failed = (self._hostile if name == HOSTILE else self._scenario)(name, stack, on_progress)
+        self._rows.append(result)
+        self.said += [f"{name}: {line}" for line in failed]
+        write_csv(table(self._rows), self._stem.with_suffix(".csv"))
+        if self._trials:
+            draw(self._trials, self._stem.with_suffix(".png"))
+
+    def show(self) -> None:
+        kept = "Every request was answered exactly once, and as the engine alone answers it."
+        show(table(self._rows), SHOWN, self.said or [kept])
+        sys.stdout.write(f"written to {self._stem}.csv and .png\n")
+        if self.said:
+            sys.stdout.write(f"logs of the stack: {self._config.dir / 'log'}\n")
+
+    @cached_property
+    def _reference(self) -> Reference:
+        return Reference(self._config.job)
+
+    def _scenario(self, name: str, stack: ChaosStack, on_progress: OnProgress) -> tuple[Row, list[str]]:
+        scenario = next(one for one in SCENARIOS if one.name == name)
+        trial = carry_out(scenario, stack, self._config.job, self._config.shape, on_progress)
+        on_progress("answers are compared", self._config.requests)
+        self._trials.append(trial)
+        result = row(trial, self._reference)
+        return result, failings(trial, result)
+
+    def _hostile(self, name: str, stack: ChaosStack, on_progress: OnProgress) -> tuple[Row, list[str]]:
+        config = self._config
+        job = tiny_job(config.dir / "tiny", config.checkpoint_interval_ms)
+        records = mixed_records(config.seed, config.hostile_records)
+        with running_job(name, stack, job) as run:
+            verdicts = under_hostile_input(run, records, config.patience_s, on_progress)
+            result = hostile_row(run, verdicts, Reference(job), config.seed)
+        return result, hostile_failings(verdicts, result)
+
+
+def tiny_job(folder: Path, checkpoint_interval_ms: int) -> JobConfig:
+    """A job whose model takes next to no time: what is hostile is mostly not meant for a model."""
+    model = save_tiny(folder, Qwen2Config(**LAYERS_OF_TWO))
+    return JobConfig(
+        parallelism=2,
+        checkpoint_interval_ms=checkpoint_interval_ms,
+        engine=EngineConfig(model=str(model), max_model_len=128, threads=1),
+        cache=CacheConfig(chunk_tokens=8),
+    )
 
 
 @contextmanager
@@ -163,10 +210,6 @@ def fresh_stack(folder: Path) -> Iterator[ChaosStack]:
             yield ChaosStack(local)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def keep_logs(stack: ChaosStack, folder: Path) -> None:
-    shutil.copytree(stack.logs, folder, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The load that a scenario is under, the books of what came of it, and what should have come."""
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -130,21 +130,29 @@ class Book(Ledger):
 
 
 class Reference:
-    """What the engine answers alone, without cache, batches, Flink and Kafka: by the ids that the workload gives."""
+    """What the engine answers without cache, Flink, Kafka and faults. Computed once for equal questions."""
 
     def __init__(self, job: JobConfig) -> None:
-        engine = job.engine.model_copy(update={"max_running": 1, "threads": 1})
-        self._engine = Engine(load_checked_model(engine), engine, None, job.cache.chunk_tokens, SystemClock())
+        engine = job.engine
+        loaded = load_checked_model(engine)
+        self.model = loaded.name
+        self._engine = Engine(loaded, engine, None, job.cache.chunk_tokens, SystemClock())
         self._known: dict[tuple[object, ...], tuple[int, ...]] = {}
 
-    def token_ids(self, request: Request) -> tuple[int, ...]:
-        """Of a request that the model can answer. Computed once for equal questions."""
-        question = (request.prompt, request.messages, request.prompt_token_ids, request.max_new_tokens)
-        if question not in self._known:
-            (done,) = self._engine.run([request])
+    def learn(self, requests: Iterable[Request]) -> None:
+        """Compute the answers to all of them, that the model can answer, together."""
+        new = {_question(request): request for request in requests if _question(request) not in self._known}
+        for done in self._engine.run(new.values()):
             assert isinstance(done, Completion), done
-            self._known[question] = done.token_ids
-        return self._known[question]
+            self._known[_question(done.request)] = done.token_ids
+
+    def token_ids(self, request: Request) -> tuple[int, ...]:
+        """Of a question that it has learned."""
+        return self._known[_question(request)]
+
+
+def _question(request: Request) -> tuple[object, ...]:
+    return request.prompt, request.messages, request.prompt_token_ids, request.max_new_tokens
 
 
 @contextmanager

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from core.records import Response
+from tests.chaos.hostile import Verdicts
 from tests.chaos.load import Book, Reference
 from tests.chaos.scenario import Trial
+from tests.chaos.stack import RunningJob
 
 COLUMNS = (
     "scenario",
@@ -35,6 +37,7 @@ Row = Mapping[str, object]
 def row(trial: Trial, reference: Reference) -> Row:
     """The figures of one trial; `docs/metrics.md` says what each means."""
     book = trial.book
+    reference.learn(book.requests.values())
     return {
         "scenario": trial.scenario,
         "requests": len(book.all_sent),
@@ -51,9 +54,47 @@ def row(trial: Trial, reference: Reference) -> Row:
         "evidence": trial.evidence,
         "rate_per_s": trial.shape.rate_per_s,
         "parallelism": trial.job.parallelism,
-        "model": book.responses[0].model if book.responses else trial.job.engine.model,
+        "model": reference.model,
         "seed": trial.shape.seed,
     }
+
+
+def hostile_row(run: RunningJob, verdicts: Verdicts, reference: Reference, seed: int) -> Row:
+    """The figures of hostile input; a record counts as a request, whatever it is."""
+    refused, lost, doubled = len(verdicts.refused), len(verdicts.lost), len(verdicts.doubled)
+    begun = run.begins.request_ids()
+    return {
+        "scenario": "hostile",
+        "requests": len(verdicts.records),
+        "answered": len(verdicts.answers),
+        "dead_lettered": refused,
+        "lost": lost,
+        "duplicated": doubled,
+        "wrong": verdicts.wrong(reference) + verdicts.foreign,
+        "recovery_s": math.nan,
+        "repeated_engine_calls": len(begun) - len(set(begun)),
+        "slowest_s": math.nan,
+        "restarts": verdicts.restarts,
+        "copies": 0,
+        "evidence": f"{refused} records were refused",
+        "rate_per_s": math.nan,
+        "parallelism": run.config.parallelism,
+        "model": reference.model,
+        "seed": seed,
+    }
+
+
+def hostile_failings(verdicts: Verdicts, result: Row) -> list[str]:
+    """As `failings`."""
+    said = list(verdicts.problems)
+    for what, places in (("no outcome for", verdicts.lost), ("more than one outcome for", verdicts.doubled)):
+        if places:
+            said.append(f"{what} {named([f'{partition}-{offset}' for partition, offset in places])}")
+    if result["wrong"]:
+        said.append(f"{result['wrong']} good requests were not answered as by the engine alone, or answers are foreign")
+    if verdicts.restarts:
+        said.append(f"the job was restarted {verdicts.restarts} times")
+    return said
 
 
 def is_wrong(book: Book, answer: Response, reference: Reference) -> bool:
@@ -99,6 +140,8 @@ def failings(trial: Trial, result: Row) -> list[str]:
         said.append(f"{result['wrong']} answers are not those of the engine alone")
     if math.isnan(recovery_s(trial)):
         said.append("a slot has answered nothing that was asked after the fault")
+    if {answer.request_id for _, answer in trial.book.answers} - set(trial.begun):
+        said.append("answers came whose begin no engine has told of, so that repeated calls are not known")
     if not trial.evidence:
         said.append("nothing shows that the fault was there")
     return said
