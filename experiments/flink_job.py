@@ -22,6 +22,8 @@ REQUEST_TIMEOUT_S = 20.0
 POLL_S = 0.3
 SUBMIT_TIMEOUT_S = 600.0
 CANCEL_TIMEOUT_S = 60.0
+JAVA_ERROR = "py4j.protocol.Py4JJavaError"
+"""Says nothing but that the cause was in Java."""
 JOB_ID = re.compile(r"JobID ([0-9a-f]{32})")
 
 
@@ -189,6 +191,8 @@ def root_cause(text: str) -> str:
     tracebacks = [index for index, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")]
     if tracebacks:
         for line in lines[tracebacks[-1] + 1 :]:
+            if line.startswith(JAVA_ERROR):
+                break
             if not line.startswith((" ", "\t")):
                 return line
     causes = [line.strip() for line in lines if line.lstrip().startswith("Caused by: ")]

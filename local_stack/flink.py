@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import sys
 import urllib.request
 from pathlib import Path
@@ -107,14 +108,21 @@ class FlinkService:
 
     def probe(self) -> None:
         try:
-            with DIRECT.open(f"{self.address}/overview", timeout=PROBE_TIMEOUT_S) as answer:
-                overview = json.load(answer)
-            managers, slots = overview["taskmanagers"], overview["slots-total"]
+            slots = self._get("/overview")["slots-total"]
+            managers = self._get("/taskmanagers")["taskmanagers"] if self.own else []
+            for manager in managers:
+                # One that has died is listed until it has missed heartbeats for long enough.
+                place = urlsplit(manager["path"])
+                socket.create_connection((place.hostname, place.port), timeout=PROBE_TIMEOUT_S).close()
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise NotReady(f"{type(error).__name__}: {error}") from None
         wanted = self._config.task_managers * self._config.task_slots
         if self.own and slots < wanted:
-            raise NotReady(f"{slots} of {wanted} slots, {managers} of {self._config.task_managers} TaskManagers")
+            raise NotReady(f"{slots} of {wanted} slots, {len(managers)} of {self._config.task_managers} TaskManagers")
+
+    def _get(self, path: str) -> Any:
+        with DIRECT.open(f"{self.address}{path}", timeout=PROBE_TIMEOUT_S) as answer:
+            return json.load(answer)
 
     def forget_jobs(self) -> None:
         """Let no job of an earlier stack be found again by the next JobManager."""

@@ -21,6 +21,8 @@ _SETTINGS = {
     "execution.buffer-timeout.interval": "0 ms",
     # Barriers overtake what queues before a busy engine; aligned ones would wait for all of it.
     "execution.checkpointing.unaligned.enabled": "true",
+    # A restart mends no full disk: it would only ask again what was answered since the last checkpoint.
+    "execution.checkpointing.tolerable-failed-checkpoints": "100",
     "restart-strategy.type": "exponential-delay",
     "restart-strategy.exponential-delay.initial-backoff": "1 s",
     "restart-strategy.exponential-delay.max-backoff": "30 s",

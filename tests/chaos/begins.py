@@ -26,7 +26,7 @@ class BeginLog:
         }
         self.configuration.write_text(json.dumps(configuration))
 
-    def request_ids(self) -> tuple[str, ...]:
+    def request_ids(self) -> list[str]:
         """In the order in which they were begun; one that was begun twice is there twice."""
         lines = self._file.read_text(errors="replace").splitlines() if self._file.exists() else []
-        return tuple(found[1] for line in lines if (found := BEGIN.match(line)))
+        return [found[1] for line in lines if (found := BEGIN.match(line))]

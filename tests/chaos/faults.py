@@ -25,7 +25,7 @@ from redis.exceptions import OutOfMemoryError
 from core.errors import UserError
 from core.options import to_options
 from tests.chaos.proxy import SlowProxy
-from tests.chaos.stack import ChaosStack, RunningJob
+from tests.chaos.stack import SLOT, ChaosStack, RunningJob
 
 MIB = 1 << 20
 
@@ -34,6 +34,8 @@ class Fault:
     """Nothing happens: what the others are compared with."""
 
     hold_s = 0.0
+    burst_factor = 1.0
+    """How many times as fast the load comes for a while."""
 
     def __init__(self, stack: ChaosStack) -> None:
         self.stack = stack
@@ -58,6 +60,15 @@ class Fault:
 
     def close(self) -> None:
         pass
+
+
+class Burst(Fault):
+    """The load comes ten times as fast for a while."""
+
+    burst_factor = 10.0
+
+    def evidence(self, run: RunningJob) -> str:
+        return f"{self.burst_factor:.0f} times the rate for a while"
 
 
 class PythonKilled(Fault):
@@ -128,6 +139,33 @@ class Paused(Fault):
         if self._process is not None:
             with suppress(psutil.NoSuchProcess):
                 self._process.resume()
+
+
+class EngineHung(Fault):
+    """The process of a slot stands still for ever; its watchdog has to find that out."""
+
+    TIMEOUT_S = 6.0
+
+    def __init__(self, stack: ChaosStack) -> None:
+        super().__init__(stack)
+        self._hung: psutil.Process | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"engine_timeout_s": self.TIMEOUT_S}
+
+    def inject(self, run: RunningJob) -> None:
+        self._hung = self.stack.python_processes(SLOT)[0]
+        self._hung.suspend()
+
+    def evidence(self, run: RunningJob) -> str:
+        assert self._hung is not None
+        return "it was replaced" if not self._hung.is_running() else ""
+
+    def close(self) -> None:
+        if self._hung is not None:
+            with suppress(psutil.NoSuchProcess):
+                self._hung.resume()
 
 
 class RedisSlow(Fault):

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 
 from kafka import KafkaProducer
 
+from benchmarks.conversations import SteadyConversations
 from core.clock import SystemClock
 from core.config import JobConfig
 from core.records import DeadLetter, Request, Response
 from experiments.collector import Ledger
 from inference_service.completion import Completion
 from inference_service.engine import Engine, load_checked_model
-from workloads.config import PhasesConfig, WorkloadConfig
-from workloads.phases import PhasesWorkload
 from workloads.timed_request import TimedRequest
 
 COPY_EVERY = 10
@@ -36,27 +35,28 @@ class LoadShape:
     patience_s: float = 90.0
     """Longest wait for the next answer."""
     max_new_tokens: int = 24
-    max_prompt_tokens: int = 384
+    system_tokens: int = 96
+    turns: int = 4
     burst_factor: float = 1.0
 
     @property
-    def workload(self) -> WorkloadConfig:
-        return WorkloadConfig(
+    def conversations(self) -> SteadyConversations:
+        return SteadyConversations(
             requests=self.requests,
+            rate_per_s=self.rate_per_s,
             seed=self.seed,
+            turns=self.turns,
+            system_tokens=self.system_tokens,
             max_new_tokens=self.max_new_tokens,
-            max_prompt_tokens=self.max_prompt_tokens,
-            phases=PhasesConfig(system_prompt_tokens=96, turn_tokens=24),
         )
 
 
 class SteadyLoad:
-    """The phases workload at even gaps under ids of the scenario's own; every tenth request is sent a second time."""
+    """Conversations under ids of the scenario's own, with a burst among them; every tenth request is sent twice."""
 
     def __init__(self, name: str, shape: LoadShape) -> None:
         self._name = name
         self._shape = shape
-        self._phases = PhasesWorkload(shape.workload)
 
     @property
     def requests(self) -> int:
@@ -68,12 +68,12 @@ class SteadyLoad:
         return -(-self._shape.requests // COPY_EVERY)
 
     def adjustments(self) -> Mapping[str, int]:
-        return self._phases.adjustments()
+        return {}
 
     def __iter__(self) -> Iterator[TimedRequest]:
         copies: deque[TimedRequest] = deque()
         at_ms = 0.0
-        for index, timed in enumerate(self._phases):
+        for index, timed in enumerate(self._shape.conversations):
             while copies and copies[0].at_ms <= at_ms:
                 yield copies.popleft()
             request = replace(timed, at_ms=at_ms, request_id=f"{self._name}/{timed.request_id}")
@@ -166,6 +166,7 @@ def patient_producer(brokers: str) -> Iterator[KafkaProducer]:
         max_request_size=4 << 20,
         max_block_ms=PATIENCE_MS,
         request_timeout_ms=5_000,
+        reconnect_backoff_max_ms=500,
         delivery_timeout_ms=PATIENCE_MS,
     )
     try:

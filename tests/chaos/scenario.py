@@ -17,7 +17,9 @@ from experiments.collector import Collector
 from experiments.services import Services
 from tests.chaos.begins import BeginLog
 from tests.chaos.faults import (
+    Burst,
     DiskFull,
+    EngineHung,
     Fault,
     PartKilled,
     Paused,
@@ -34,7 +36,6 @@ from workloads.kafka_generator import KafkaLoadGenerator, offered
 POLL_MS = 50
 STRIKE_AFTER = 0.25
 """The fault comes once this part of the requests has been answered."""
-BURST_FACTOR = 10.0
 DRAIN_TIMEOUT_S = 90.0
 
 
@@ -42,30 +43,24 @@ OnProgress = Callable[[str, int], None]
 """Called with what is going on and the number of requests that have an outcome."""
 
 
-@dataclass(frozen=True)
-class Scenario:
-    name: str
-    fault: Callable[[ChaosStack], Fault]
-    burst_factor: float = 1.0
-
-
-SCENARIOS = (
-    Scenario("none", Fault),
-    Scenario("worker-killed", lambda stack: PythonKilled(stack, WORKER)),
-    Scenario("slot-killed", lambda stack: PythonKilled(stack, SLOT)),
-    Scenario("taskmanager-killed", lambda stack: PartKilled(stack, "taskmanager-1", hold_s=2.0)),
-    Scenario("jobmanager-killed", lambda stack: PartKilled(stack, "jobmanager", hold_s=2.0)),
-    Scenario("kafka-killed", lambda stack: PartKilled(stack, "kafka", hold_s=2.0)),
-    Scenario("redis-killed", lambda stack: PartKilled(stack, "redis", hold_s=4.0)),
-    Scenario("redis-paused", lambda stack: Paused(stack, lambda: stack.started("redis").pid, hold_s=5.0)),
-    Scenario("redis-slow", RedisSlow),
-    Scenario("redis-full", RedisFull),
-    Scenario("redis-flipped", RedisFlipped),
-    Scenario("disk-full", DiskFull),
-    Scenario("burst", Fault, burst_factor=BURST_FACTOR),
-    Scenario("engine-hung", lambda stack: Paused(stack, lambda: stack.python_processes(SLOT)[0].pid, hold_s=8.0)),
-    Scenario("rescaled", lambda stack: Rescaled(stack, PIPELINE, parallelism=1)),
-)
+SCENARIOS: Mapping[str, Callable[[ChaosStack], Fault]] = {
+    "none": Fault,
+    "worker-killed": lambda stack: PythonKilled(stack, WORKER),
+    "slot-killed": lambda stack: PythonKilled(stack, SLOT),
+    "taskmanager-killed": lambda stack: PartKilled(stack, "taskmanager-1", hold_s=2.0),
+    "jobmanager-killed": lambda stack: PartKilled(stack, "jobmanager", hold_s=2.0),
+    "kafka-killed": lambda stack: PartKilled(stack, "kafka", hold_s=2.0),
+    "redis-killed": lambda stack: PartKilled(stack, "redis", hold_s=4.0),
+    "redis-paused": lambda stack: Paused(stack, lambda: stack.started("redis").pid, hold_s=5.0),
+    "redis-slow": RedisSlow,
+    "redis-full": RedisFull,
+    "redis-flipped": RedisFlipped,
+    "disk-full": DiskFull,
+    "burst": Burst,
+    "engine-hung": EngineHung,
+    "rescaled": lambda stack: Rescaled(stack, PIPELINE, parallelism=1),
+    "exactly-once": lambda stack: PythonKilled(stack, WORKER, {"delivery": "exactly-once"}),
+}
 
 
 @dataclass(frozen=True)
@@ -83,12 +78,16 @@ class Trial:
     """Records that Kafka did not take."""
     fault_ms: float
     healed_ms: float
-    begun: tuple[str, ...]
-    """Request ids in the order in which an engine began them, each time that one did."""
+    begins: BeginLog
     restarts: int
     evidence: str
     problems: tuple[str, ...]
     """What went wrong in carrying it out."""
+
+    @property
+    def begun(self) -> list[str]:
+        """Ids of its requests, each as often as an engine has begun it until now."""
+        return [name for name in self.begins.request_ids() if name.startswith(f"{self.scenario}/")]
 
 
 class Strike:
@@ -133,21 +132,16 @@ def with_options(job: JobConfig, options: Mapping[str, Any]) -> JobConfig:
     return from_options(JobConfig, argparse.Namespace(**{**leaves, **options}))
 
 
-def carry_out(
-    scenario: Scenario,
-    stack: ChaosStack,
-    job: JobConfig,
-    shape: LoadShape,
-    on_progress: OnProgress,
-) -> Trial:
+def carry_out(scenario: str, stack: ChaosStack, job: JobConfig, shape: LoadShape, on_progress: OnProgress) -> Trial:
     """Run the scenario with a job of its own. Raises `UserError` where it cannot be carried out."""
     with ExitStack() as cleanup:
-        fault = cleanup.enter_context(closing(scenario.fault(stack)))
+        fault = cleanup.enter_context(closing(SCENARIOS[scenario](stack)))
         fault.prepare()
         on_progress("job starts", 0)
-        run = cleanup.enter_context(running_job(scenario.name, stack, with_options(job, fault.options)))
-        shape = replace(shape, burst_factor=scenario.burst_factor)
-        return under_fire(scenario.name, run, fault, shape, on_progress)
+        run = cleanup.enter_context(running_job(scenario, stack, with_options(job, fault.options)))
+        trial = under_fire(scenario, run, fault, replace(shape, burst_factor=fault.burst_factor), on_progress)
+        on_progress("job drains", trial.book.settled)
+        return drained(run, trial)
 
 
 @contextmanager
@@ -160,14 +154,8 @@ def running_job(name: str, stack: ChaosStack, job: JobConfig) -> Iterator[Runnin
         yield RunningJob(ready.job, ready.submitted, ready.reader, begins)
 
 
-def under_fire(
-    name: str,
-    run: RunningJob,
-    fault: Fault,
-    shape: LoadShape,
-    on_progress: OnProgress,
-) -> Trial:
-    """Load, the fault in its midst, and all that comes of it until the job has drained.
+def under_fire(name: str, run: RunningJob, fault: Fault, shape: LoadShape, on_progress: OnProgress) -> Trial:
+    """Load, the fault in its midst, and all that comes of it until every request has an outcome.
 
     Waits as long as answers come, and the shape's patience for the next one. Raises `UserError` where the fault cannot
     be made.
@@ -182,7 +170,7 @@ def under_fire(
         sending = cleanup.enter_context(offered(generator, book.sent))
         last_s = time.monotonic()
         while not (strike.over and sending.done() and not book.missing()):
-            if collector.read(POLL_MS) or not strike.over:
+            if collector.read(POLL_MS) or (strike.begun and not strike.over):
                 last_s = time.monotonic()
                 on_progress("answered", book.settled)
             if not strike.begun and book.settled >= STRIKE_AFTER * shape.requests:
@@ -190,26 +178,33 @@ def under_fire(
             if time.monotonic() - last_s > shape.patience_s:
                 problems.append(f"no answer for {shape.patience_s:.0f} s")
                 break
-        on_progress("job drains", book.settled)
-        restarts, evidence = 0, ""
-        try:
-            restarts, evidence = len(run.submitted.failures()), fault.evidence(run)
-            run.submitted.stop(None, DRAIN_TIMEOUT_S)
-        except UserError as error:
-            problems.append(str(error))
-        collector.rest()
-    report = sending.result()
+    restarts, evidence = 0, ""
+    try:
+        restarts, evidence = len(run.submitted.failures()), fault.evidence(run)
+    except UserError as error:
+        problems.append(str(error))
     return Trial(
         scenario=name,
         job=run.config,
         shape=shape,
         book=book,
         copies=load.copies,
-        unacknowledged=report.errors,
+        unacknowledged=sending.result().errors,
         fault_ms=strike.fault_ms,
         healed_ms=strike.healed_ms,
-        begun=run.begins.request_ids(),
+        begins=run.begins,
         restarts=restarts,
         evidence=evidence,
         problems=tuple(problems),
     )
+
+
+def drained(run: RunningJob, trial: Trial) -> Trial:
+    """The trial, with what the job still answers until it has ended."""
+    problems = trial.problems
+    try:
+        run.submitted.stop(None, DRAIN_TIMEOUT_S)
+    except UserError as error:
+        problems = (*problems, str(error))
+    Collector(run.reader, run.config.kafka, trial.book).rest()
+    return replace(trial, problems=problems)

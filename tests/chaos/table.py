@@ -1,7 +1,8 @@
 """From trials to the table of results, and what is missing in it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -104,27 +105,40 @@ def is_wrong(book: Book, answer: Response, reference: Reference) -> bool:
 
 
 def recovery_s(trial: Trial) -> float:
-    """From the fault until every slot has answered a request that was created after it; nan if one never did.
+    """The longest that a slot which owed answers gave none, from the fault on; nan where it gave none any more.
 
-    A slot that goes on answering must not hide that another one stands still.
+    Not the time until the next answer: some faults take effect late, and one slot may go on while another stands still.
     """
-    first_ms: dict[int, float] = {}
-    for received_ms, answer in trial.book.answers:
-        if answer.created_at_ms >= trial.fault_ms:
-            first_ms.setdefault(answer.slot, received_ms)
-    if not trial.fault_ms or set(range(trial.job.parallelism)) - set(first_ms):
-        return math.nan
-    return (max(first_ms[slot] for slot in range(trial.job.parallelism)) - trial.fault_ms) / 1000
+    owed: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for received_ms, answer in first_answers(trial).values():
+        owed[answer.slot].append((received_ms, answer.created_at_ms))
+    stalls_ms = [stall for answers in owed.values() for stall in _stalls_ms(sorted(answers), trial.fault_ms)]
+    return math.nan if trial.book.missing() or not trial.fault_ms else max(stalls_ms, default=math.nan) / 1000
+
+
+def _stalls_ms(answers: Sequence[tuple[float, float]], fault_ms: float) -> Iterator[float]:
+    """For each of a slot's answers `(received, request created)` since the fault, how long the slot had owed one."""
+    oldest_owed_ms = math.inf
+    before = [-math.inf, *(received_ms for received_ms, _ in answers)]
+    for (received_ms, created_ms), before_ms in reversed(list(zip(answers, before, strict=False))):
+        # What is owed at a moment is all that is answered later.
+        oldest_owed_ms = min(oldest_owed_ms, created_ms)
+        if received_ms > fault_ms:
+            yield received_ms - max(before_ms, oldest_owed_ms, fault_ms)
 
 
 def slowest_s(trial: Trial) -> float:
     """The longest that a request waited for its first answer, from its creation to the reader of the responses."""
-    first_ms: dict[str, float] = {}
-    for received_ms, answer in trial.book.answers:
-        first_ms.setdefault(answer.request_id, received_ms)
-    requests = trial.book.requests
-    waited_ms = [at - requests[name].created_at_ms for name, at in first_ms.items() if name in requests]
+    waited_ms = [received_ms - answer.created_at_ms for received_ms, answer in first_answers(trial).values()]
     return max(waited_ms, default=math.nan) / 1000
+
+
+def first_answers(trial: Trial) -> dict[str, tuple[float, Response]]:
+    """Of each request, with the time at which it came."""
+    first: dict[str, tuple[float, Response]] = {}
+    for received_ms, answer in trial.book.answers:
+        first.setdefault(answer.request_id, (received_ms, answer))
+    return first
 
 
 def failings(trial: Trial, result: Row) -> list[str]:
@@ -139,7 +153,7 @@ def failings(trial: Trial, result: Row) -> list[str]:
     if result["wrong"]:
         said.append(f"{result['wrong']} answers are not those of the engine alone")
     if math.isnan(recovery_s(trial)):
-        said.append("a slot has answered nothing that was asked after the fault")
+        said.append("answers did not flow again")
     if {answer.request_id for _, answer in trial.book.answers} - set(trial.begun):
         said.append("answers came whose begin no engine has told of, so that repeated calls are not known")
     if not trial.evidence:
