@@ -487,6 +487,9 @@ class JobConfig(Config):
     ship_connector: bool = Field(
         default=False, description="send the Kafka connector along, for a cluster that lacks it"
     )
+    slot_logging: Path | None = Field(
+        default=None, description="JSON file for logging.config of each slot's process, to log more, or elsewhere"
+    )
     engine: EngineConfig = EngineConfig()
     cache: CacheConfig = CacheConfig()
     supervision: SupervisionConfig = SupervisionConfig()

@@ -1,4 +1,4 @@
-"""Whether a model is meant by its path, and which folder that is."""
+"""Whether a model is meant by its path, and which folder that is; and the other files that a job's workers read."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def model_folder(model: str) -> Path | None:
 
 
 def with_model_found(job: JobConfig) -> JobConfig:
-    """`job` with absolute paths of its model and profile, as its workers have another working directory.
+    """`job` with absolute paths of all that its workers read, as they have another working directory.
 
     Raises `UserError` as `model_folder` does; a hub's name can only be checked by loading it.
     """
@@ -33,4 +33,5 @@ def with_model_found(job: JobConfig) -> JobConfig:
         found["model"] = str(folder)
     if job.engine.profile is not None:
         found["profile"] = job.engine.profile.expanduser().resolve()
-    return job.model_copy(update={"engine": job.engine.model_copy(update=found)}) if found else job
+    slot_logging = None if job.slot_logging is None else job.slot_logging.expanduser().resolve()
+    return job.model_copy(update={"slot_logging": slot_logging, "engine": job.engine.model_copy(update=found)})

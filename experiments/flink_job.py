@@ -22,6 +22,8 @@ REQUEST_TIMEOUT_S = 20.0
 POLL_S = 0.3
 SUBMIT_TIMEOUT_S = 600.0
 CANCEL_TIMEOUT_S = 60.0
+JAVA_ERROR = "py4j.protocol.Py4JJavaError"
+"""Says nothing but that the cause was in Java."""
 JOB_ID = re.compile(r"JobID ([0-9a-f]{32})")
 
 
@@ -128,20 +130,14 @@ class FlinkJob:
 
     def stop(self, savepoint_dir: str | None, timeout_s: float) -> None:
         """Let it answer what it has read, and end. Raises `UserError` if it has not ended within `timeout_s`."""
-        deadline_s = time.monotonic() + timeout_s
-        body: dict[str, Any] = {"drain": True}
-        if savepoint_dir is not None:
-            body["targetDirectory"] = savepoint_dir
-        trigger = self.cluster.post(f"/jobs/{self.job_id}/stop", body)["request-id"]
-        outcome = self._savepoint(trigger, deadline_s)
-        if "failure-cause" in outcome:
-            raise UserError(f"job {self.job_id} did not drain: {root_cause(outcome['failure-cause']['stack-trace'])}")
+        savepoint = self._stop(drain=True, savepoint_dir=savepoint_dir, timeout_s=timeout_s)
         # Only the draining was wanted; that its savepoint stays is no fault of the run.
         with suppress(UserError, NotFound):
-            self.cluster.post("/savepoint-disposal", {"savepoint-path": outcome["location"]})
-        state = self.wait_ended(deadline_s - time.monotonic())
-        if state != "FINISHED":
-            self.require_alive()
+            self.cluster.post("/savepoint-disposal", {"savepoint-path": savepoint})
+
+    def suspend(self, timeout_s: float) -> str:
+        """Let it end as it is; the savepoint that another one can go on from. Raises `UserError` as `stop` does."""
+        return self._stop(drain=False, savepoint_dir=None, timeout_s=timeout_s)
 
     def cancel(self) -> None:
         """End it at once and wait for that; one that has ended already is left as it is."""
@@ -162,13 +158,27 @@ class FlinkJob:
             time.sleep(POLL_S)
         return state
 
+    def _stop(self, *, drain: bool, savepoint_dir: str | None, timeout_s: float) -> str:
+        deadline_s = time.monotonic() + timeout_s
+        body: dict[str, Any] = {"drain": drain}
+        if savepoint_dir is not None:
+            body["targetDirectory"] = savepoint_dir
+        trigger = self.cluster.post(f"/jobs/{self.job_id}/stop", body)["request-id"]
+        outcome = self._savepoint(trigger, deadline_s)
+        if "failure-cause" in outcome:
+            raise UserError(f"job {self.job_id} did not stop: {root_cause(outcome['failure-cause']['stack-trace'])}")
+        state = self.wait_ended(deadline_s - time.monotonic())
+        if state != "FINISHED":
+            self.require_alive()
+        return str(outcome["location"])
+
     def _savepoint(self, trigger: str, deadline_s: float) -> dict[str, Any]:
         while True:
             answer = self.cluster.get(f"/jobs/{self.job_id}/savepoints/{trigger}")
             if answer["status"]["id"] == "COMPLETED":
                 return dict(answer["operation"])
             if time.monotonic() > deadline_s:
-                raise UserError(f"job {self.job_id} does not drain in time; allow more with --stop-timeout-s")
+                raise UserError(f"job {self.job_id} does not stop in time; allow more with --stop-timeout-s")
             time.sleep(POLL_S)
 
 
@@ -181,6 +191,8 @@ def root_cause(text: str) -> str:
     tracebacks = [index for index, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")]
     if tracebacks:
         for line in lines[tracebacks[-1] + 1 :]:
+            if line.startswith(JAVA_ERROR):
+                break
             if not line.startswith((" ", "\t")):
                 return line
     causes = [line.strip() for line in lines if line.lstrip().startswith("Caused by: ")]

@@ -16,6 +16,7 @@ from core.errors import UserError
 
 CONNECT_TIMEOUT_MS = 5_000
 METADATA_TIMEOUT_S = 15.0
+RECONNECT_MS = 500
 RETENTION = {"retention.ms": "-1", "retention.bytes": "-1"}
 """A run's records must outlast the run, whatever the broker keeps by default."""
 
@@ -73,6 +74,8 @@ def reading(config: KafkaConfig, topics: Sequence[str]) -> Iterator[KafkaConsume
         group_id=None,
         enable_auto_commit=False,
         isolation_level="read_committed",
+        # By default it would look ever less often for a broker that is away, in the end every 30 s.
+        reconnect_backoff_max_ms=RECONNECT_MS,
     )
     try:
         partitions = [partition for topic in topics for partition in _partitions(consumer, topic)]

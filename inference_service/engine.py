@@ -240,6 +240,7 @@ class Engine:
 
         The lowest, where it may run soon; a long prompt the highest, so that it stands in nobody's way.
         """
+        logger.debug("request %r begins", sequence.request.request_id)
         sequence.began_ms = self._clock.wall_ms()
         sequence.began_with = len(self._running) + len(self._prefilling) + 1
         taken = {other.row for other in self._prefilling}

@@ -53,6 +53,11 @@ class StackConfig(Config):
         default=1280, ge=1024, description="memory of one TaskManager's JVM; its Python workers come on top"
     )
 
+    high_availability: bool = Field(
+        default=False, description="with a ZooKeeper: a JobManager that has died and is started again recovers its jobs"
+    )
+    zookeeper_port: Port = Field(default=2181, description="port of that ZooKeeper")
+
     start_timeout_s: float = Field(default=240.0, gt=0, description="longest to wait until everything answers")
     stop_grace_s: float = Field(default=10.0, ge=0, description="time to end by itself before a process is killed")
 
@@ -70,7 +75,7 @@ class StackConfig(Config):
     @classmethod
     def on_free_ports(cls, directory: Path, **fields: Any) -> Self:
         """A stack below `directory` on ports that nobody listens on at this moment."""
-        names = ("kafka_port", "kafka_controller_port", "redis_port", "flink_port", "flink_rpc_port")
+        names = ("kafka_port", "kafka_controller_port", "redis_port", "flink_port", "flink_rpc_port", "zookeeper_port")
         return cls(dir=directory, **(dict(zip(names, _free_ports(), strict=False)) | fields))
 
 

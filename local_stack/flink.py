@@ -1,13 +1,17 @@
-"""Flink as a standalone cluster, from the pip package: one JobManager and some TaskManagers, all on loopback."""
+"""Flink as a standalone cluster, from the pip package: one JobManager and some TaskManagers, all on loopback.
+
+With high availability a ZooKeeper stands beside them, which the pip package holds too: a JobManager that is started
+again finds its jobs there, and goes on with them from their last checkpoints.
+"""
 
 import http.client
 import importlib.util
 import json
 import os
 import shutil
+import socket
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -47,6 +51,19 @@ logger.admin.level=error
 """
 
 
+ZOOKEEPER = """\
+tickTime=1000
+dataDir={data}
+clientPortAddress={host}
+clientPort={port}
+admin.enableServer=false
+"""
+ZOOKEEPER_HEAP_MB = 64
+SESSION_TIMEOUT = "6 s"
+"""After this ZooKeeper takes a silent JobManager for dead, and another one may lead. ZooKeeper allows 2 to 20 ticks."""
+SCRIPTS = {"zookeeper": "zookeeper.sh", "jobmanager": "jobmanager.sh", "taskmanager": "taskmanager.sh"}
+
+
 class FlinkService:
     name = "Flink"
     address_option = "--flink-url"
@@ -58,35 +75,59 @@ class FlinkService:
         self.address = (config.flink_url or f"http://{HOST}:{config.flink_port}").rstrip("/")
         self.home = _flink_home()
         self.conf_dir = self._dir / "conf"
+        self.processes = (
+            *(("zookeeper",) if config.high_availability else ()),
+            "jobmanager",
+            *(f"taskmanager-{number}" for number in range(1, config.task_managers + 1)),
+        )
 
     def ports(self) -> dict[str, int]:
         if not self.own:
             return {}
-        return {"--flink-port": self._config.flink_port, "--flink-rpc-port": self._config.flink_rpc_port}
+        ports = {"--flink-port": self._config.flink_port, "--flink-rpc-port": self._config.flink_rpc_port}
+        return ports | ({"--zookeeper-port": self._config.zookeeper_port} if self._config.high_availability else {})
 
-    def launch(self) -> Iterator[Started]:
-        # What a killed TaskManager could not delete.
-        shutil.rmtree(self._dir / "tmp", ignore_errors=True)
-        (self._dir / "tmp").mkdir(parents=True)
-        scripts = [("jobmanager", "jobmanager.sh")]
-        scripts += [(f"taskmanager-{n}", "taskmanager.sh") for n in range(1, self._config.task_managers + 1)]
-        logs = self._config.dir / "log"
-        for name, script in scripts:
-            # Flink names its logs after the user, here the process, so that each finds its own.
-            env = self.environment() | {"FLINK_IDENT_STRING": name}
-            argv = ["bash", str(self.home / "bin" / script), "start-foreground"]
-            yield launch(self.name, name, argv, env, logs, log=f"flink-{name}-*.log")
+    def launch(self, process: str) -> Started:
+        kind = process.partition("-")[0]
+        argv = ["bash", str(self.home / "bin" / SCRIPTS[kind]), "start-foreground"]
+        if kind == "zookeeper":
+            argv += ["1"]
+        else:
+            tmp = self._dir / "tmp" / process
+            # What it could not delete when it was killed.
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+            argv += ["-D", f"io.tmp.dirs={tmp}"]
+        if kind == "taskmanager":
+            # Under the same name again it takes the place of one that was killed, which the JobManager would else
+            # send tasks to until it has missed heartbeats for long enough.
+            argv += ["-D", f"taskmanager.resource-id={process}"]
+        # Flink names its logs after the user, here the process, so that each finds its own.
+        env = self.environment() | {"FLINK_IDENT_STRING": process}
+        return launch(self.name, process, argv, env, self._config.dir / "log", log=f"flink-{process}-*.log")
 
     def probe(self) -> None:
         try:
-            with DIRECT.open(f"{self.address}/overview", timeout=PROBE_TIMEOUT_S) as answer:
-                overview = json.load(answer)
-            managers, slots = overview["taskmanagers"], overview["slots-total"]
+            slots = self._get("/overview")["slots-total"]
+            managers = self._get("/taskmanagers")["taskmanagers"] if self.own else []
+            for manager in managers:
+                # One that has died is listed until it has missed heartbeats for long enough.
+                place = urlsplit(manager["path"])
+                socket.create_connection((place.hostname, place.port), timeout=PROBE_TIMEOUT_S).close()
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise NotReady(f"{type(error).__name__}: {error}") from None
         wanted = self._config.task_managers * self._config.task_slots
         if self.own and slots < wanted:
-            raise NotReady(f"{slots} of {wanted} slots, {managers} of {self._config.task_managers} TaskManagers")
+            raise NotReady(f"{slots} of {wanted} slots, {len(managers)} of {self._config.task_managers} TaskManagers")
+
+    def _get(self, path: str) -> Any:
+        with DIRECT.open(f"{self.address}{path}", timeout=PROBE_TIMEOUT_S) as answer:
+            return json.load(answer)
+
+    def forget_jobs(self) -> None:
+        """Let no job of an earlier stack be found again by the next JobManager."""
+        for folder in ("zookeeper", "high-availability"):
+            shutil.rmtree(self._dir / folder, ignore_errors=True)
 
     def write_client_files(self) -> None:
         """Write the configuration that the cluster and `flink run` share."""
@@ -97,6 +138,8 @@ class FlinkService:
         (self.conf_dir / "config.yaml").write_text("".join(lines))
         for name in ("log4j-console.properties", "log4j-cli.properties"):
             (self.conf_dir / name).write_text(LOGGING)
+        zookeeper = ZOOKEEPER.format(data=self._dir / "zookeeper", host=HOST, port=self._config.zookeeper_port)
+        (self.conf_dir / "zoo.cfg").write_text(zookeeper)
         self._link_libraries()
 
     def environment(self) -> dict[str, str]:
@@ -142,6 +185,17 @@ class FlinkService:
             "execution.checkpointing.dir": (self._dir / "checkpoints").as_uri(),
             "execution.checkpointing.savepoint-dir": (self._dir / "savepoints").as_uri(),
             "io.tmp.dirs": str(self._dir / "tmp"),
+        } | (self._high_availability_settings() if config.high_availability else {})
+
+    def _high_availability_settings(self) -> dict[str, Any]:
+        return {
+            "high-availability.type": "zookeeper",
+            "high-availability.zookeeper.quorum": f"{HOST}:{self._config.zookeeper_port}",
+            "high-availability.zookeeper.client.session-timeout": SESSION_TIMEOUT,
+            "high-availability.storageDir": (self._dir / "high-availability").as_uri(),
+            # In place of jobmanager.rpc.port, which does not hold then.
+            "high-availability.jobmanager.port": self._config.flink_rpc_port,
+            "zookeeper.heap.mb": ZOOKEEPER_HEAP_MB,
         }
 
     def _link_libraries(self) -> None:

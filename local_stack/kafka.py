@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 from kafka import KafkaAdminClient
@@ -69,6 +68,7 @@ logger.server.level=info
 class KafkaService:
     name = "Kafka"
     address_option = "--brokers"
+    processes: tuple[str, ...] = ("kafka",)
 
     def __init__(self, config: StackConfig) -> None:
         self._config = config
@@ -84,12 +84,12 @@ class KafkaService:
             "--kafka-controller-port": self._config.kafka_controller_port,
         }
 
-    def launch(self) -> Iterator[Started]:
+    def launch(self, process: str) -> Started:
         self._write_properties()
         self._format_once()
         argv = self._java(f"-Xmx{self._config.kafka_heap_mb}m", "-XX:+ExitOnOutOfMemoryError")
         argv += ["kafka.Kafka", self._properties]
-        yield launch(self.name, "kafka", argv, os.environ, self._config.dir / "log")
+        return launch(self.name, process, argv, os.environ, self._config.dir / "log")
 
     def probe(self) -> None:
         host, _, port = self.address.split(",")[0].rpartition(":")

@@ -1,7 +1,6 @@
 """Redis as a cache: bounded memory, LRU eviction, nothing written to disk."""
 
 import os
-from collections.abc import Iterator
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -16,6 +15,7 @@ from local_stack.service import PROBE_TIMEOUT_S, NotReady, program
 class RedisService:
     name = "Redis"
     address_option = "--redis-url"
+    processes: tuple[str, ...] = ("redis",)
 
     def __init__(self, config: StackConfig) -> None:
         self._config = config
@@ -25,12 +25,12 @@ class RedisService:
     def ports(self) -> dict[str, int]:
         return {"--redis-port": self._config.redis_port} if self.own else {}
 
-    def launch(self) -> Iterator[Started]:
+    def launch(self, process: str) -> Started:
         config = self._config
         argv = [program("redis-server"), "--bind", HOST, "--port", str(config.redis_port)]
         argv += ["--maxmemory", f"{config.redis_max_memory_mb}mb", "--maxmemory-policy", "allkeys-lru"]
         argv += ["--save", "", "--appendonly", "no", "--dir", str(config.dir)]
-        yield launch(self.name, "redis", argv, os.environ, config.dir / "log")
+        return launch(self.name, process, argv, os.environ, config.dir / "log")
 
     def probe(self) -> None:
         try:

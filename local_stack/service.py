@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -27,13 +27,15 @@ class Service(Protocol):
     """The option that names a user's own one."""
     own: bool
     """Whether it is started here; otherwise the user said where one runs."""
+    processes: tuple[str, ...]
+    """Names of the processes that it consists of where it is started here, in the order of their start."""
 
     def ports(self) -> dict[str, int]:
         """The ports that it will listen on, by the option that sets them."""
         ...
 
-    def launch(self) -> Iterator[Started]:
-        """Start its processes, one a step, each yielded as soon as it runs."""
+    def launch(self, process: str) -> Started:
+        """Start that one of its processes; does not wait until it answers."""
         ...
 
     def probe(self) -> None:

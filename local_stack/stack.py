@@ -2,7 +2,7 @@
 
 import fcntl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,55 +83,79 @@ class LocalStack:
         )
 
     def start(self) -> bool:
-        """Start everything and return once it answers: True, or False if it was running already.
+        """Start what does not run and return once all answers: True, or False if all was running already.
 
-        What an earlier run left behind is ended first. Raises `UserError` with nothing left running; any other
-        exception, an interruption too, also ends what was started.
+        What was started with these options and is well stays; what is left of a part that has died, or is not well, is
+        ended first. Raises `UserError`; that, and any other exception, an interruption too, ends what was started.
         """
         with _locked(self.config.dir):
-            if self._already_runs():
-                return False
-            self._end_recorded()
-            own = [service for service in self._services if service.own]
+            before = self._before()
+            kept = () if before is None else self._well()
+            names = {process.name for process in kept}
+            missing = [
+                (service, name)
+                for service in self._services
+                if service.own
+                for name in service.processes
+                if name not in names
+            ]
             for service in self._services:
                 if not service.own:
                     require_own(service)
-            refuse_taken_ports(own)
+            if not missing:
+                return False
+            self._end_all_but(kept)
+            # The ports of a part that runs on are its own.
+            refuse_taken_ports([service for service in self._services if service.own and not _any_of(service, kept)])
+            if before is None:
+                self._flink.forget_jobs()
+            if not _any_of(self._flink, kept):
+                self._flink.write_client_files()
             try:
-                self._launch(own)
+                self._launch(missing, kept)
             except BaseException:
-                self._end_recorded()
+                self._end_all_but(kept)
                 raise
             return True
 
     def stop(self) -> int:
         """End what was started in this folder, and nothing else. Returns how many processes that were."""
         with _locked(self.config.dir):
-            return self._end_recorded()
+            return self._end_all_but(())
+
+    @property
+    def processes(self) -> tuple[Started, ...]:
+        """What was started in this folder and not stopped, whether it runs still or not."""
+        state = _read_state(self.config.dir)
+        return () if state is None else state.processes
 
     def health(self) -> list[Health]:
         """The state of every part, probed now."""
-        state = _read_state(self.config.dir)
-        recorded = () if state is None else state.processes
+        recorded = self.processes
         return [self._health_of(service, recorded) for service in self._services]
 
     def _health_of(self, service: Service, recorded: tuple[Started, ...]) -> Health:
         mine = tuple(process for process in recorded if process.service == service.name)
-        dead = [process.name for process in mine if not is_alive(process)]
-        if dead:
-            return Health(service, mine, f"{', '.join(dead)} ended")
         if service.own and not mine:
             return Health(service, mine, "not started")
+        alive = {process.name for process in mine if is_alive(process)}
+        dead = [name for name in service.processes if name not in alive]
+        if service.own and dead:
+            return Health(service, mine, f"{', '.join(dead)} ended")
         try:
             service.probe()
         except NotReady as reason:
             return Health(service, mine, str(reason))
         return Health(service, mine, None)
 
-    def _already_runs(self) -> bool:
+    def _before(self) -> State | None:
+        """What was started here with these options; none where all has to be started anew.
+
+        Raises `UserError` where a stack with other options is running and well.
+        """
         state = _read_state(self.config.dir)
-        if state is None or any(part.problem for part in LocalStack(state.config).health()):
-            return False
+        if state is None:
+            return None
         running, wanted = dict(flatten(state.config)), dict(flatten(self.config))
         # How long to wait is a matter of one command, not of what runs.
         differing = [
@@ -139,33 +163,50 @@ class LocalStack:
             for name in wanted
             if running[name] != wanted[name] and name not in {"start_timeout_s", "stop_grace_s"}
         ]
-        if differing:
-            raise UserError(
-                f"a stack with other options runs in {self.config.dir} ({', '.join(differing)}); "
-                "stop it first or choose another --dir"
-            )
-        return True
+        if not differing:
+            return state
+        if any(part.problem for part in LocalStack(state.config).health()):
+            return None
+        raise UserError(
+            f"a stack with other options runs in {self.config.dir} ({', '.join(differing)}); "
+            "stop it first or choose another --dir"
+        )
 
-    def _launch(self, own: list[Service]) -> None:
+    def _well(self) -> tuple[Started, ...]:
+        """The processes that may stay: all that run, but for parts that do not answer though nothing of them died."""
+        kept: list[Started] = []
+        for part in self.health():
+            alive = [process for process in part.processes if is_alive(process)]
+            if part.problem is None or len(alive) < len(part.service.processes):
+                kept += alive
+        return tuple(kept)
+
+    def _launch(self, missing: Sequence[tuple[Service, str]], kept: tuple[Started, ...]) -> None:
         deadline_s = time.monotonic() + self.config.start_timeout_s
-        self._flink.write_client_files()
-        state = State(config=self.config)
+        state = State(config=self.config, processes=kept)
         _write_state(state)
-        for service in own:
-            for process in service.launch():
-                state = state.model_copy(update={"processes": (*state.processes, process)})
-                _write_state(state)
-        for service in own:
+        for service, name in missing:
+            state = state.model_copy(update={"processes": (*state.processes, service.launch(name))})
+            _write_state(state)
+        for service in dict.fromkeys(service for service, _ in missing):
             mine = [process for process in state.processes if process.service == service.name]
             wait_ready(service, mine, self.config.dir / "log", deadline_s)
 
-    def _end_recorded(self) -> int:
+    def _end_all_but(self, kept: tuple[Started, ...]) -> int:
+        """End what is recorded but not `kept`. Returns how many processes that were."""
         state = _read_state(self.config.dir)
         if state is None:
             return 0
-        ended = end(state.processes, self.config.stop_grace_s)
-        _state_file(self.config.dir).unlink()
+        ended = end([process for process in state.processes if process not in kept], self.config.stop_grace_s)
+        if kept:
+            _write_state(state.model_copy(update={"processes": kept}))
+        else:
+            _state_file(self.config.dir).unlink()
         return ended
+
+
+def _any_of(service: Service, processes: Iterable[Started]) -> bool:
+    return any(process.service == service.name for process in processes)
 
 
 def _state_file(directory: Path) -> Path:

@@ -3,7 +3,9 @@
 `operators.slot_process` starts it, with the number of the socket that they speak by. It ends when the other side does.
 """
 
+import json
 import logging
+import logging.config
 import signal
 import sys
 import threading
@@ -11,6 +13,7 @@ import traceback
 from contextlib import ExitStack, closing
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from core.clock import Clock, SystemClock
@@ -95,12 +98,17 @@ def serve(line: Line, slot: InferenceSlot, pulse: Pulse) -> None:
 
 def run(line: Line) -> None:
     start: Start = line.receive()
+    to_worker = LogOnLine(line)
+    # Whatever else is logged elsewhere.
+    to_worker.setLevel(start.log_level)
     # The worker's log adds level and name.
-    logging.basicConfig(level=start.log_level, format="%(message)s", handlers=[LogOnLine(line)])
+    logging.basicConfig(level=start.log_level, format="%(message)s", handlers=[to_worker])
     clock = SystemClock()
     pulse = Pulse(line, clock)
     with ExitStack() as opened:
         try:
+            if start.config.slot_logging is not None:
+                configure_logging(start.config.slot_logging)
             slot = InferenceSlot(
                 start.config,
                 start.slot,
@@ -115,6 +123,18 @@ def run(line: Line) -> None:
         _report(opened, start.config, slot)
         line.send(slot.ready)
         serve(line, slot, pulse)
+
+
+def configure_logging(path: Path) -> None:
+    """As the JSON file at `path` says, beside what goes to the worker. Raises `UserError` where it is not valid."""
+    try:
+        stated = {"version": 1, "disable_existing_loggers": False} | json.loads(path.read_bytes())
+        logging.config.dictConfig(stated)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        reason = " ".join(f"{error}: {error.__cause__ or ''}".split()).rstrip(": ")
+        raise UserError(
+            f"--slot-logging: {path} is no configuration for Python's logging ({reason}); mend it"
+        ) from None
 
 
 def _report(opened: ExitStack, config: JobConfig, slot: InferenceSlot) -> None:

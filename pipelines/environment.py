@@ -23,6 +23,8 @@ _SETTINGS = {
     "execution.checkpointing.unaligned.enabled": "true",
     # A job that was cancelled, or whose cluster died, can go on from the last one.
     "execution.checkpointing.externalized-checkpoint-retention": "RETAIN_ON_CANCELLATION",
+    # A restart mends no full disk: it would only ask again what was answered since the last checkpoint.
+    "execution.checkpointing.tolerable-failed-checkpoints": "100",
     "restart-strategy.type": "exponential-delay",
     "restart-strategy.exponential-delay.initial-backoff": "1 s",
     "restart-strategy.exponential-delay.max-backoff": "30 s",

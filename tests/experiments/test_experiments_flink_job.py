@@ -67,6 +67,8 @@ def played() -> Iterator[tuple[Played, FlinkCluster]]:
 def test_the_cause_is_the_python_exception_or_the_innermost_java_one() -> None:
     assert root_cause(PYTHON_FAILURE) == "core.errors.UserError: model: no config.json in '/m'; give another"
     assert root_cause("a.B: x\n\tat y\nCaused by: c.D: deep\n\tat z") == "c.D: deep"
+    java = "Traceback (most recent call last):\n  File\npy4j.protocol.Py4JJavaError: An\n: a.B: x\nCaused by: c.D: deep"
+    assert root_cause(java) == "c.D: deep"
     assert root_cause("Starting\nerror: --model: wrong\n") == "--model: wrong"
     assert root_cause("") == "no reason was given"
 
@@ -107,7 +109,7 @@ def test_a_job_that_does_not_drain_is_an_error(played: tuple[Played, FlinkCluste
         f"/jobs/{JOB}/stop": [{"request-id": "t"}],
         f"/jobs/{JOB}/savepoints/t": [{"status": {"id": "COMPLETED"}, "operation": failed}],
     }
-    with pytest.raises(UserError, match=r"did not drain: c\.D: no room"):
+    with pytest.raises(UserError, match=r"did not stop: c\.D: no room"):
         FlinkJob(cluster, JOB).stop(None, 10)
 
 

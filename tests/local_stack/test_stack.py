@@ -94,14 +94,14 @@ def test_flink_has_the_kafka_connector_and_the_project(stack: LocalStack, tmp_pa
 
 
 def test_start_status_and_stop_as_commands(tmp_path: Path) -> None:
-    config = StackConfig.on_free_ports(tmp_path, task_managers=1, task_slots=1)
+    config = StackConfig.on_free_ports(tmp_path, task_managers=1, task_slots=1, high_availability=True)
     directory = ["--dir", str(tmp_path)]
     begun = command("start", *to_options(config))
     try:
         assert begun.returncode == 0, begun.stderr
         state = json.loads((tmp_path / "state.json").read_text())
         pids = [process["pid"] for process in state["processes"]]
-        assert len(pids) == 4
+        assert len(pids) == 5
         shown = command("status", *directory)
         assert shown.returncode == 0
         assert shown.stdout.count("healthy") == 3
@@ -109,10 +109,20 @@ def test_start_status_and_stop_as_commands(tmp_path: Path) -> None:
         other = command("start", *to_options(config), "--task-slots", "2")
         assert other.returncode == 2
         assert "--task-slots is 1" in other.stderr
+        before = {process.name: process.pid for process in LocalStack(config).processes}
+        for name in ("jobmanager", "redis"):
+            os.kill(before[name], signal.SIGKILL)
+        assert command("status", *directory).stdout.count("healthy") == 1
+        assert command("start", *to_options(config)).returncode == 0
+        assert command("status", *directory).stdout.count("healthy") == 3
+        after = {process.name: process.pid for process in LocalStack(config).processes}
+        assert {name for name in after if after[name] != before[name]} == {"jobmanager", "redis"}
+        pids += after.values()
     finally:
         ended = command("stop", *directory)
     assert ended.returncode == 0
-    assert "stopped 4 processes" in ended.stdout
+    # ZooKeeper's script waits beside its JVM.
+    assert "stopped 6 processes" in ended.stdout
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert command("status", *directory).returncode == 1
     assert "nothing was running" in command("stop", *directory).stdout
@@ -140,6 +150,11 @@ def test_what_a_killed_run_left_is_cleaned_up_by_the_next_start(redis_only: Stac
         (after,) = started_by(running)
         assert after.pid != before.pid
         assert is_alive(after)
+        # One that runs and does not answer is ended as well.
+        psutil.Process(after.pid).suspend()
+        assert LocalStack(redis_only.model_copy(update={"stop_grace_s": 0.2})).start() is True
+        assert not is_alive(after)
+        assert [part.problem for part in running.health()] == [None, None, None]
 
 
 def test_descendants_end_although_their_leader_was_killed(redis_only: StackConfig) -> None:
