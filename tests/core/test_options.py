@@ -33,6 +33,7 @@ def parse(arguments: list[str], config: type[BaseModel] = JobConfig) -> Any:
 # The argparse of this Python drops a value that is just two dashes.
 words = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=20).filter("--".__ne__)
 names = st.from_regex(r"[A-Za-z0-9._-]{1,20}", fullmatch=True).filter("--".__ne__)
+addresses = st.from_regex(r"rediss?://[a-z0-9.-]{1,20}:[0-9]{1,4}/[0-9]", fullmatch=True)
 
 configs = st.builds(
     JobConfig,
@@ -59,7 +60,7 @@ configs = st.builds(
             fluid_history_weight=st.floats(0, 1, exclude_max=True),
             fluid_window_ms=st.floats(1e-300, 1e300),
         ),
-        remote=st.builds(RemoteConfig, redis_url=st.none() | words, redis_namespace=names),
+        remote=st.builds(RemoteConfig, redis_url=st.none() | addresses, redis_namespace=names),
     ),
     batching=st.builds(BatchingConfig, batch_size=st.integers(1, 512), max_wait_ms=st.floats(0, 3_600_000)),
     kafka=st.builds(KafkaConfig, brokers=words, topic_prefix=names, consumer_group=words),
