@@ -124,8 +124,9 @@ class Delivery(RuleBasedStateMachine):
             self._confirm()
         self._end([*self.unconfirmed, *self.open.values()], Outcome.ABORTED)
         self.unconfirmed = []
-        begin = {partition: max(0, offset - WINDOW) for partition, offset in self.group.items()}
-        self._start(self.checkpoint if with_state else Snapshot(begin), parallelism)
+        if not with_state:
+            self.checkpoint = Snapshot({number: max(0, offset - WINDOW) for number, offset in self.group.items()})
+        self._start(self.checkpoint, parallelism)
 
     @invariant()
     def nothing_is_answered_twice(self) -> None:
