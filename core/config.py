@@ -406,6 +406,15 @@ class KafkaAccessConfig(Config):
         return self
 
 
+class MetricsConfig(Config):
+    """Where Prometheus reads the figures of the slots."""
+
+    metrics_port: int = Field(
+        default=0, ge=0, le=65_535, description="port of slot 0's metrics, slot i has the i-th after it; 0: none"
+    )
+    metrics_host: str = Field(default="127.0.0.1", min_length=1, description="address that metrics are served at")
+
+
 class KafkaConfig(Config):
     """The broker and the names of the topics."""
 
@@ -495,6 +504,7 @@ class JobConfig(Config):
     supervision: SupervisionConfig = SupervisionConfig()
     batching: BatchingConfig = BatchingConfig()
     placing: PlacementConfig = PlacementConfig()
+    metrics: MetricsConfig = MetricsConfig()
     kafka: KafkaConfig = KafkaConfig()
     delivery: DeliveryConfig = DeliveryConfig()
 
@@ -522,6 +532,12 @@ class JobConfig(Config):
                 f"transaction_timeout_ms is below checkpoint_interval_ms + {LEAST_RECOVERY_MS}, time for a restart; "
                 "raise it, or lower that"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ports_exist(self) -> Self:
+        if self.metrics.metrics_port and self.metrics.metrics_port + self.parallelism - 1 > 65_535:
+            raise ValueError("metrics_port leaves no port for the last slot; lower it")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,7 @@ from core.errors import UserError
 from core.records import FinishReason, Request
 from inference_service.active_sequence import ActiveSequence
 from inference_service.completion import Completion, Failure, timed_out
+from inference_service.figures import EngineFigures
 from inference_service.model import LoadedModel, load_model
 from inference_service.packed_linear import pack_linears
 from inference_service.pieces import Piece
@@ -85,6 +86,7 @@ class Engine:
         self._running: list[ActiveSequence] = []
         """The sequence at index i owns row i."""
         self._next_expiry_ms = math.inf
+        self._done = EngineFigures()
         self._prefill_ms_per_token: float | None = None
         self._decode_ms: float | None = None
         """Of a pass without pieces of prompts."""
@@ -94,6 +96,13 @@ class Engine:
     @property
     def unfinished(self) -> int:
         return len(self._waiting) + len(self._prefilling) + len(self._running)
+
+    @property
+    def figures(self) -> EngineFigures:
+        """Of this moment; it may be within a step, between two passes."""
+        return replace(
+            self._done, waiting=len(self._waiting), prefilling=len(self._prefilling), running=len(self._running)
+        )
 
     @property
     def waiting_since_ms(self) -> float | None:
@@ -253,6 +262,7 @@ class Engine:
         """A piece of a long prompt, in a pass of its own: what it takes decides how much comes next."""
         began_ms = self._clock.monotonic_ms()
         tokens = sequence.piece_tokens
+        self._done.prefilled_tokens += tokens
         (outcome,) = self._forward([sequence])
         took_ms = self._clock.monotonic_ms() - began_ms
         sequence.ms_per_token = took_ms / tokens
@@ -270,6 +280,9 @@ class Engine:
         outcomes = self._forward([*running, *chosen])
         took_ms = self._clock.monotonic_ms() - began_ms
         tokens = sum(sequence.piece_tokens for sequence in chosen)
+        self._done.prefilled_tokens += tokens
+        self._done.decode_passes += bool(running)
+        self._done.decoded_tokens += len(running)
         if not chosen:
             self._decode_ms = _averaged(self._decode_ms, took_ms)
         elif (rows_ms := self._decode_ms if running else 0.0) is not None:
@@ -297,6 +310,8 @@ class Engine:
                 logger.exception("a pass over %d sequences failed; each is tried alone", len(sequences))
             # Its frames hold the tensors of the pass, that others need the memory of.
             failed = error.with_traceback(None)
+            self._done.failed_passes += 1
+        self._done.passes += 1
         self._on_pass()
         if failed is not None:
             if isinstance(failed, torch.OutOfMemoryError):
@@ -393,6 +408,8 @@ class Engine:
                     sequence.remote_tokens += counted
             # The lease's memory may change once it is released.
             self.model.wait_for_device()
+        self._done.local_tokens += sequence.local_tokens
+        self._done.remote_tokens += sequence.remote_tokens
         return sequence.local_tokens + sequence.remote_tokens
 
     def _store(self, sequence: ActiveSequence) -> None:
@@ -406,6 +423,7 @@ class Engine:
                 sequence.request.cache_salt,
             )
         except Exception:
+            self._done.failed_stores += 1
             logger.exception("chunks of request %r could not be stored", sequence.request.request_id)
 
     def _leave(self) -> list[Completion | Failure]:

@@ -19,6 +19,17 @@ class Retry:
     envelope: Envelope
 
 
+@dataclass(frozen=True)
+class Queue:
+    """What a slot has been given and has not answered."""
+
+    in_flight: int = 0
+    waiting: int = 0
+    """Those of them that have not begun."""
+    since_ms: float | None = None
+    """When the first of the waiting was decoded."""
+
+
 class Custody:
     """Each request that is taken in leaves once: with `answered`, or by an `Answer` that a method returns."""
 
@@ -36,6 +47,13 @@ class Custody:
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._suspects) + len(self._given)
+
+    @property
+    def queue(self) -> Queue:
+        given = [envelope for source, envelope in self._given.items() if source not in self._begun]
+        waiting = [*self._waiting, *self._suspects, *given]
+        since_ms = min((envelope.decoded_at_ms for envelope in waiting), default=None)
+        return Queue(len(self), len(waiting), since_ms)
 
     def take(self, envelope: Envelope) -> None:
         """Take a request in. It is a suspect if processes have died with it before."""

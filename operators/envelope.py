@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
+from cache.stats import CacheStats
 from core.records import DeadLetter, Request, Response
+from inference_service.figures import EngineFigures
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class Ready(BaseModel):
     threads: int
     chunk_bytes: int
     load_s: float
+
+
+@dataclass(frozen=True)
+class SlotFigures:
+    """What a slot's process has done since it loaded its model, and holds, at one moment."""
+
+    engine: EngineFigures
+    cache: CacheStats | None
+    """None where nothing is cached."""
+    resident_bytes: int
+    """Memory of the process; none of its device's."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from operators.envelope import Answer, Envelope, Source, WarmUp
 from operators.journal import Record
 from operators.kafka_journal import KafkaJournal
 from operators.load_board import LoadBoard, LoadReport, LoadView
+from operators.metrics import SlotMetrics, slot_metrics
+from operators.metrics_endpoint import MetricsEndpoint
 from operators.placement import BalancedPlacement, Placing, SessionAffinity
 from operators.pump import Pump
 from operators.supervisor import Supervisor
@@ -70,6 +72,7 @@ class DecodeFunction(ProcessFunction):
             journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
             copies = Deduplicator(self._config.delivery.dedup_records, journal)
         self._decoder = Decoder(placement, SystemClock(), copies)
+        self._metrics = slot_metrics(runtime_context.get_index_of_this_subtask())
 
     def close(self) -> None:
         _close(self)
@@ -82,8 +85,11 @@ class DecodeFunction(ProcessFunction):
         source = Source(self._config.kafka.requests_topic, partition, offset)
         decoded = self._decoder.decode(None if raw is None else bytes(raw), source)
         if isinstance(decoded, DeadLetter):
+            self._metrics.answered(decoded)
             yield DEAD_LETTERS, _dead_letter_row(decoded)
-        elif decoded is not None:
+        elif decoded is None:
+            self._metrics.duplicates.inc()
+        else:
             yield decoded
 
 
@@ -102,7 +108,7 @@ class SlotFunction(KeyedProcessFunction):
     def __init__(
         self,
         config: JobConfig,
-        make_slot: Callable[[JobConfig, int, Clock], Supervisor] = Supervisor,
+        make_slot: Callable[[JobConfig, int, Clock, SlotMetrics], Supervisor] = Supervisor,
         make_clock: Callable[[], Clock] = SystemClock,
         make_journal: Callable[[KafkaConfig], KafkaJournal] = KafkaJournal,
     ) -> None:
@@ -118,7 +124,13 @@ class SlotFunction(KeyedProcessFunction):
         journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
         self._answered = AnsweredLog(self._config.kafka, self._config.delivery.clock_margin_ms, journal)
         index = runtime_context.get_index_of_this_subtask()
-        self._slot = self._opened.enter_context(closing(self._make_slot(self._config, index, self._clock)))
+        self._metrics = slot_metrics(index)
+        _show(self._metrics, runtime_context)
+        if self._config.metrics.metrics_port:
+            address = (self._config.metrics.metrics_host, self._config.metrics.metrics_port + index)
+            self._opened.enter_context(closing(MetricsEndpoint(*address, self._metrics.registry)))
+        slot = self._make_slot(self._config, index, self._clock, self._metrics)
+        self._slot = self._opened.enter_context(closing(slot))
         self._restored: set[int] = set()
         self._said_ready = False
         self._spare_intervals: dict[int, int] = {}
@@ -223,6 +235,7 @@ class ContinuousFunction(SlotFunction):
             self._in_flight.put(_ticket(envelope.source), envelope)
         for answer in self._pump.take(key, timeout_s):
             self._in_flight.remove(_ticket(answer.source))
+            self._metrics.answered(answer.record)
             yield _row(answer)
         if self._pump.outstanding(key) and key not in self._watched:
             self._watched.add(key)
@@ -314,6 +327,7 @@ class MicroBatchFunction(SlotFunction):
         with self._stood.busy():
             answers = self._slot.answer(batch)
         for answer in answers:
+            self._metrics.answered(answer.record)
             yield _row(answer)
 
 
@@ -321,6 +335,14 @@ def _close(function: DecodeFunction | SlotFunction) -> None:
     """Close what was opened, the last first. Flink closes what it could not open, too."""
     if hasattr(function, "_opened"):
         function._opened.close()
+
+
+def _show(metrics: SlotMetrics, runtime_context: RuntimeContext) -> None:
+    """Put the gauges into Flink's own metrics; there are none where they are switched off."""
+    group = runtime_context.get_metrics_group()
+    if group is not None:
+        for name, read in metrics.whole_gauges().items():
+            group.gauge(name, read)
 
 
 def _ticket(source: Source) -> str:

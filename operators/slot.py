@@ -5,11 +5,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import psutil
 import torch
 import transformers
 
-from cache.manager import open_cache
-from cache.protocol import KVCache
+from cache.manager import TwoLevelCache, open_cache
 from cache.redis_wire import RedisAddress
 from core.clock import Clock
 from core.config import Batching, EngineKind, JobConfig
@@ -22,7 +22,7 @@ from inference_service.model import resolve_model
 from inference_service.protocol import ServedModel
 from inference_service.simulated import load_simulated
 from operators.budget_board import BudgetShare
-from operators.envelope import Answer, Envelope, Ready, Source
+from operators.envelope import Answer, Envelope, Ready, SlotFigures, Source
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class InferenceSlot:
         began = time.monotonic()
         self.index = slot
         self._clock = clock
+        self._process = psutil.Process()
         self.threads = config.threads_per_slot
         torch.set_num_threads(self.threads)
         engine, chunk_tokens = config.engine, config.cache.chunk_tokens
@@ -64,7 +65,7 @@ class InferenceSlot:
             # Nothing else runs that a long prompt could hold up, and all leave together.
             engine = engine.model_copy(update={"step_prefill_tokens": 0})
         model: ServedModel
-        cache: KVCache | None = None
+        self._cache: TwoLevelCache | None = None
         self._share: BudgetShare | None = None
         if engine.engine is EngineKind.SIMULATED:
             self._engine_name = "simulated"
@@ -75,13 +76,13 @@ class InferenceSlot:
             if config.cache.cache:
                 self._share = BudgetShare.of(config, slot, clock)
                 shape = loaded.chunk_shape(chunk_tokens)
-                cache = open_cache(config.cache, shape, loaded.identity, clock, self._share)
+                self._cache = open_cache(config.cache, shape, loaded.identity, clock, self._share)
         self._envelopes: dict[int, Envelope] = {}
         """What the engine has, by the identity of the request: ids of requests may repeat."""
         self._engine = Engine(
             model,
             engine,
-            cache,
+            self._cache,
             chunk_tokens,
             clock,
             on_begin=lambda request: on_begin(self._envelopes[id(request)].source),
@@ -113,6 +114,15 @@ class InferenceSlot:
         """For how long the request has waited that has waited for longest, since it was decoded; 0 if none waits."""
         since_ms = self._engine.waiting_since_ms
         return 0.0 if since_ms is None else max(0.0, self._clock.wall_ms() - since_ms)
+
+    @property
+    def figures(self) -> SlotFigures:
+        """Of this moment, which may be between two passes of a step."""
+        return SlotFigures(
+            engine=self._engine.figures,
+            cache=None if self._cache is None else self._cache.stats(),
+            resident_bytes=self._process.memory_info().rss,
+        )
 
     def submit(self, envelope: Envelope) -> Answer | None:
         """Queue a request; one that the model cannot answer is done with at once."""

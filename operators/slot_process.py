@@ -21,7 +21,7 @@ from typing import Any
 
 from core.config import JobConfig
 from core.errors import UserError
-from operators.envelope import Answer, Envelope, Group, Ready, Source
+from operators.envelope import Answer, Envelope, Group, Ready, SlotFigures, Source
 
 SERVER = "operators.slot_server"
 END_TIMEOUT_S = 10.0
@@ -61,6 +61,8 @@ class Began:
 @dataclass(frozen=True)
 class Beat:
     """The process lives: between two passes, or idle."""
+
+    figures: SlotFigures
 
 
 Said = Ready | Began | Beat | list[Answer]

@@ -68,24 +68,24 @@ class LogOnLine(QueueHandler):
 
 
 class Pulse:
-    """Tells the worker that the process lives, as often as `BEAT_S` allows."""
+    """Tells the worker that the process lives, and what its slot does, as often as `BEAT_S` allows."""
 
     def __init__(self, line: Line, clock: Clock) -> None:
         self._line = line
         self._clock = clock
         self._next_ms = clock.monotonic_ms()
 
-    def beat(self) -> None:
+    def beat(self, slot: InferenceSlot) -> None:
         now_ms = self._clock.monotonic_ms()
         if now_ms >= self._next_ms:
             self._next_ms = now_ms + BEAT_S * 1e3
-            self._line.send(Beat())
+            self._line.send(Beat(slot.figures))
 
 
 def serve(line: Line, slot: InferenceSlot, pulse: Pulse) -> None:
     """Answer what comes, until `HungUpError` is raised."""
     while True:
-        pulse.beat()
+        pulse.beat(slot)
         if line.speaks(0.0 if slot.unfinished else BEAT_S):
             order = line.receive()
             if isinstance(order, Group):
@@ -114,7 +114,7 @@ def run(line: Line) -> None:
                 start.slot,
                 clock,
                 on_begin=lambda source: line.send(Began(source)),
-                on_pass=pulse.beat,
+                on_pass=lambda: pulse.beat(slot),
             )
         except UserError as error:
             line.send(Refused(str(error)))

@@ -16,9 +16,10 @@ from typing import Protocol
 from core.clock import Clock
 from core.config import Batching, JobConfig
 from core.records import Response
-from operators.custody import Custody, Retry
+from operators.custody import Custody, Queue, Retry
 from operators.envelope import Answer, Envelope, Group, Ready
-from operators.slot_process import Began, Said, SlotDiedError, SlotProcess
+from operators.metrics import SlotMetrics
+from operators.slot_process import Beat, Began, Said, SlotDiedError, SlotProcess
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,19 @@ class Supervisor:
     """
 
     def __init__(
-        self, config: JobConfig, slot: int, clock: Clock, start: Callable[[JobConfig, int], Process] = SlotProcess
+        self,
+        config: JobConfig,
+        slot: int,
+        clock: Clock,
+        metrics: SlotMetrics,
+        start: Callable[[JobConfig, int], Process] = SlotProcess,
     ) -> None:
         self._limits = config.supervision
         self._grouped = config.batching.batching is Batching.MICRO
         self._start = partial(start, config, slot)
         self._clock = clock
         self._custody = Custody(config.supervision.max_attempts, config.engine.request_timeout_ms)
+        self._metrics = metrics
         self._changing = threading.Lock()
         """Held while what is in custody or the process changes."""
         self._process: Process | None = None
@@ -72,6 +79,7 @@ class Supervisor:
         self._ended = threading.Event()
         self._ready: Future[Ready] = Future()
         self._came: SimpleQueue[list[Answer | Retry] | BaseException] = SimpleQueue()
+        metrics.queue = self._queue
         self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._thread.start()
         try:
@@ -175,13 +183,17 @@ class Supervisor:
 
     def _heard(self, said: Said | None) -> list[Answer | Retry]:
         if isinstance(said, Ready):
+            self._metrics.serves(True)
             with self._changing:
                 self._serves = True
                 self._give()
             if not self._ready.done():
                 self._ready.set_result(said)
+        elif isinstance(said, Beat):
+            self._metrics.heard(said.figures)
         elif isinstance(said, Began):
-            self._custody.began(said.source)
+            with self._changing:
+                self._custody.began(said.source)
         elif isinstance(said, list):
             with self._changing:
                 for answer in said:
@@ -197,6 +209,7 @@ class Supervisor:
         with self._changing:
             process, self._process, self._serves = self._process, None, False
             came = self._custody.lost(death.how)
+        self._metrics.serves(False)
         if process is not None:
             process.close()
         if self._ended.is_set():
@@ -204,9 +217,15 @@ class Supervisor:
         self._deaths += 1
         if self._deaths > self._limits.slot_restarts:
             raise SlotDiedError(f"{death.how}; that was death {self._deaths} in a row without an answer") from death
+        self._metrics.restarts.inc()
+        self._metrics.retries.inc(sum(isinstance(one, Retry) for one in came))
         delay_s = backoff_s(self._deaths)
         logger.warning("in the midst of %d requests %s\nAnother one starts in %g s", len(came), death, delay_s)
         return came
+
+    def _queue(self) -> Queue:
+        with self._changing:
+            return self._custody.queue
 
     def _expired(self) -> list[Answer]:
         with self._changing:

@@ -350,6 +350,28 @@ def test_the_engine_says_whom_it_begins_with_before_it_does_anything_for_them(mo
     assert said == ["a", "lookup", "pass", "pass", "b", "lookup", "pass", "pass"]
 
 
+def test_the_engine_counts_what_fails_and_tells_what_it_holds(model: LoadedModel) -> None:
+    held = []
+    cache = MemoryCache(model.chunk_shape(CHUNK))
+    engine = make_engine(
+        model, cache=cache, max_running=2, step_prefill_tokens=8, on_pass=lambda: held.append(engine.figures)
+    )
+    cache.store = None  # type: ignore[method-assign,assignment]
+    Watch(engine, lambda pieces: len(pieces) > 1)
+    engine.submit(ask("a", tokens_of(1, 5), 9), 0.0)
+    engine.step()
+    engine.submit(ask("long", tokens_of(2, 20), 1), 0.0)
+    engine.submit(ask("waits", tokens_of(3, 4), 1), 0.0)
+    engine.step()
+    last = held[-1]
+    assert (last.waiting, last.prefilling, last.running) == (1, 1, 1)
+    finish(engine)
+    assert engine.figures.failed_passes > 0
+    # Of each prompt, and of the answer that fills a chunk.
+    assert engine.figures.failed_stores == 4
+    assert engine.figures.passes == len(held) == held[-1].passes
+
+
 def test_a_higher_priority_begins_first_and_equals_in_order(model: LoadedModel) -> None:
     engine = make_engine(model, max_running=1)
     for name, priority in (("a", 0), ("b", 5), ("c", 0), ("d", 5), ("e", -1)):

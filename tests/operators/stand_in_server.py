@@ -14,7 +14,8 @@ from core.clock import Clock
 from core.config import JobConfig
 from core.errors import UserError
 from core.records import Response
-from operators.envelope import Answer, Envelope, Ready, Source
+from inference_service.figures import EngineFigures
+from operators.envelope import Answer, Envelope, Ready, SlotFigures, Source
 
 logger = logging.getLogger("stand-in")
 STEP_S = 0.002
@@ -49,6 +50,7 @@ class StandInSlot:
         self._on_begin = on_begin
         self._on_pass = on_pass
         self._rows = config.engine.max_running
+        self._steps = 0
         self._waiting: list[Envelope] = []
         self._running: dict[Source, tuple[Envelope, int]] = {}
         self.ready = Ready(slot=slot, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
@@ -56,6 +58,12 @@ class StandInSlot:
     @property
     def unfinished(self) -> int:
         return len(self._waiting) + len(self._running)
+
+    @property
+    def figures(self) -> SlotFigures:
+        """Of so many passes."""
+        engine = EngineFigures(passes=self._steps, waiting=len(self._waiting), running=len(self._running))
+        return SlotFigures(engine, None, resident_bytes=1 << 20)
 
     def submit(self, envelope: Envelope) -> Answer | None:
         if envelope.request.prompt == "tokenize":
@@ -67,6 +75,7 @@ class StandInSlot:
 
     def step(self) -> list[Answer]:
         time.sleep(STEP_S)
+        self._steps += 1
         while self._waiting and len(self._running) < self._rows:
             envelope = self._waiting.pop(0)
             self._on_begin(envelope.source)

@@ -11,6 +11,7 @@ from core.config import JobConfig
 from core.records import DeadLetter, Response
 from operators.custody import Retry
 from operators.envelope import Answer, Envelope, Ready, Source
+from operators.metrics import SlotMetrics
 from operators.pump import Pump
 
 WAIT_S = 20.0
@@ -166,7 +167,7 @@ class StandInSlots:
         self.newest_first = newest_first
         self.answers_at_once = False
 
-    def make(self, config: JobConfig, index: int, clock: Clock) -> StandInSlot:
+    def make(self, config: JobConfig, index: int, clock: Clock, metrics: SlotMetrics) -> StandInSlot:
         made = StandInSlot(index)
         made.responses = self.responses
         made.newest_first = self.newest_first

@@ -20,6 +20,7 @@ from operators.functions import (
     READY,
     ContinuousFunction,
 )
+from operators.metrics import slot_metrics
 from tests.experiments.experiment_samples import response
 from tests.operators.memory_journal import MemoryJournal
 from tests.operators.operator_harness import OperatorHarness, Output
@@ -265,3 +266,16 @@ def test_attempts_survive_a_restart_of_the_job_and_the_time_it_was_down_does_not
         (2, 1, 1001.0),
         (3, 0, 0.0),
     ]
+
+
+def test_flink_shows_the_gauges_of_the_slot_and_answers_are_counted(
+    harness: OperatorHarness, slots: StandInSlots
+) -> None:
+    process(harness, 1)
+    metrics = slot_metrics(0)
+    assert harness.metrics.gauges.keys() == metrics.whole_gauges().keys()
+    labels = {"slot": "0", "stage": "inference", "cause": "refused"}
+    before = metrics.registry.get_sample_value("infertuner_dead_letters_total", labels) or 0
+    slots.last.let_go(1)
+    harness.advance(1)
+    assert metrics.registry.get_sample_value("infertuner_dead_letters_total", labels) == before + 1

@@ -12,6 +12,7 @@ from core.clock import SystemClock
 from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig
 from core.errors import UserError
 from core.records import DeadLetter, Response
+from inference_service.figures import EngineFigures
 from operators.envelope import Answer, Envelope, Source
 from operators.slot import InferenceSlot, check_before_start
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
@@ -129,6 +130,28 @@ def test_a_conversation_is_reused_from_batch_to_batch(slot: InferenceSlot) -> No
     second = answered(slot, envelope(2, prompt="q" * 24 + "r" * 8))
     assert (first.local_tokens, second.local_tokens) == (0, 24)
     assert first.batch_id != second.batch_id
+
+
+def test_a_slot_tells_what_it_has_done_and_holds(config: JobConfig) -> None:
+    made = InferenceSlot(config, 0, SystemClock())
+    before = made.figures
+    assert before.cache is not None
+    assert before.engine == EngineFigures()
+    assert before.cache.used_chunks == 0
+    prompt = "q" * 24
+    answered(made, envelope(1, prompt=prompt, max_new_tokens=3))
+    made.answer([envelope(2, prompt=prompt + "r" * 8, max_new_tokens=4), envelope(3, prompt="s" * 9, max_new_tokens=4)])
+    after = made.figures
+    assert after.cache is not None
+    assert (after.engine.prefilled_tokens, after.engine.local_tokens, after.engine.remote_tokens) == (24 + 8 + 9, 24, 0)
+    # Two steps of one sequence, then three of two.
+    assert (after.engine.decode_passes, after.engine.decoded_tokens) == (2 + 3, 2 + 6)
+    assert after.engine.passes == 3 + 4
+    assert (after.engine.failed_passes, after.engine.failed_stores) == (0, 0)
+    assert (after.engine.waiting, after.engine.prefilling, after.engine.running) == (0, 0, 0)
+    assert (after.cache.local_chunks_hit, after.cache.used_chunks) == (3, 5)
+    assert after.resident_bytes > 1 << 20
+    made.close()
 
 
 def test_a_request_past_its_deadline_is_answered_so(slot: InferenceSlot) -> None:

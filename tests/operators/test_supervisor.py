@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from queue import SimpleQueue
 
 import psutil
@@ -22,10 +23,12 @@ from core.records import DeadLetter, Response
 from operators import slot_process, supervisor
 from operators.custody import Retry
 from operators.envelope import Answer, Envelope, Group, Ready
+from operators.metrics import SlotMetrics
 from operators.slot_process import Beat, Began, Said, SlotDiedError
 from operators.supervisor import Process, Supervisor, backoff_s
 from tests.operators.test_pump import letter
 from tests.operators.test_slot import envelope
+from tests.operators.test_slot_server import FIGURES
 
 WAIT_S = 60.0
 """Never reached unless something is wrong."""
@@ -53,7 +56,9 @@ def start() -> Iterator[Start]:
     made: list[Supervisor] = []
 
     def one(job: JobConfig, clock: Clock | None = None, **how: object) -> Supervisor:
-        made.append(Supervisor(job, 0, clock or SystemClock(), **how))
+        clock = clock or SystemClock()
+        how.setdefault("metrics", SlotMetrics(0, clock))
+        made.append(Supervisor(job, 0, clock, **how))
         return made[-1]
 
     yield one
@@ -159,6 +164,33 @@ def test_a_process_that_is_killed_from_outside_costs_no_request(start: Start, ba
     assert pid(slot) != first
 
 
+def test_deaths_are_counted_and_the_slot_is_down_meanwhile(start: Start) -> None:
+    scripts = Scripts()
+    metrics = SlotMetrics(0, scripts.clock)
+    slot = start(config(slot_restarts=9), scripts.clock, metrics=metrics, start=scripts.start)
+    read = partial(metrics.registry.get_sample_value, labels={"slot": "0"})
+    assert read("infertuner_slot_up") == 1
+    slot.send(envelope(1))
+    slot.send(envelope(2))
+    assert (read("infertuner_in_flight_requests"), read("infertuner_waiting_requests")) == (2, 2)
+    (first,) = scripts.made
+    first.says.put(Beat(FIGURES))
+    first.says.put(Began(envelope(1).source))
+    deadline_s = time.monotonic() + WAIT_S
+    while read("infertuner_waiting_requests") == 2:
+        assert time.monotonic() < deadline_s
+    assert read("infertuner_passes_total") == FIGURES.engine.passes
+    scripts.ready = False
+    first.says.put(SlotDiedError("was ended by SIGKILL"))
+    second = scripts.wait_for(2)
+    assert [read(f"infertuner_{name}_total") for name in ("slot_restarts", "retried_requests")] == [1, 1]
+    assert read("infertuner_slot_up") == 0
+    assert read("infertuner_waiting_requests") == 2
+    second.says.put(READY)
+    while read("infertuner_slot_up") == 0:
+        assert time.monotonic() < deadline_s
+
+
 def test_what_is_asked_again_is_told_with_its_attempts(start: Start) -> None:
     slot = start(config(max_attempts=3))
     found = ask(slot, mixed("kill"), Batching.CONTINUOUS)
@@ -226,13 +258,13 @@ def test_an_answer_ends_a_row_of_deaths(start: Start) -> None:
 def test_a_slot_that_cannot_load_is_tried_again_and_then_told(model: str, told: str) -> None:
     limits = {"load_timeout_s": 1.0} if model == "stalled" else {}
     with pytest.raises(SlotDiedError, match=f"{told}; that was death 2 in a row"):
-        Supervisor(config(model=model, slot_restarts=1, **limits), 0, SystemClock())
+        Supervisor(config(model=model, slot_restarts=1, **limits), 0, SystemClock(), SlotMetrics(0, SystemClock()))
     assert psutil.Process().children() == []
 
 
 def test_what_the_user_gave_wrong_is_told_at_once() -> None:
     with pytest.raises(UserError, match="model: not this one"):
-        Supervisor(config(model="refused"), 0, SystemClock())
+        Supervisor(config(model="refused"), 0, SystemClock(), SlotMetrics(0, SystemClock()))
     assert psutil.Process().children() == []
 
 
@@ -244,6 +276,9 @@ def test_a_slot_ends_in_the_midst_of_work(start: Start) -> None:
         slot.receive()
     with pytest.raises(SlotDiedError):
         slot.receive()
+
+
+READY = Ready(slot=0, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
 
 
 class Script(Process):
@@ -284,14 +319,15 @@ class Scripts:
     """The processes of a slot, one after the other. Each is ready at once, unless that is told otherwise."""
 
     def __init__(self, *, ready: bool = True) -> None:
+        """`ready`: of those after the first one."""
         self.clock = ManualClock(1000.0)
         self.made: list[Script] = []
-        self._ready = ready
+        self.ready = ready
 
     def start(self, job: JobConfig, slot: int) -> Script:
         script = Script(self.clock)
-        if self._ready or not self.made:
-            script.says.put(Ready(slot=slot, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0))
+        if self.ready or not self.made:
+            script.says.put(READY)
         self.made.append(script)
         return script
 
@@ -310,7 +346,7 @@ def test_a_process_hangs_that_says_nothing_for_the_time_allowed(start: Start) ->
     slot.send(envelope(1))
     first.says.put(Began(envelope(1).source))
     for _ in range(5):
-        first.says.put(Beat())
+        first.says.put(Beat(FIGURES))
     second = scripts.wait_for(2)
     assert first.killed
     # Five beats came at once, so its time ran from the last of them on.

@@ -6,10 +6,12 @@ Where a request has to be in flight for a while, a simulated device takes its ti
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from core.clock import SystemClock
 from core.config import EngineConfig, JobConfig
@@ -18,7 +20,7 @@ from core.session_home import home_slot
 from inference_service.completion import Completion
 from inference_service.device_profile import DeviceProfile
 from inference_service.engine import Engine, load_checked_model
-from local_stack import LocalStack
+from local_stack import LocalStack, StackConfig
 from pipelines.connectors import ensure_topics
 from tests.pipelines.job_run import (
     ROOT,
@@ -127,19 +129,54 @@ def test_what_was_in_flight_when_the_worker_was_killed_is_answered_once(
 
 
 def test_a_slot_process_that_is_killed_under_load_costs_no_request_and_no_restart_of_the_job(
-    run: Run, stack: LocalStack, slow: list[str]
+    run: Run, stack: LocalStack, slow: list[str], tmp_path: Path
 ) -> None:
-    run.submit("--parallelism", "1", "--max-running", "4", *slow)
+    port = StackConfig.on_free_ports(tmp_path).redis_port
+    run.submit("--parallelism", "1", "--max-running", "4", "--metrics-port", str(port), *slow)
     run.read_until(lambda r: len(r.ready) == 1)
     run.send(16, max_new_tokens=12)
+    run.send_raw(b"no request")
     run.read_until(lambda r: len(r.responses) >= 4)
     os.kill(slot_process(stack), signal.SIGKILL)
     run.read_until(lambda r: len(r.responses) >= 16)
+    figures = scraped(port)
+    shown = gauges(run, "infertuner_slot_up", "infertuner_e2e_p95_milliseconds")
     run.job.stop(None, 240)
     run.settle()
     assert run.answered() == ids(16)
-    assert run.letters == []
+    assert [letter.stage for letter in run.letters] == ["decode"]
     assert run.job.failures() == []
+    assert figures["infertuner_slot_restarts_total"] == figures["infertuner_slot_up"] == 1
+    assert figures["infertuner_retried_requests_total"] <= 4
+    assert (figures["infertuner_requests_total"], figures["infertuner_e2e_seconds_count"]) == (16, 16)
+    assert figures["infertuner_dead_letters_total"] == 1
+    assert figures["infertuner_output_tokens_total"] == 16 * 12
+    assert shown["infertuner_slot_up"] == 1
+    assert shown["infertuner_e2e_p95_milliseconds"] >= 12 * STEP_MS
+
+
+def scraped(port: int) -> dict[str, float]:
+    """What Prometheus would read of a slot of one kind of answers."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+def gauges(run: Run, *names: str) -> dict[str, float]:
+    """What Flink shows of them once it shows something; its own look at them is seconds old."""
+    cluster, job = run.job.cluster, f"/jobs/{run.job.job_id}"
+    (vertex,) = [one["id"] for one in cluster.get(job)["vertices"] if "inference" in one["name"]]
+    deadline_s = time.monotonic() + 60
+    while True:
+        known = [one["id"] for one in cluster.get(f"{job}/vertices/{vertex}/metrics")]
+        found = {name: one for one in known for name in names if one.endswith(f".{name}")}
+        if len(found) == len(names):
+            values = cluster.get(f"{job}/vertices/{vertex}/metrics?get={','.join(found.values())}")
+            by_id = {one["id"]: float(one["value"]) for one in values}
+            if all(by_id.get(one) for one in found.values()):
+                return {name: by_id[one] for name, one in found.items()}
+        assert time.monotonic() < deadline_s, known
+        time.sleep(0.5)
 
 
 def test_new_sessions_go_around_an_overloaded_slot_and_old_ones_stay(run: Run, slow: list[str]) -> None:

@@ -1,0 +1,255 @@
+"""What a slot does, for those who watch it: one definition of each figure, for Prometheus and for Flink's own metrics.
+
+Counts of requests are made in Flink's worker, as their answers leave; those of the engine and the cache come with each
+sign of life of the slot's process. They begin anew with every process there, and go on here.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from core.clock import Clock, SystemClock
+from core.records import DeadLetter, Response
+from operators.custody import Queue
+from operators.envelope import SlotFigures
+from operators.sliding_window import PERCENTS, SlidingWindow
+
+PREFIX = "infertuner"
+LONG_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+SHORT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_ENGINE_FAILED = ("cache failed", "prefill failed", "decode failed", "answer failed")
+"""How the reasons of requests begin that a pass, or what goes with it, failed for."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A time of each answered request: a histogram, and percentiles of the latest."""
+
+    name: str
+    help: str
+    buckets_s: tuple[float, ...]
+    read_ms: Callable[[Response], float | None]
+
+
+LATENCIES = (
+    Latency("e2e", "From the creation of a request until its answer leaves", LONG_S, lambda r: r.e2e_ms),
+    Latency("ttft", "From the creation of a request until its first token", LONG_S, lambda r: r.ttft_ms),
+    Latency("tpot", "Mean time of a request's tokens after the first", TOKEN_S, lambda r: r.tpot_ms),
+    Latency("wait", "From the decoding of a request until the engine begins with it", SHORT_S, lambda r: r.wait_ms),
+)
+
+
+@dataclass(frozen=True)
+class Rising:
+    """A count of the slot's process."""
+
+    name: str
+    help: str
+    read: Callable[[SlotFigures], float]
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+def _of_cache(field: str) -> Callable[[SlotFigures], float]:
+    return lambda figures: 0 if figures.cache is None else getattr(figures.cache, field)
+
+
+def _of_engine(field: str) -> Callable[[SlotFigures], float]:
+    return lambda figures: getattr(figures.engine, field)
+
+
+_ENGINE_TOKENS = "Tokens that the engine worked on, those of unanswered requests included"
+_ERRORS = "Passes that failed, and requests whose chunks could not be kept"
+_HITS = "Chunks that a look-up found"
+_FAULTS = "Look-ups and writes that Redis failed: by errors, late answers, damaged records"
+RISING = (
+    *(
+        Rising("engine_tokens", _ENGINE_TOKENS, _of_engine(f"{kind}_tokens"), (("kind", kind),))
+        for kind in ("prefilled", "decoded", "local", "remote")
+    ),
+    Rising("passes", "Forward passes", _of_engine("passes")),
+    Rising("decode_passes", "Forward passes in which sequences decoded", _of_engine("decode_passes")),
+    Rising("errors", _ERRORS, _of_engine("failed_passes"), (("kind", "pass"),)),
+    Rising("errors", _ERRORS, _of_engine("failed_stores"), (("kind", "store"),)),
+    Rising("cache_looked_up_chunks", "Full chunks of the prompts that were looked up", _of_cache("chunks_looked_up")),
+    Rising("cache_hit_chunks", _HITS, _of_cache("local_chunks_hit"), (("tier", "local"),)),
+    Rising("cache_hit_chunks", _HITS, _of_cache("remote_chunks_hit"), (("tier", "remote"),)),
+    Rising("cache_stored_chunks", "Chunks that were kept", _of_cache("chunks_stored")),
+    Rising("cache_refused_chunks", "Chunks that the local tier did not take", _of_cache("chunks_refused")),
+    Rising("cache_evicted_chunks", "Chunks that left the local tier", _of_cache("evictions")),
+    *(
+        Rising("cache_remote_faults", _FAULTS, _of_cache(f"remote_{kind}"), (("kind", kind),))
+        for kind in ("errors", "timeouts", "corrupt")
+    ),
+    Rising("cache_write_dropped_chunks", "Chunks that were not written to Redis", _of_cache("write_dropped")),
+    Rising("cache_read_bytes", "Records that came from Redis", _of_cache("bytes_read")),
+    Rising("cache_written_bytes", "Records that Redis took", _of_cache("bytes_written")),
+)
+
+
+class SlotMetrics:
+    """The figures of one slot, in a registry of Prometheus of their own. Any thread may call and read.
+
+    `duplicates`, `retries` and `restarts` are counters for whoever does that which they count.
+    """
+
+    def __init__(self, slot: int, clock: Clock) -> None:
+        self.registry = CollectorRegistry()
+        self._slot = str(slot)
+        self._clock = clock
+        self._figures: SlotFigures | None = None
+        self._serves = False
+        self._heard_ms = clock.monotonic_ms()
+        self._decode_rows = 0.0
+        self.queue: Callable[[], Queue] = Queue
+        """Set by whoever has the requests."""
+
+        self._requests = self._counter("requests", "Answered requests", "finish_reason")
+        self._letters = self._counter("dead_letters", "Requests that became dead letters", "stage", "cause")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests", "source")
+        self._output_tokens = self._counter("output_tokens", "Tokens of answers").labels(self._slot)
+        self.restarts = self._counter("slot_restarts", "Restarts of the slot's process").labels(self._slot)
+        self.retries = self._counter(
+            "retried_requests", "Requests that were asked again, as the process died with them"
+        ).labels(self._slot)
+        self.duplicates = self._counter(
+            "skipped_duplicates", "Requests that had been answered before and were not asked again"
+        ).labels(self._slot)
+        self._rising = self._rising_counters()
+        self._histograms = {latency.name: self._histogram(latency) for latency in LATENCIES}
+        self._windows = {latency.name: SlidingWindow(clock) for latency in LATENCIES}
+        for name, text, read in self._gauges():
+            gauge = Gauge(name, text, ["slot"], namespace=PREFIX, registry=self.registry)
+            gauge.labels(self._slot).set_function(read)
+
+    def whole_gauges(self) -> dict[str, Callable[[], int]]:
+        """The gauges for where there are whole numbers only: milliseconds for seconds, 0 where nothing is known."""
+        found: dict[str, Callable[[], int]] = {}
+        for name, _, read in self._gauges():
+            seconds = name.endswith("_seconds")
+            whole = f"{PREFIX}_{name.removesuffix('_seconds')}_milliseconds" if seconds else f"{PREFIX}_{name}"
+            found[whole] = partial(_whole, read, 1000 if seconds else 1)
+        return found
+
+    def answered(self, record: Response | DeadLetter) -> None:
+        """An answer or a dead letter leaves."""
+        if isinstance(record, DeadLetter):
+            self._letters.labels(self._slot, record.stage, cause_of(record)).inc()
+            return
+        self._requests.labels(self._slot, record.finish_reason).inc()
+        for source in ("local", "remote", "computed"):
+            self._prompt_tokens.labels(self._slot, source).inc(getattr(record, f"{source}_tokens"))
+        self._output_tokens.inc(record.output_tokens)
+        for latency in LATENCIES:
+            if (took_ms := latency.read_ms(record)) is not None:
+                self._histograms[latency.name].observe(took_ms / 1e3)
+                self._windows[latency.name].add(took_ms / 1e3)
+
+    def serves(self, serves: bool) -> None:
+        """Whether there is a process that is ready. A new one's counts begin with nothing."""
+        self._serves = serves
+        self._heard_ms = self._clock.monotonic_ms()
+        if not serves:
+            self._figures = None
+            self._decode_rows = 0.0
+
+    def heard(self, figures: SlotFigures) -> None:
+        """What the slot's process says of itself."""
+        before, self._figures = self._figures, figures
+        for rising, counter in zip(RISING, self._rising, strict=True):
+            counter.inc(rising.read(figures) - (0 if before is None else rising.read(before)))
+        self._heard_ms = self._clock.monotonic_ms()
+        passes, tokens = figures.engine.decode_passes, figures.engine.decoded_tokens
+        if before is not None:
+            passes, tokens = passes - before.engine.decode_passes, tokens - before.engine.decoded_tokens
+        self._decode_rows = tokens / passes if passes else 0.0
+
+    def _gauges(self) -> Iterator[tuple[str, str, Callable[[], float]]]:
+        """Name, text and value of each."""
+        yield "slot_up", "1 where the slot's process is ready, 0 while it loads or is replaced", lambda: self._serves
+        yield "slot_silence_seconds", "Since the slot's process last gave a sign of life", self._silence_s
+        yield "slot_resident_bytes", "Memory of the slot's process", self._now(lambda figures: figures.resident_bytes)
+        yield "in_flight_requests", "Requests that the slot has not answered", lambda: self.queue().in_flight
+        yield "waiting_requests", "Those of them that have not begun", lambda: self.queue().waiting
+        yield "oldest_wait_seconds", "Since the first of those was decoded", self._oldest_wait_s
+        for field, text in (
+            ("prefilling", "Requests whose prompt is computed in part"),
+            ("running", "Requests that decode"),
+        ):
+            yield f"{field}_requests", text, self._now(_of_engine(field))
+        yield (
+            "decode_rows",
+            "Requests that decoded together, mean since the last sign of life",
+            lambda: self._decode_rows,
+        )
+        for name, field, text in (
+            ("cache_capacity_chunks", "capacity_chunks", "What the local tier may hold"),
+            ("cache_used_chunks", "used_chunks", "What the local tier holds"),
+            ("cache_local_bytes", "local_bytes", "Tensors in the local tier"),
+            ("cache_write_queue_bytes", "queued_bytes", "Tensors that wait to be written to Redis"),
+        ):
+            yield name, text, self._now(_of_cache(field))
+        for latency in LATENCIES:
+            for percent in PERCENTS:
+                text = f"{latency.help}: p{percent} of the latest requests"
+                window = self._windows[latency.name]
+                yield f"{latency.name}_p{percent}_seconds", text, partial(window.percentile, percent)
+
+    def _now(self, read: Callable[[SlotFigures], float]) -> Callable[[], float]:
+        return lambda: math.nan if self._figures is None else read(self._figures)
+
+    def _silence_s(self) -> float:
+        return (self._clock.monotonic_ms() - self._heard_ms) / 1e3
+
+    def _oldest_wait_s(self) -> float:
+        since_ms = self.queue().since_ms
+        return 0.0 if since_ms is None else max(0.0, self._clock.wall_ms() - since_ms) / 1e3
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, ["slot", *labels], namespace=PREFIX, registry=self.registry)
+
+    def _histogram(self, latency: Latency) -> Any:
+        made = Histogram(
+            f"{latency.name}_seconds",
+            latency.help,
+            ["slot"],
+            namespace=PREFIX,
+            buckets=latency.buckets_s,
+            registry=self.registry,
+        )
+        return made.labels(self._slot)
+
+    def _rising_counters(self) -> list[Any]:
+        made: dict[str, Counter] = {}
+        found = []
+        for rising in RISING:
+            if rising.name not in made:
+                made[rising.name] = self._counter(rising.name, rising.help, *(label for label, _ in rising.labels))
+            found.append(made[rising.name].labels(self._slot, *(value for _, value in rising.labels)))
+        return found
+
+
+def _whole(read: Callable[[], float], factor: int) -> int:
+    value = read() * factor
+    return 0 if math.isnan(value) else round(value)
+
+
+@cache
+def slot_metrics(slot: int) -> SlotMetrics:
+    """Those of a slot that all operators of its worker share."""
+    return SlotMetrics(slot, SystemClock())
+
+
+def cause_of(letter: DeadLetter) -> str:
+    """A word for why there is no answer, where the reason is a sentence."""
+    if letter.stage == "decode":
+        return "invalid"
+    if letter.reason.startswith("timeout"):
+        return "timeout"
+    if letter.reason.startswith("the slot's process died"):
+        return "process_died"
+    return "engine" if letter.reason.startswith(_ENGINE_FAILED) else "refused"

@@ -1,0 +1,37 @@
+"""The latest of a stream of numbers, for percentiles of what happens now."""
+
+from collections import deque
+
+import numpy as np
+
+from core.clock import Clock
+
+SPAN_MS = 300_000.0
+MOST = 2048
+"""Values that are kept: the latest, where more come within the span."""
+PERCENTS = (50, 95, 99)
+_FRESH_MS = 1000.0
+"""Percentiles are computed no more often than this."""
+
+
+class SlidingWindow:
+    """The values of the last `SPAN_MS`, of which no more than `MOST`. Any thread may read."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._values: deque[tuple[float, float]] = deque(maxlen=MOST)
+        self._percentiles = {percent: float("nan") for percent in PERCENTS}
+        self._due_ms = 0.0
+
+    def add(self, value: float) -> None:
+        self._values.append((self._clock.monotonic_ms(), value))
+
+    def percentile(self, percent: int) -> float:
+        """One of `PERCENTS`, by linear interpolation; not a number where there is no value."""
+        now_ms = self._clock.monotonic_ms()
+        if now_ms >= self._due_ms:
+            self._due_ms = now_ms + _FRESH_MS
+            recent = [value for at_ms, value in tuple(self._values) if now_ms - at_ms < SPAN_MS]
+            found = np.percentile(recent, PERCENTS) if recent else [float("nan")] * len(PERCENTS)
+            self._percentiles = dict(zip(PERCENTS, map(float, found), strict=True))
+        return self._percentiles[percent]
