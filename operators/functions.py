@@ -144,11 +144,8 @@ class SlotFunction(KeyedProcessFunction):
         yield from self._say_ready()
         if isinstance(value, WarmUp):
             return
-        again = self._answered.look(value)
-        if again is None:
-            yield from self._take_in(value, ctx)
-        else:
-            yield from map(self._row_again, again)
+        again = self._answered_before(value)
+        yield from self._take_in(value, ctx) if again is None else again
 
     def _say_ready(self) -> Iterator[Any]:
         """Whatever came first has opened this function, and so has loaded the model."""
@@ -170,6 +167,14 @@ class SlotFunction(KeyedProcessFunction):
             for ahead in (1, 2):
                 ctx.timer_service().register_processing_time_timer((interval + ahead) * SPARE_TIMER_MS)
             ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+
+    def _answered_before(self, envelope: Envelope) -> list[Any] | None:
+        """None where no earlier attempt of the job has answered it; else what is to be written again, if anything."""
+        again = self._answered.look(envelope)
+        if again is None:
+            return None
+        self._metrics.duplicates.inc()
+        return [self._row_again(record) for record in again]
 
     def _row_again(self, record: Record) -> Any:
         """What was written before, byte for byte."""
@@ -255,12 +260,12 @@ class ContinuousFunction(SlotFunction):
         self._restored.add(key)
         waiting = (envelope for _, envelope in self._in_flight.items())
         for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
-            again = self._answered.look(envelope)
+            again = self._answered_before(envelope)
             if again is None:
                 yield from self._submit(self._again(envelope), ctx)
             else:
                 self._in_flight.remove(_ticket(envelope.source))
-                yield from map(self._row_again, again)
+                yield from again
 
 
 class MicroBatchFunction(SlotFunction):
@@ -305,8 +310,8 @@ class MicroBatchFunction(SlotFunction):
         waiting = list(self._pending.get() or ())
         self._pending.clear()
         for envelope in waiting:
-            again = self._answered.look(envelope)
-            yield from self._add(self._again(envelope), ctx) if again is None else map(self._row_again, again)
+            again = self._answered_before(envelope)
+            yield from self._add(self._again(envelope), ctx) if again is None else again
 
     def _add(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         batcher = self._batchers[ctx.get_current_key()]
