@@ -1,19 +1,15 @@
 """The job on the real Flink, Kafka and Redis: every request is answered once, whatever else the topic holds."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from core.config import JobConfig
 from core.errors import UserError
-from local_stack import LocalStack
 from pipelines import cache_experiment
 from pipelines.connectors import ensure_topics
-from tests.pipelines.job_run import ROOT, Run, checkpoints, ids, worker
+from tests.pipelines.job_run import ROOT, Run, ids
 
 pytestmark = pytest.mark.integration
 JOB = ROOT / "pipelines" / "cache_experiment.py"
@@ -56,34 +52,6 @@ def test_a_bounded_run_answers_every_request_and_keeps_every_bad_record(run: Run
     assert {slot for found in slots.values() for slot in found} <= set(range(parallelism))
     assert sum(answer.local_tokens for answer in run.responses) > 0
     assert max(answer.batch_size for answer in run.responses) == 4
-
-
-def test_a_drain_answers_what_waits_for_its_batch(run: Run) -> None:
-    run.submit("--parallelism", "2", "--batch-size", "4", "--max-wait-ms", "3600000")
-    run.read_until(lambda r: len(r.ready) == 2)
-    run.send(30)
-    # Full batches are answered; what is left of 30 over two slots waits without end.
-    run.read_until(lambda r: len(r.responses) >= 24)
-    assert run.answered() != ids(30)
-    run.job.stop(None, 240)
-    run.settle()
-    assert run.answered() == ids(30)
-
-
-def test_requests_that_wait_outlive_a_killed_worker(run: Run, stack: LocalStack) -> None:
-    """The worker is killed while requests wait in state for their batch: after the restart they are answered."""
-    run.submit("--parallelism", "1", "--batch-size", "8", "--max-wait-ms", "4000", "--checkpoint-interval-ms", "500")
-    run.read_until(lambda r: len(r.ready) == 1)
-    run.send(5)
-    time_of_checkpoint = checkpoints(run)
-    deadline_s = time.monotonic() + 30
-    while checkpoints(run) < time_of_checkpoint + 2:
-        assert time.monotonic() < deadline_s
-    assert run.responses == []
-    os.kill(worker(stack), signal.SIGKILL)
-    run.read_until(lambda r: len({answer.request_id for answer in r.responses}) == 5)
-    assert set(run.answered()) == set(ids(5))
-    assert run.job.state() == "RUNNING"
 
 
 def test_the_job_works_without_redis_and_closes_batches_by_time(run: Run) -> None:
