@@ -247,7 +247,7 @@ def test_a_model_that_cannot_be_served_is_told_in_a_line(config: JobConfig, tmp_
     with pytest.raises(UserError, match=r"^model: cannot load ") as raised:
         Heard(config.model_copy(update={"engine": engine}))
     assert "\n" not in str(raised.value)
-    assert psutil.Process().children() == before
+    assert set(psutil.Process().children()) <= set(before)
 
 
 def test_a_slot_that_fails_to_load_is_told_with_its_traceback(stand_in: JobConfig) -> None:
@@ -256,7 +256,7 @@ def test_a_slot_that_fails_to_load_is_told_with_its_traceback(stand_in: JobConfi
         Heard(stand_in.model_copy(update={"engine": EngineConfig(model="broken")}))
     assert "Traceback" in str(raised.value)
     assert "in __init__" in str(raised.value)
-    assert psutil.Process().children() == before
+    assert set(psutil.Process().children()) <= set(before)
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "OSError", "EOFError", "ConnectionResetError"])

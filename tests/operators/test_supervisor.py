@@ -51,6 +51,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
 
 
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Whatever runs beside, as the cluster of other tests does, is none of a slot's."""
+    before = set(psutil.Process().children())
+    yield
+    assert set(psutil.Process().children()) <= before
+
+
 @pytest.fixture
 def start() -> Iterator[Start]:
     made: list[Supervisor] = []
@@ -65,7 +73,6 @@ def start() -> Iterator[Start]:
     for slot in made:
         slot.close()
         assert not slot._thread.is_alive()
-    assert psutil.Process().children() == []
 
 
 class Outcomes:
@@ -259,13 +266,11 @@ def test_a_slot_that_cannot_load_is_tried_again_and_then_told(model: str, told: 
     limits = {"load_timeout_s": 1.0} if model == "stalled" else {}
     with pytest.raises(SlotDiedError, match=f"{told}; that was death 2 in a row"):
         Supervisor(config(model=model, slot_restarts=1, **limits), 0, SystemClock(), SlotMetrics(0, SystemClock()))
-    assert psutil.Process().children() == []
 
 
 def test_what_the_user_gave_wrong_is_told_at_once() -> None:
     with pytest.raises(UserError, match="model: not this one"):
         Supervisor(config(model="refused"), 0, SystemClock(), SlotMetrics(0, SystemClock()))
-    assert psutil.Process().children() == []
 
 
 def test_a_slot_ends_in_the_midst_of_work(start: Start) -> None:
