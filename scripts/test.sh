@@ -13,12 +13,20 @@ export PATH="$root/.venv/bin:$PATH"
 # Tests use only models that they build themselves.
 export HF_HUB_OFFLINE=1
 
-if (($# == 0)); then
-    # Jobs on the real cluster mostly wait: the rest of the tests runs beside them.
-    set -- -n 2 --dist loadgroup
-    echo "test: ruff check" && ruff check .
-    echo "test: ruff format --check" && ruff format --check .
-    echo "test: mypy" && mypy
+if (($# > 0)); then
+    exec pytest "$@"
 fi
+echo "test: ruff check" && ruff check .
+echo "test: ruff format --check" && ruff format --check .
+echo "test: mypy" && mypy
+# Jobs on the real cluster mostly wait: the other tests run beside them, and are shown after them.
 echo "test: pytest"
-pytest "$@"
+others=$(mktemp)
+pytest -m "not integration" >"$others" 2>&1 &
+running=$!
+status=0
+pytest -m integration || status=$?
+wait "$running" || status=$?
+cat "$others"
+rm "$others"
+exit "$status"
