@@ -124,8 +124,8 @@ def test_what_is_in_flight_goes_along_to_another_parallelism(run: Run, slow: lis
     savepoint = stop_with_savepoint(run, tmp_path, drain=True)
     run.submit("--parallelism", "1", *OPTIONS, *slow, savepoint=savepoint)
     run.send(2, start=14)
-    run.read_until(lambda r: len(r.ready) == 6)
-    run.job.stop(None, 240)
+    run.read_until(lambda r: len(set(r.answered())) == 16)
+    run.job.cancel()
     run.settle()
     assert run.answered() == ids(16)
     assert left
