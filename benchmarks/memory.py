@@ -11,6 +11,7 @@ import psutil
 from redis import Redis
 from redis.exceptions import RedisError
 
+from core.clients import redis_settings
 from local_stack import LocalStack
 from local_stack.processes import Started, members
 
@@ -64,7 +65,8 @@ class MemorySampler:
     def _taken(self) -> Iterator[tuple[str, str, float]]:
         for started in self.stack.processes:
             if started.service == "Redis":
-                with suppress(RedisError), Redis.from_url(self.stack.addresses().redis_url, socket_timeout=2) as redis:
+                url = self.stack.addresses().redis_url
+                with suppress(RedisError), Redis.from_url(url, **redis_settings(url), socket_timeout=2) as redis:
                     yield started.name, "redis", redis.info("memory")["used_memory"] / MIB
                 continue
             for process in members(started):

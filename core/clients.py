@@ -13,8 +13,6 @@ from core.errors import UserError
 
 _TELLING_LOGGERS = ("kafka.admin.client", "kafka.net.connection", "kafka.protocol.parser")
 """At DEBUG these write out what kafka-python is configured with and sends, passwords included."""
-
-
 FROM_ENVIRONMENT = RedisAccessConfig()
 """Whoever the environment says."""
 

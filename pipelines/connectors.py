@@ -79,7 +79,9 @@ def resume_offsets(config: JobConfig) -> dict[int, int]:
             begins = consumer.beginning_offsets(places)
             stands = {place: consumer.committed(place, timeout_ms=REQUEST_TIMEOUT_MS) for place in places}
     except (KafkaError, OSError) as error:
-        raise UserError(f"brokers: cannot read where group {kafka.consumer_group!r} stands: {error}") from error
+        raise UserError(
+            f"brokers: cannot read where group {kafka.consumer_group!r} stands: {in_one_line(error)}"
+        ) from error
     return {
         place.partition: max(begins[place], stood - config.delivery.resume_records)
         for place, stood in stands.items()
