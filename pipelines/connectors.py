@@ -144,9 +144,14 @@ def kafka_source(tables: StreamTableEnvironment, config: JobConfig, begin: Mappi
 
 
 def add_kafka_sink(
-    tables: StreamTableEnvironment, statements: StatementSet, stream: DataStream, config: JobConfig, topic: str
+    tables: StreamTableEnvironment,
+    statements: StatementSet,
+    stream: DataStream,
+    config: JobConfig,
+    topic: str,
+    name: str,
 ) -> None:
-    """Write a stream of `(key, value)` string rows to `topic`."""
+    """Write a stream of `(key, value)` string rows to `topic`; `name` is the sink's own in this job."""
     options = _connection(config.kafka) | {
         "topic": topic,
         "key.format": "raw",
@@ -161,12 +166,12 @@ def add_kafka_sink(
     if config.delivery.delivery is Delivery.EXACTLY_ONCE:
         options |= {
             # No other job may have it: who begins with it ends the transactions that were left under it.
-            "sink.transactional-id-prefix": f"{config.job_name}:{config.kafka.consumer_group}:{topic}",
+            "sink.transactional-id-prefix": f"{config.job_name}:{config.kafka.consumer_group}:{topic}:{name}",
             "properties.transaction.timeout.ms": str(config.delivery.transaction_timeout_ms),
         }
-    tables.execute_sql(f"CREATE TEMPORARY TABLE `{topic}` (`key` STRING, `value` STRING) WITH ({_quoted(options)})")
+    tables.execute_sql(f"CREATE TEMPORARY TABLE `{name}` (`key` STRING, `value` STRING) WITH ({_quoted(options)})")
     schema = Schema.new_builder().column("key", DataTypes.STRING()).column("value", DataTypes.STRING()).build()
-    statements.add_insert(f"`{topic}`", tables.from_data_stream(stream, schema))
+    statements.add_insert(f"`{name}`", tables.from_data_stream(stream, schema))
 
 
 def _admin(kafka: KafkaConfig) -> KafkaAdminClient:

@@ -32,13 +32,17 @@ def build(env: StreamExecutionEnvironment, config: JobConfig, begin: Mapping[int
     )
 
     statements = tables.create_statement_set()
-    dead_letters = decoded.get_side_output(DEAD_LETTERS).union(responses.get_side_output(DEAD_LETTERS))
-    for stream, topic in (
-        (responses, config.kafka.responses_topic),
-        (dead_letters, config.kafka.dead_letters_topic),
-        (responses.get_side_output(READY), config.kafka.ready_topic),
+    # Each stream has a sink of its own, in the task that it comes from. A sink of both streams of dead letters would
+    # stand behind an edge that Flink aligns barriers on (one task to one task), while the edge to inference lets them
+    # overtake: the sink would hold inference's letters back until decode's barrier comes, and decode may be waiting for
+    # inference to take more.
+    for name, stream, topic in (
+        ("responses", responses, config.kafka.responses_topic),
+        ("dead-letters-of-decode", decoded.get_side_output(DEAD_LETTERS), config.kafka.dead_letters_topic),
+        ("dead-letters-of-inference", responses.get_side_output(DEAD_LETTERS), config.kafka.dead_letters_topic),
+        ("ready", responses.get_side_output(READY), config.kafka.ready_topic),
     ):
-        add_kafka_sink(tables, statements, stream, config, topic)
+        add_kafka_sink(tables, statements, stream, config, topic, name)
     statements.attach_as_datastream()
     name_states(env)
     return responses
