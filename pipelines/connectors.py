@@ -6,6 +6,7 @@ they are (null included), its partition and offset, and write a key beside the v
 
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
@@ -143,17 +144,21 @@ def kafka_source(tables: StreamTableEnvironment, config: JobConfig, begin: Mappi
     return tables.to_data_stream(tables.sql_query(rows))
 
 
+@dataclass(frozen=True)
+class KafkaSink:
+    """A stream of `(key, value)` string rows, the topic that it goes to, and the sink's own name in the job."""
+
+    name: str
+    stream: DataStream
+    topic: str
+
+
 def add_kafka_sink(
-    tables: StreamTableEnvironment,
-    statements: StatementSet,
-    stream: DataStream,
-    config: JobConfig,
-    topic: str,
-    name: str,
+    tables: StreamTableEnvironment, statements: StatementSet, config: JobConfig, sink: KafkaSink
 ) -> None:
-    """Write a stream of `(key, value)` string rows to `topic`; `name` is the sink's own in this job."""
+    """Write `sink`'s stream to its topic."""
     options = _connection(config.kafka) | {
-        "topic": topic,
+        "topic": sink.topic,
         "key.format": "raw",
         "key.fields": "key",
         "value.format": "raw",
@@ -166,12 +171,12 @@ def add_kafka_sink(
     if config.delivery.delivery is Delivery.EXACTLY_ONCE:
         options |= {
             # No other job may have it: who begins with it ends the transactions that were left under it.
-            "sink.transactional-id-prefix": f"{config.job_name}:{config.kafka.consumer_group}:{topic}:{name}",
+            "sink.transactional-id-prefix": f"{config.job_name}:{config.kafka.consumer_group}:{sink.topic}:{sink.name}",
             "properties.transaction.timeout.ms": str(config.delivery.transaction_timeout_ms),
         }
-    tables.execute_sql(f"CREATE TEMPORARY TABLE `{name}` (`key` STRING, `value` STRING) WITH ({_quoted(options)})")
+    tables.execute_sql(f"CREATE TEMPORARY TABLE `{sink.name}` (`key` STRING, `value` STRING) WITH ({_quoted(options)})")
     schema = Schema.new_builder().column("key", DataTypes.STRING()).column("value", DataTypes.STRING()).build()
-    statements.add_insert(f"`{name}`", tables.from_data_stream(stream, schema))
+    statements.add_insert(f"`{sink.name}`", tables.from_data_stream(sink.stream, schema))
 
 
 def _admin(kafka: KafkaConfig) -> KafkaAdminClient:

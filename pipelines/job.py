@@ -13,7 +13,14 @@ from core.options import Parser, add_options, from_options, set_own_defaults
 from operators.functions import DEAD_LETTERS, KEY_VALUE, READY, DecodeFunction, inference_function
 from operators.placement import key_of_each_slot
 from operators.slot import check_before_start
-from pipelines.connectors import add_kafka_sink, check_transactions, ensure_topics, kafka_source, resume_offsets
+from pipelines.connectors import (
+    KafkaSink,
+    add_kafka_sink,
+    check_transactions,
+    ensure_topics,
+    kafka_source,
+    resume_offsets,
+)
 from pipelines.environment import make_environment, subtask_of_key
 from pipelines.state_ids import name_states
 
@@ -32,17 +39,18 @@ def build(env: StreamExecutionEnvironment, config: JobConfig, begin: Mapping[int
     )
 
     statements = tables.create_statement_set()
+    letters_topic = config.kafka.dead_letters_topic
     # Each stream has a sink of its own, in the task that it comes from. A sink of both streams of dead letters would
-    # stand behind an edge that Flink aligns barriers on (one task to one task), while the edge to inference lets them
+    # stand behind edges that Flink aligns barriers on (one task to one task), while on the edge to inference they
     # overtake: the sink would hold inference's letters back until decode's barrier comes, and decode may be waiting for
     # inference to take more.
-    for name, stream, topic in (
-        ("responses", responses, config.kafka.responses_topic),
-        ("dead-letters-of-decode", decoded.get_side_output(DEAD_LETTERS), config.kafka.dead_letters_topic),
-        ("dead-letters-of-inference", responses.get_side_output(DEAD_LETTERS), config.kafka.dead_letters_topic),
-        ("ready", responses.get_side_output(READY), config.kafka.ready_topic),
+    for sink in (
+        KafkaSink("responses", responses, config.kafka.responses_topic),
+        KafkaSink("dead-letters-of-decode", decoded.get_side_output(DEAD_LETTERS), letters_topic),
+        KafkaSink("dead-letters-of-inference", responses.get_side_output(DEAD_LETTERS), letters_topic),
+        KafkaSink("ready", responses.get_side_output(READY), config.kafka.ready_topic),
     ):
-        add_kafka_sink(tables, statements, stream, config, topic, name)
+        add_kafka_sink(tables, statements, config, sink)
     statements.attach_as_datastream()
     name_states(env)
     return responses
