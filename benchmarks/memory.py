@@ -16,7 +16,7 @@ from local_stack import LocalStack
 from local_stack.processes import Started, members
 
 MIB = 1 << 20
-PYTHON_KINDS = {"pyflink.fn_execution.beam.beam_boot": "worker", "operators.slot_server": "slot"}
+PYTHON_KINDS = {"pyflink.fn_execution.beam.beam_boot": "worker", "operators.slots.server": "slot"}
 
 
 @dataclass(frozen=True)

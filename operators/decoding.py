@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 from core.clock import Clock
 from core.errors import UserError
 from core.records import MAX_RECORD_BYTES, DeadLetter, Identifier, Request
-from operators.deduplicator import Deduplicator
+from operators.delivery.deduplicator import Deduplicator
 from operators.envelope import Envelope, Source
 from operators.placement import Placing
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from core.config import PlacementConfig
 from core.session_home import home_slot
-from operators.load_board import Loads
+from operators.boards.load_board import Loads
 
 DETOUR_MS = 100.0
 """What a session is taken to add to the queue it is sent to, until that slot reports again."""

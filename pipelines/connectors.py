@@ -19,7 +19,7 @@ from core.clients import kafka_settings
 from core.config import MAX_DEAD_LETTER_BYTES, Delivery, JobConfig, KafkaConfig
 from core.credentials import in_one_line
 from core.errors import UserError
-from operators.functions import WARM_UP
+from operators.flink.rows import WARM_UP
 from pipelines.kafka_security import security_properties
 
 CONNECT_TIMEOUT_MS = 5_000

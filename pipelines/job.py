@@ -10,9 +10,11 @@ from pyflink.table import StreamTableEnvironment
 from core.config import JobConfig
 from core.model_path import with_model_found
 from core.options import Parser, add_options, from_options, set_own_defaults
-from operators.functions import DEAD_LETTERS, KEY_VALUE, READY, DecodeFunction, inference_function
+from operators.flink.decode import DecodeFunction
+from operators.flink.inference import inference_function
+from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY
 from operators.placement import key_of_each_slot
-from operators.slot import check_before_start
+from operators.slots.check import check_before_start
 from pipelines.connectors import (
     KafkaSink,
     add_kafka_sink,

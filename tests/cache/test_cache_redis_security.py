@@ -20,8 +20,8 @@ from core.errors import UserError
 from local_stack.config import StackConfig
 from local_stack.redis import RedisService
 from local_stack.service import NotReady
-from operators.budget_board import BudgetBoard
-from operators.load_board import LoadBoard, LoadReport
+from operators.boards.budget_board import BudgetBoard
+from operators.boards.load_board import LoadBoard, LoadReport
 from tests.tls import Certificates, make_certificates
 
 N = 3

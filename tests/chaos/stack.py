@@ -19,7 +19,7 @@ from local_stack.processes import Started, members
 from tests.chaos.begins import BeginLog
 
 WORKER = "pyflink.fn_execution.beam.beam_boot"
-SLOT = "operators.slot_server"
+SLOT = "operators.slots.server"
 
 
 def chaos_config(directory: Path) -> StackConfig:

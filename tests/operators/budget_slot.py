@@ -9,7 +9,7 @@ import time
 from cache.sizing.budget import Budget, SlotReport
 from cache.sizing.gain_curve import GainCurve, Step
 from core.clock import SystemClock
-from operators.budget_board import BudgetBoard, BudgetShare
+from operators.boards.budget_board import BudgetBoard, BudgetShare
 
 BUDGET = Budget(chunks=300, slots=3, least_chunks=20, greatest_chunks=250)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from operators.journal import Partition, Record
+from operators.delivery.journal import Partition, Record
 
 
 class Outcome(Enum):

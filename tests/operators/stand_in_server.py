@@ -19,13 +19,15 @@ from operators.envelope import Answer, Envelope, Ready, SlotFigures, Source
 
 logger = logging.getLogger("stand-in")
 STEP_S = 0.002
+AT_ONCE = " at once"
 
 
 class StandInSlot:
     """Answers a request after as many steps as it wants tokens. Its prompt says what else happens in the third of them:
 
     `kill`, `stop`: the process is, by its signal; `tokenize`: it is killed before the request is in the queue;
-    `stall`: the step never ends; `raise NAME`: the engine does. What begins with `refuse` is refused.
+    `stall`: the step never ends; `raise NAME`: the engine does. With ` at once` behind it, it happens in the first of
+    them. What begins with `refuse` is refused.
     A model named `broken` cannot be loaded, one named `refused` is the user's fault, `stalled` takes for ever, `killed`
     kills.
     """
@@ -82,8 +84,9 @@ class StandInSlot:
             self._running[envelope.source] = (envelope, 0)
         for source, (envelope, steps) in self._running.items():
             self._running[source] = (envelope, steps + 1)
-            if steps == 2:
-                misbehave(envelope.request.prompt or "")
+            prompt = envelope.request.prompt or ""
+            if steps == (0 if prompt.endswith(AT_ONCE) else 2):
+                misbehave(prompt.removesuffix(AT_ONCE))
         self._on_pass()
         done = [envelope for envelope, steps in self._running.values() if steps >= envelope.request.max_new_tokens]
         for envelope in done:
@@ -147,6 +150,6 @@ def response(envelope: Envelope, slot: int) -> Response:
 
 if __name__ == "__main__":
     # In the place of the module that would load libraries for seconds.
-    sys.modules["operators.slot"] = ModuleType("operators.slot")
-    sys.modules["operators.slot"].InferenceSlot = StandInSlot  # type: ignore[attr-defined]
-    runpy.run_module("operators.slot_server", run_name="__main__")
+    sys.modules["operators.slots.slot"] = ModuleType("operators.slots.slot")
+    sys.modules["operators.slots.slot"].InferenceSlot = StandInSlot  # type: ignore[attr-defined]
+    runpy.run_module("operators.slots.server", run_name="__main__")

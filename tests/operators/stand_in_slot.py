@@ -9,10 +9,10 @@ from unittest import mock
 from core.clock import Clock
 from core.config import JobConfig
 from core.records import DeadLetter, Response
-from operators.custody import Retry
 from operators.envelope import Answer, Envelope, Ready, Source
-from operators.metrics import SlotMetrics
-from operators.pump import Pump
+from operators.metrics.slot_metrics import SlotMetrics
+from operators.slots.custody import Retry
+from operators.slots.pump import Pump
 
 WAIT_S = 20.0
 """Never reached unless something is wrong."""

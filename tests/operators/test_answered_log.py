@@ -6,9 +6,9 @@ import pytest
 
 from core.config import KafkaConfig
 from core.records import DeadLetter
-from operators.answered_log import AnsweredLog
+from operators.delivery.answered_log import AnsweredLog
+from operators.delivery.journal import Partition
 from operators.envelope import Envelope, Source
-from operators.journal import Partition
 from tests.operators.memory_journal import MemoryJournal, Outcome, Transaction
 
 KAFKA = KafkaConfig()

@@ -16,8 +16,8 @@ from cache.sizing.budget import SlotReport
 from core.clock import ManualClock, SystemClock
 from core.config import CacheConfig, JobConfig, RemoteConfig, SizingConfig, Strategy
 from core.errors import UserError
-from operators.budget_board import STALE_MS, BudgetShare
-from operators.slot import check_before_start
+from operators.boards.budget_board import STALE_MS, BudgetShare
+from operators.slots.check import check_before_start
 from tests.operators.budget_slot import BUDGET, board, report
 from tests.operators.test_load_board import eventually
 

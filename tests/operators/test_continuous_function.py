@@ -11,16 +11,10 @@ from core.clock import ManualClock
 from core.config import BatchingConfig, EngineConfig, JobConfig
 from core.records import Response
 from operators.envelope import WarmUp
-from operators.functions import (
-    DEAD_LETTERS,
-    END_OF_INPUT,
-    FULL_POLL_S,
-    KEY_VALUE,
-    POLL_S,
-    READY,
-    ContinuousFunction,
-)
-from operators.metrics import slot_metrics
+from operators.flink.continuous import FULL_POLL_S, POLL_S, ContinuousFunction
+from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY
+from operators.flink.slot_function import END_OF_INPUT
+from operators.metrics.slot_metrics import slot_metrics
 from tests.experiments.experiment_samples import response
 from tests.operators.memory_journal import MemoryJournal
 from tests.operators.operator_harness import OperatorHarness, Output

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.records import DeadLetter
-from operators.custody import Custody, Retry
 from operators.envelope import Answer, Envelope, Source
+from operators.slots.custody import Custody, Retry
 from tests.operators.test_slot import envelope
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from operators.deduplicator import Deduplicator
+from operators.delivery.deduplicator import Deduplicator
+from operators.delivery.journal import Partition
 from operators.envelope import Source
-from operators.journal import Partition
 from tests.operators.memory_journal import MemoryJournal
 
 TOPIC = "llm.requests"

@@ -21,14 +21,10 @@ from pyflink.datastream import TimeDomain
 from core.clock import ManualClock
 from core.config import BatchingConfig, EngineConfig, JobConfig
 from operators.envelope import Envelope, WarmUp
-from operators.functions import (
-    KEY_VALUE,
-    READY,
-    SPARE_TIMER_MS,
-    ContinuousFunction,
-    MicroBatchFunction,
-    SlotFunction,
-)
+from operators.flink.continuous import ContinuousFunction
+from operators.flink.micro_batch import MicroBatchFunction
+from operators.flink.rows import KEY_VALUE, READY
+from operators.flink.slot_function import SPARE_TIMER_MS, SlotFunction
 from operators.placement import key_of_each_slot
 from tests.experiments.experiment_samples import response
 from tests.operators.flink.key_groups import subtask_of

@@ -17,11 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from core.clock import ManualClock
 from core.config import KafkaConfig
 from core.records import DeadLetter
-from operators.answered_log import AnsweredLog
 from operators.decoding import Decoder
-from operators.deduplicator import Deduplicator
+from operators.delivery.answered_log import AnsweredLog
+from operators.delivery.deduplicator import Deduplicator
+from operators.delivery.journal import Partition
 from operators.envelope import Envelope, Source
-from operators.journal import Partition
 from operators.placement import SessionAffinity
 from tests.operators.memory_journal import NONE, MemoryJournal, Outcome, Transaction
 

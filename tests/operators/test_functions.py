@@ -11,16 +11,11 @@ from pyflink.datastream import TimeDomain
 from core.clock import ManualClock
 from core.config import Batching, BatchingConfig, JobConfig
 from operators.envelope import Envelope, Source, WarmUp
-from operators.functions import (
-    DEAD_LETTERS,
-    END_OF_INPUT,
-    KEY_VALUE,
-    READY,
-    WARM_UP,
-    DecodeFunction,
-    MicroBatchFunction,
-    inference_function,
-)
+from operators.flink.decode import DecodeFunction
+from operators.flink.inference import inference_function
+from operators.flink.micro_batch import MicroBatchFunction
+from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY, WARM_UP
+from operators.flink.slot_function import END_OF_INPUT
 from tests.experiments.experiment_samples import response
 from tests.operators.memory_journal import MemoryJournal
 from tests.operators.operator_harness import OperatorHarness, Output

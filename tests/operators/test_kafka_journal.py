@@ -11,8 +11,8 @@ from kafka.admin import NewTopic
 
 from core.config import KafkaConfig
 from local_stack import LocalStack
-from operators.journal import Journal, Partition
-from operators.kafka_journal import KafkaJournal
+from operators.delivery.journal import Journal, Partition
+from operators.delivery.kafka_journal import KafkaJournal
 from tests.operators.memory_journal import MemoryJournal, Outcome, Transaction
 
 TOPIC, OTHER = "answers", "letters"

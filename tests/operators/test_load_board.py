@@ -8,7 +8,7 @@ from redis import Redis
 
 from benchmarks.raw_redis import running_redis
 from core.config import CacheConfig, JobConfig, Placement, PlacementConfig, RemoteConfig
-from operators.load_board import LoadBoard, LoadReport, LoadView
+from operators.boards.load_board import LoadBoard, LoadReport, LoadView
 
 
 @pytest.fixture(scope="module")

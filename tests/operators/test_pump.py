@@ -8,7 +8,7 @@ import pytest
 
 from core.clock import ManualClock
 from operators.envelope import Answer, Source
-from operators.pump import Pump
+from operators.slots.pump import Pump
 from tests.experiments.experiment_samples import response
 from tests.operators.stand_in_slot import GatedSlot, envelope, letter
 

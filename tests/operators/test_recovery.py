@@ -9,7 +9,10 @@ from core.clock import ManualClock
 from core.config import BatchingConfig, JobConfig
 from core.records import DeadLetter
 from operators.envelope import Envelope, Source, WarmUp
-from operators.functions import DEAD_LETTERS, KEY_VALUE, READY, ContinuousFunction, MicroBatchFunction, SlotFunction
+from operators.flink.continuous import ContinuousFunction
+from operators.flink.micro_batch import MicroBatchFunction
+from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY
+from operators.flink.slot_function import SlotFunction
 from tests.experiments.experiment_samples import response
 from tests.operators.memory_journal import MemoryJournal, Outcome, Transaction
 from tests.operators.operator_harness import OperatorHarness, Output

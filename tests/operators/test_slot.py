@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +9,10 @@ from transformers import Qwen2Config
 
 from core.clock import SystemClock
 from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig
-from core.errors import UserError
 from core.records import DeadLetter, Response
 from inference_service.figures import EngineFigures
 from operators.envelope import Answer, Envelope, Source
-from operators.slot import InferenceSlot, check_before_start
+from operators.slots.slot import InferenceSlot
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 
 
@@ -165,12 +163,6 @@ def test_ready_says_what_serves(slot: InferenceSlot) -> None:
     ready = slot.ready
     assert (ready.slot, ready.device, ready.model, ready.threads) == (0, "cpu", "tiny-qwen2", torch.get_num_threads())
     assert ready.engine.startswith("transformers-")
-
-
-def test_a_missing_model_is_told_before_the_start(tmp_path: Path) -> None:
-    config = JobConfig(engine=EngineConfig(model=str(tmp_path / "none")))
-    with pytest.raises(UserError, match=r"config\.json"):
-        check_before_start(config)
 
 
 @pytest.mark.parametrize("grouped", [False, True])

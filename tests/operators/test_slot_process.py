@@ -23,10 +23,10 @@ from core.clock import SystemClock
 from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig, SupervisionConfig
 from core.errors import UserError
 from core.records import DeadLetter, Response
-from operators import slot_process
 from operators.envelope import Answer, Envelope, Group, Ready
-from operators.slot import InferenceSlot
-from operators.slot_process import END_TIMEOUT_S, Beat, Began, Said, SlotDiedError, SlotProcess
+from operators.slots import process as slot_process
+from operators.slots.process import END_TIMEOUT_S, Beat, Began, Said, SlotDiedError, SlotProcess
+from operators.slots.slot import InferenceSlot
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 from tests.operators.test_slot import envelope
 
@@ -37,7 +37,7 @@ LONG = 30_000
 """Tokens of an answer that would take most of a minute."""
 WORKER = """
 import pickle, sys
-from operators.slot_process import SlotProcess
+from operators.slots.process import SlotProcess
 
 config, requests = pickle.load(sys.stdin.buffer)
 process = SlotProcess(config, 0)
@@ -217,7 +217,11 @@ def test_what_the_process_logs_is_in_this_ones_log(process: Heard, caplog: pytes
     (answer,) = process.receive()
     assert letter(answer).reason.startswith("prompt: TypeError")
     (record,) = caplog.records
-    assert (record.name, record.levelno, record.process) == ("operators.slot", logging.ERROR, process._process.pid)
+    assert (record.name, record.levelno, record.process) == (
+        "operators.slots.slot",
+        logging.ERROR,
+        process._process.pid,
+    )
     first, *rest = record.getMessage().splitlines()
     assert first.endswith("request 'r9' could not be tokenized")
     assert rest[0].startswith("Traceback")
@@ -366,7 +370,7 @@ def test_a_process_that_does_not_end_in_time_is_killed(
     stand_in: JobConfig, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = start(stand_in)
-    process.send(envelope(1, prompt="stall"))
+    process.send(envelope(1, prompt="stall at once"))
     process.next(Began)
     monkeypatch.setattr(slot_process, "END_TIMEOUT_S", 0.1)
     process.end()

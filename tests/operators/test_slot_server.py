@@ -11,8 +11,8 @@ import pytest
 from core.clock import ManualClock, SystemClock
 from inference_service.figures import EngineFigures
 from operators.envelope import Answer, Envelope, Group, SlotFigures, Source
-from operators.slot_process import Beat
-from operators.slot_server import BEAT_S, Line, Pulse, serve
+from operators.slots.process import Beat
+from operators.slots.server import BEAT_S, Line, Pulse, serve
 from tests.operators.test_pump import WAIT_S, envelope, letter
 
 FIGURES = SlotFigures(EngineFigures(passes=7), None, resident_bytes=1 << 20)

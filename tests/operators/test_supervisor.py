@@ -20,12 +20,13 @@ from core.clock import Clock, ManualClock, SystemClock
 from core.config import Batching, BatchingConfig, EngineConfig, JobConfig, SupervisionConfig
 from core.errors import UserError
 from core.records import DeadLetter, Response
-from operators import slot_process, supervisor
-from operators.custody import Retry
 from operators.envelope import Answer, Envelope, Group, Ready
-from operators.metrics import SlotMetrics
-from operators.slot_process import Beat, Began, Said, SlotDiedError
-from operators.supervisor import Process, Supervisor, backoff_s
+from operators.metrics.slot_metrics import SlotMetrics
+from operators.slots import process as slot_process
+from operators.slots import supervisor
+from operators.slots.custody import Retry
+from operators.slots.process import Beat, Began, Said, SlotDiedError
+from operators.slots.supervisor import Process, Supervisor, backoff_s
 from tests.operators.test_pump import letter
 from tests.operators.test_slot import envelope
 from tests.operators.test_slot_server import FIGURES

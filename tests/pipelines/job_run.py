@@ -181,7 +181,7 @@ def worker(stack: LocalStack) -> int:
 
 def slot_process(stack: LocalStack) -> int:
     """The process of the one slot in use."""
-    return _youngest(stack, "operators.slot_server")
+    return _youngest(stack, "operators.slots.server")
 
 
 def _youngest(stack: LocalStack, named: str) -> int:

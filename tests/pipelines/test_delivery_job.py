@@ -18,7 +18,7 @@ from core.config import JobConfig
 from core.records import Response
 from inference_service.device_profile import DeviceProfile
 from local_stack import LocalStack
-from operators.kafka_journal import KafkaJournal
+from operators.delivery.kafka_journal import KafkaJournal
 from pipelines.connectors import ensure_topics
 from tests.pipelines.job_run import ROOT, Run, ids, stop_with_savepoint, take_checkpoint, worker
 

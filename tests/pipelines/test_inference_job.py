@@ -101,7 +101,7 @@ def test_an_answer_does_not_wait_for_a_longer_one_and_a_drain_answers_both(
     run.submit("--parallelism", "2", *slow)
     run.read_until(lambda r: len(r.ready) == 2)
     running = processes_of(stack)
-    assert sum("operators.slot_server" in process.cmdline() for process in running) == 2
+    assert sum("operators.slots.server" in process.cmdline() for process in running) == 2
     # The TaskManager's JVM itself takes connections of Python workers at any address: Beam binds these ports.
     assert listening_on(process for process in running if process.name() != "java") <= {"127.0.0.1"}
     assert {str(ready["device"]) for ready in run.ready} == {"simulated:0", "simulated:1"}

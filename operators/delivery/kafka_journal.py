@@ -9,7 +9,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from core.clients import kafka_settings
 from core.config import KafkaConfig
-from operators.journal import Partition, Record
+from operators.delivery.journal import Partition, Record
 
 PATIENCE_S = 60.0
 """Longest that Kafka may give nothing new. Beyond it the operator fails, and Flink restarts it, later and later."""

@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 from core.clients import FROM_ENVIRONMENT, redis_settings
 from core.config import JobConfig, Placement, RedisAccessConfig
-from operators.periodic import Periodic
+from operators.boards.periodic import Periodic
 
 STALE_MS = 2000
 """What a slot has said is forgotten after this."""

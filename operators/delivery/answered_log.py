@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from core.config import KafkaConfig
 from core.records import DeadLetter
+from operators.delivery.journal import Journal, Partition, Record
 from operators.envelope import Envelope, Source
-from operators.journal import Journal, Partition, Record
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from cache.sizing.budget import Budget, SlotReport
 from core.clients import FROM_ENVIRONMENT, redis_settings
 from core.clock import Clock
 from core.config import JobConfig, RedisAccessConfig, Strategy
-from operators.load_board import TIMEOUT_S
-from operators.periodic import Periodic
+from operators.boards.load_board import TIMEOUT_S
+from operators.boards.periodic import Periodic
 
 STALE_MS = 3000
 """A slot that has said nothing for this long has lost its share."""

@@ -10,35 +10,20 @@ import torch
 import transformers
 
 from cache.manager import TwoLevelCache, open_cache
-from cache.redis_wire import RedisAddress
 from core.clock import Clock
 from core.config import Batching, EngineKind, JobConfig
 from core.errors import UserError
 from core.records import Response
 from inference_service.completion import Completion, Failure
-from inference_service.device_profile import DeviceProfile
 from inference_service.engine import Engine, load_checked_model
-from inference_service.model import resolve_model
 from inference_service.protocol import ServedModel
 from inference_service.simulated import load_simulated
-from operators.budget_board import BudgetShare
+from operators.boards.budget_board import BudgetShare
 from operators.envelope import Answer, Envelope, Ready, SlotFigures, Source
 
 logger = logging.getLogger(__name__)
 
 TRANSFORMERS = f"transformers-{transformers.__version__}"
-
-
-def check_before_start(config: JobConfig) -> None:
-    """Raises `UserError` for what no slot could start with, where the job is submitted and not in a worker."""
-    if config.engine.profile is not None:
-        DeviceProfile.read(config.engine.profile)
-    else:
-        resolve_model(config.engine.model)
-    if config.cache.remote.redis_url is not None:
-        RedisAddress.parse(config.cache.remote.redis_url)
-    elif config.cache.sizing.budget_chunks is not None and config.parallelism > 1:
-        raise UserError("--budget-chunks: slots share it by way of Redis; add --redis-url, or leave it out")
 
 
 class InferenceSlot:

@@ -1,6 +1,6 @@
 """The process of a slot: loads it, takes in what comes between two steps of its engine, sends out what has finished.
 
-`operators.slot_process` starts it, with the number of the socket that they speak by. It ends when the other side does.
+`operators.slots.process` starts it, with the number of the socket that they speak by. It ends when the other side does.
 """
 
 import json
@@ -19,10 +19,10 @@ from typing import Any
 from core.clock import Clock, SystemClock
 from core.config import Batching, JobConfig
 from core.errors import UserError
+from operators.boards.load_board import LoadBoard, LoadReport
 from operators.envelope import Group
-from operators.load_board import LoadBoard, LoadReport
-from operators.slot import InferenceSlot
-from operators.slot_process import Beat, Began, Broken, Refused, Start
+from operators.slots.process import Beat, Began, Broken, Refused, Start
+from operators.slots.slot import InferenceSlot
 
 BEAT_S = 0.5
 """Time between two signs of life."""

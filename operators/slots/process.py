@@ -23,7 +23,7 @@ from core.config import JobConfig
 from core.errors import UserError
 from operators.envelope import Answer, Envelope, Group, Ready, SlotFigures, Source
 
-SERVER = "operators.slot_server"
+SERVER = "operators.slots.server"
 END_TIMEOUT_S = 10.0
 """Longest that a step, or a micro-batch, may take to end once nobody waits for it any more."""
 

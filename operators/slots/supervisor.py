@@ -16,10 +16,10 @@ from typing import Protocol
 from core.clock import Clock
 from core.config import Batching, JobConfig
 from core.records import Response
-from operators.custody import Custody, Queue, Retry
 from operators.envelope import Answer, Envelope, Group, Ready
-from operators.metrics import SlotMetrics
-from operators.slot_process import Beat, Began, Said, SlotDiedError, SlotProcess
+from operators.metrics.slot_metrics import SlotMetrics
+from operators.slots.custody import Custody, Queue, Retry
+from operators.slots.process import Beat, Began, Said, SlotDiedError, SlotProcess
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def backoff_s(deaths: int) -> float:
 
 
 class Process(Protocol):
-    """A slot's process, as `operators.slot_process` describes it."""
+    """A slot's process, as `operators.slots.process` describes it."""
 
     def send(self, order: Envelope | Group) -> None: ...
 

@@ -9,8 +9,8 @@ from collections import defaultdict
 from typing import Protocol
 
 from core.clock import Clock
-from operators.custody import Retry
 from operators.envelope import Answer, Envelope, Source
+from operators.slots.custody import Retry
 
 
 class Serving(Protocol):

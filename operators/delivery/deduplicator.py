@@ -8,8 +8,8 @@ from collections import deque
 
 from core.errors import UserError
 from core.records import Request
+from operators.delivery.journal import Journal, Partition
 from operators.envelope import Source
-from operators.journal import Journal, Partition
 
 
 class RecentIds:

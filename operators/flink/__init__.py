@@ -1,0 +1,1 @@
+"""The Flink side of the operators: callbacks are translated, decisions are made elsewhere."""

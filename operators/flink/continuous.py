@@ -1,0 +1,97 @@
+"""Continuous batching: requests enter the running batch at every step, and each answer leaves by itself."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+from pyflink.common import Types
+from pyflink.datastream import KeyedProcessFunction, RuntimeContext
+from pyflink.datastream.state import MapState, MapStateDescriptor
+
+from operators.envelope import Envelope, Source
+from operators.flink.rows import answer_row
+from operators.flink.slot_function import END_OF_INPUT, SlotFunction
+from operators.slots.pump import Pump
+
+POLL_S = 0.025
+"""Longest wait for an answer while the stream stands still: a request that comes meanwhile waits as long."""
+FULL_POLL_S = 0.1
+"""The same where every row is taken: one that comes cannot begin before another has finished, which ends the wait."""
+
+
+class ContinuousFunction(SlotFunction):
+    """Envelopes of one slot in; each response out as soon as it is there, dead letters and the ready record aside.
+
+    What is in flight is in Flink's state as well, so that a restart loses nothing: it is asked again. Answers leave
+    under the key that their request came with, as state belongs to a key: after a restart at another parallelism a
+    subtask may hold several.
+    """
+
+    def open(self, runtime_context: RuntimeContext) -> None:
+        super().open(runtime_context)
+        most = self._config.batching.max_in_flight
+        self._pump = self._opened.enter_context(closing(Pump(self._slot, most, self._clock)))
+        self._in_flight: MapState = runtime_context.get_map_state(
+            MapStateDescriptor("in-flight", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
+        )
+        self._watched: set[int] = set()
+        """Keys that a timer is set for."""
+
+    def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        yield from self._restore(ctx)
+        self._in_flight.put(_ticket(envelope.source), envelope)
+        yield from self._submit(envelope, ctx)
+        yield from self._leave(ctx, 0.0)
+
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        yield from self._restore(ctx)
+        key = ctx.get_current_key()
+        if timestamp == END_OF_INPUT:
+            while self._pump.outstanding(key):
+                yield from self._leave(ctx, POLL_S)
+            return
+        self._watched.discard(key)
+        if not self._pump.outstanding(key):
+            return
+        # An answer under another key, as there may be after a restart, would not end the wait.
+        full = self._pump.outstanding(key) >= self._config.engine.max_running
+        # An answer that comes while this waits leaves at once. Fewer looks leave more of the cores to engines.
+        yield from self._leave(ctx, FULL_POLL_S if full else POLL_S)
+
+    def _leave(self, ctx: KeyedProcessFunction.Context, timeout_s: float) -> Iterator[Any]:
+        """What has finished under the current key; as long as more is in flight there, a timer looks again."""
+        key = ctx.get_current_key()
+        for envelope in self._pump.retried(key):
+            self._in_flight.put(_ticket(envelope.source), envelope)
+        for answer in self._pump.take(key, timeout_s):
+            self._in_flight.remove(_ticket(answer.source))
+            self._metrics.answered(answer.record)
+            yield answer_row(answer)
+        if self._pump.outstanding(key) and key not in self._watched:
+            self._watched.add(key)
+            ctx.timer_service().register_processing_time_timer(int(self._clock.wall_ms()) + 1)
+
+    def _submit(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
+        while not self._pump.wait_for_room(POLL_S):
+            yield from self._leave(ctx, 0.0)
+        self._pump.submit(ctx.get_current_key(), envelope)
+
+    def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        """After a restart, what was in flight and has not been answered is asked again, before anything newer."""
+        key = ctx.get_current_key()
+        if key in self._restored:
+            return
+        self._restored.add(key)
+        waiting = (envelope for _, envelope in self._in_flight.items())
+        for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
+            again = self._answered_before(envelope)
+            if again is None:
+                yield from self._submit(self._again(envelope), ctx)
+            else:
+                self._in_flight.remove(_ticket(envelope.source))
+                yield from again
+
+
+def _ticket(source: Source) -> str:
+    return f"{source.partition}-{source.offset}"

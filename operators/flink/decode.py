@@ -1,0 +1,64 @@
+"""Decode: what comes from Kafka to envelopes, dead letters and calls to warm up."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+from pyflink.common import Row
+from pyflink.datastream import ProcessFunction, RuntimeContext
+
+from core.clock import SystemClock
+from core.config import JobConfig, KafkaConfig
+from core.records import DeadLetter
+from operators.boards.load_board import LoadBoard, LoadView
+from operators.decoding import Decoder
+from operators.delivery.deduplicator import Deduplicator
+from operators.delivery.kafka_journal import KafkaJournal
+from operators.envelope import Source, WarmUp
+from operators.flink.rows import DEAD_LETTERS, WARM_UP, dead_letter_row
+from operators.metrics.slot_metrics import slot_metrics
+from operators.placement import BalancedPlacement, Placing, SessionAffinity
+
+
+class DecodeFunction(ProcessFunction):
+    """Rows of `(value, partition, offset)` in; envelopes and calls to warm up out, dead letters to the side."""
+
+    def __init__(self, config: JobConfig, make_journal: Callable[[KafkaConfig], KafkaJournal] = KafkaJournal) -> None:
+        self._config = config
+        self._make_journal = make_journal
+
+    def open(self, runtime_context: RuntimeContext) -> None:
+        self._opened = ExitStack()
+        slots = self._config.parallelism
+        board = LoadBoard.of(self._config)
+        if board is None:
+            placement: Placing = SessionAffinity(slots)
+        else:
+            loads = self._opened.enter_context(closing(LoadView(board)))
+            placement = BalancedPlacement(slots, self._config.placing, loads)
+        copies = None
+        if self._config.delivery.dedup_records:
+            journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
+            copies = Deduplicator(self._config.delivery.dedup_records, journal)
+        self._decoder = Decoder(placement, SystemClock(), copies)
+        self._metrics = slot_metrics(runtime_context.get_index_of_this_subtask())
+
+    def close(self) -> None:
+        """The last that was opened first. Flink closes what it could not open, too."""
+        if hasattr(self, "_opened"):
+            self._opened.close()
+
+    def process_element(self, value: Row, ctx: ProcessFunction.Context) -> Iterator[Any]:
+        raw, partition, offset = value
+        if partition == WARM_UP:
+            yield WarmUp(offset)
+            return
+        source = Source(self._config.kafka.requests_topic, partition, offset)
+        decoded = self._decoder.decode(None if raw is None else bytes(raw), source)
+        if isinstance(decoded, DeadLetter):
+            self._metrics.answered(decoded)
+            yield DEAD_LETTERS, dead_letter_row(decoded)
+        elif decoded is None:
+            self._metrics.duplicates.inc()
+        else:
+            yield decoded

@@ -1,0 +1,13 @@
+"""The inference operator of either kind of batching."""
+
+from pyflink.datastream import KeyedProcessFunction
+
+from core.config import Batching, JobConfig
+from operators.flink.continuous import ContinuousFunction
+from operators.flink.micro_batch import MicroBatchFunction
+
+
+def inference_function(config: JobConfig) -> KeyedProcessFunction:
+    """The inference operator for the kind of batching that `config` names."""
+    kinds = {Batching.MICRO: MicroBatchFunction, Batching.CONTINUOUS: ContinuousFunction}
+    return kinds[config.batching.batching](config)

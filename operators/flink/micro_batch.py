@@ -1,0 +1,84 @@
+"""Micro-batches: requests wait for their group, which the engine answers as a whole."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+from pyflink.common import Types
+from pyflink.datastream import KeyedProcessFunction, RuntimeContext
+from pyflink.datastream.state import ListState, ListStateDescriptor
+
+from operators.batching import MicroBatcher, Standing
+from operators.boards.load_board import LoadBoard, LoadReport
+from operators.envelope import Envelope
+from operators.flink.rows import answer_row
+from operators.flink.slot_function import END_OF_INPUT, SlotFunction
+
+
+class MicroBatchFunction(SlotFunction):
+    """Envelopes of one slot in; responses out, dead letters and the ready record to the side.
+
+    What waits for its batch is in Flink's state as well as in memory, so that a restart loses nothing.
+    """
+
+    def open(self, runtime_context: RuntimeContext) -> None:
+        super().open(runtime_context)
+        batching = self._config.batching
+        self._stood = Standing(self._clock)
+        board = LoadBoard.of(self._config)
+        if board is not None:
+            self._opened.enter_context(closing(LoadReport(board, self._slot.ready.slot, lambda: self._stood.queue_ms)))
+        self._batchers: defaultdict[int, MicroBatcher[Envelope]] = defaultdict(
+            lambda: MicroBatcher(batching.batch_size, batching.max_wait_ms)
+        )
+        """By key: a batch leaves under the key whose state holds its requests."""
+        self._pending: ListState = runtime_context.get_list_state(
+            ListStateDescriptor("pending", Types.PICKLED_BYTE_ARRAY())
+        )
+
+    def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        self._stood.taken(envelope.decoded_at_ms)
+        yield from self._restore(ctx)
+        yield from self._add(envelope, ctx)
+
+    def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        yield from self._restore(ctx)
+        batcher = self._batchers[ctx.get_current_key()]
+        at_end = timestamp == END_OF_INPUT
+        # Flink's timers count a delay: should the wall clock be set back meanwhile, the timer is right.
+        batch = batcher.flush() if at_end else batcher.expire(max(self._clock.wall_ms(), timestamp))
+        yield from self._answer(batch)
+
+    def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        """After a restart, what waited in state joins the batch again, before anything newer."""
+        if ctx.get_current_key() in self._restored:
+            return
+        self._restored.add(ctx.get_current_key())
+        waiting = list(self._pending.get() or ())
+        self._pending.clear()
+        for envelope in waiting:
+            again = self._answered_before(envelope)
+            yield from self._add(self._again(envelope), ctx) if again is None else again
+
+    def _add(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        batcher = self._batchers[ctx.get_current_key()]
+        first = len(batcher) == 0
+        batch = batcher.add(envelope, self._clock.wall_ms())
+        if batch:
+            yield from self._answer(batch)
+            return
+        self._pending.add(envelope)
+        if first and batcher.due_ms is not None:
+            # One millisecond later, as a timer is whole milliseconds and must not come too early.
+            ctx.timer_service().register_processing_time_timer(int(batcher.due_ms) + 1)
+
+    def _answer(self, batch: list[Envelope]) -> Iterator[Any]:
+        if not batch:
+            return
+        self._pending.clear()
+        with self._stood.busy():
+            answers = self._slot.answer(batch)
+        for answer in answers:
+            self._metrics.answered(answer.record)
+            yield answer_row(answer)

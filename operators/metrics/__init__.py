@@ -1,0 +1,1 @@
+"""What a slot counts and measures, for Prometheus and for Flink."""

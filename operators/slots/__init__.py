@@ -1,0 +1,1 @@
+"""An inference slot, the process that it lives in, and what keeps that alive."""
