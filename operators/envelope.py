@@ -82,6 +82,17 @@ class SlotFigures:
 
 
 @dataclass(frozen=True)
+class Queue:
+    """What a slot has been given and has not answered."""
+
+    in_flight: int = 0
+    waiting: int = 0
+    """Those of them that have not begun."""
+    since_ms: float | None = None
+    """When the first of the waiting was decoded."""
+
+
+@dataclass(frozen=True)
 class Group:
     """Requests for a slot that enter its engine together and leave together."""
 

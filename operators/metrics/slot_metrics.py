@@ -14,9 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from core.clock import Clock, SystemClock
 from core.records import DeadLetter, Response
-from operators.envelope import SlotFigures
+from operators.envelope import Queue, SlotFigures
 from operators.metrics.sliding_window import PERCENTS, SlidingWindow
-from operators.slots.custody import Queue
 
 PREFIX = "infertuner"
 LONG_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from inference_service.completion import timed_out
-from operators.envelope import Answer, Envelope, Source
+from operators.envelope import Answer, Envelope, Queue, Source
 
 
 @dataclass(frozen=True)
@@ -17,17 +17,6 @@ class Retry:
     """A request is asked again: its envelope now says one attempt more."""
 
     envelope: Envelope
-
-
-@dataclass(frozen=True)
-class Queue:
-    """What a slot has been given and has not answered."""
-
-    in_flight: int = 0
-    waiting: int = 0
-    """Those of them that have not begun."""
-    since_ms: float | None = None
-    """When the first of the waiting was decoded."""
 
 
 class Custody:

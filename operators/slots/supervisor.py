@@ -16,9 +16,9 @@ from typing import Protocol
 from core.clock import Clock
 from core.config import Batching, JobConfig
 from core.records import Response
-from operators.envelope import Answer, Envelope, Group, Ready
+from operators.envelope import Answer, Envelope, Group, Queue, Ready
 from operators.metrics.slot_metrics import SlotMetrics
-from operators.slots.custody import Custody, Queue, Retry
+from operators.slots.custody import Custody, Retry
 from operators.slots.process import Beat, Began, Said, SlotDiedError, SlotProcess
 
 logger = logging.getLogger(__name__)

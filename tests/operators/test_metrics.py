@@ -21,12 +21,12 @@ from core.config import JobConfig, MetricsConfig
 from core.records import DeadLetter
 from inference_service.completion import timed_out
 from inference_service.figures import EngineFigures
-from operators.envelope import SlotFigures
+from operators.envelope import Queue, SlotFigures
 from operators.metrics import endpoint as metrics_endpoint
 from operators.metrics.endpoint import MetricsEndpoint
 from operators.metrics.sliding_window import MOST, SPAN_MS, SlidingWindow
 from operators.metrics.slot_metrics import SlotMetrics, cause_of
-from operators.slots.custody import Custody, Queue
+from operators.slots.custody import Custody
 from tests.experiments.experiment_samples import response
 from tests.operators.test_slot import envelope
 
