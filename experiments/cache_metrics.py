@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from core.config import JobConfig, Strategy
-from experiments.metrics import frame, ratio, shared, throughput_req_per_s
+from experiments.metrics import began_at_ms, frame, ratio, shared, throughput_req_per_s
 from experiments.records import RunRecords
 from experiments.report import Shown
 
@@ -72,12 +72,6 @@ def token_hit_rate_percent(answers: pd.DataFrame) -> float:
     """Prompt tokens from either tier among all prompt tokens."""
     reused = float(answers["local_tokens"].sum() + answers["remote_tokens"].sum())
     return ratio(100.0 * reused, float(answers["prompt_tokens"].sum()))
-
-
-def looked_up_at_ms(answers: pd.DataFrame) -> "pd.Series[float]":
-    """Unix time of each request's look-up: the begin of its prefill, when capacity and use were read."""
-    moments: pd.Series[float] = answers["completed_at_ms"] - answers["inference_ms"]
-    return moments
 
 
 def mean_capacity_chunks(answers: pd.DataFrame) -> float:
@@ -147,7 +141,7 @@ def table(runs: Sequence[RunRecords]) -> pd.DataFrame:
 
 
 def _mean_over_time(slot: pd.DataFrame, end_ms: float) -> float:
-    ordered = slot.assign(at_ms=looked_up_at_ms(slot)).sort_values("at_ms")
+    ordered = slot.assign(at_ms=began_at_ms(slot)).sort_values("at_ms")
     moments = ordered["at_ms"].to_numpy(dtype=float)
     values = ordered["cache_capacity_chunks"].to_numpy(dtype=float)
     held_ms = np.diff(np.append(moments, end_ms))

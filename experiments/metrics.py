@@ -39,7 +39,7 @@ def percentile(answers: pd.DataFrame, column: str, percent: float) -> float:
 
 
 def span_s(answers: pd.DataFrame) -> float:
-    """From the creation of the first request to the last token of the last answer."""
+    """From the creation of the first request until the last answer leaves its slot."""
     if answers.empty:
         return math.nan
     return float(answers["completed_at_ms"].max() - answers["created_at_ms"].min()) / 1000
@@ -97,11 +97,16 @@ def parts_ms(answers: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def began_at_ms(answers: pd.DataFrame) -> "pd.Series[float]":
+    """Unix time of the begin of each request's prefill, which is when it looked up, and read capacity and use."""
+    parts = parts_ms(answers)
+    moments: pd.Series[float] = answers["created_at_ms"] + parts["transit"] + parts["wait"]
+    return moments
+
+
 def busy_share_percent(answers: pd.DataFrame, slots: int) -> float:
     """Share of the span in which a slot had a request between begin of its prefill and leaving; mean of all `slots`."""
-    parts = parts_ms(answers)
-    begin_ms = answers["created_at_ms"] + parts["transit"] + parts["wait"]
-    busy = answers.assign(begin_ms=begin_ms)
+    busy = answers.assign(begin_ms=began_at_ms(answers))
     covered_ms = sum(_covered_ms(rows) for _, rows in busy.groupby("slot"))
     return ratio(100.0 * covered_ms, slots * 1000.0 * span_s(answers))
 

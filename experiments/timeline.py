@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from experiments.cache_metrics import looked_up_at_ms
+from experiments.metrics import began_at_ms
 from experiments.records import RunRecords
 from workloads.config import WorkloadKind
 from workloads.phases import PHASES
@@ -34,7 +34,7 @@ def summed_over_slots(answers: pd.DataFrame, column: str, origin_ms: float) -> t
 
     Begins once every slot has looked up; until then the sum would be a part taken for the whole.
     """
-    ordered = answers.assign(at_ms=looked_up_at_ms(answers)).sort_values("at_ms", kind="stable")
+    ordered = answers.assign(at_ms=began_at_ms(answers)).sort_values("at_ms", kind="stable")
     wide = ordered.pivot_table(index="at_ms", columns="slot", values=column, aggfunc="last").ffill().dropna()
     seconds = (wide.index.to_numpy(dtype=float) - origin_ms) / 1000
     return seconds, wide.sum(axis=1).to_numpy(dtype=float)
@@ -42,7 +42,7 @@ def summed_over_slots(answers: pd.DataFrame, column: str, origin_ms: float) -> t
 
 def rolling_local_hit_rate(answers: pd.DataFrame, requests: int, origin_ms: float) -> tuple[Floats, Floats]:
     """`(seconds, percent)`: local tokens among the prompt tokens of the last `requests` requests, by look-up time."""
-    ordered = answers.assign(at_ms=looked_up_at_ms(answers)).sort_values("at_ms", kind="stable")
+    ordered = answers.assign(at_ms=began_at_ms(answers)).sort_values("at_ms", kind="stable")
     window = ordered[["local_tokens", "prompt_tokens"]].rolling(requests, min_periods=min(requests, 5)).sum()
     percent = 100 * window["local_tokens"] / window["prompt_tokens"]
     seconds = (ordered["at_ms"].to_numpy(dtype=float) - origin_ms) / 1000

@@ -74,6 +74,7 @@ def test_the_parts_of_a_request_are_those_of_its_way() -> None:
     made = response(wait_ms=20.0, ttft_ms=60.0, tpot_ms=40.0, inference_ms=50.0, e2e_ms=130.0)
     (parts,) = metrics.parts_ms(metrics.frame([made])).to_dict("records")
     assert parts == {"transit": 30.0, "wait": 20.0, "prefill": 10.0, "decode": 40.0, "leaving": 30.0}
+    assert list(metrics.began_at_ms(metrics.frame([made]))) == [made.created_at_ms + 50.0]
 
 
 def test_the_step_that_ended_an_answer_is_decode_too() -> None:
@@ -118,6 +119,8 @@ def looked_up(at_ms: float, capacity: int, slot: int = 0) -> Response:
     return response(
         request_id=f"{slot}-{at_ms}",
         slot=slot,
+        ttft_ms=10.0,
+        tpot_ms=None,
         inference_ms=10.0,
         e2e_ms=10.0,
         created_at_ms=BEGIN_MS + at_ms,
@@ -189,6 +192,8 @@ RESPONSES = st.lists(
             remote_tokens=tokens[1],
             computed_tokens=tokens[2] + 1,
             created_at_ms=BEGIN_MS + at_ms,
+            ttft_ms=took_ms,
+            tpot_ms=None,
             inference_ms=took_ms,
             e2e_ms=took_ms,
             cache_capacity_chunks=capacity,
@@ -239,7 +244,8 @@ def test_mean_capacity_lies_between_the_least_and_the_peak(responses: list[Respo
 @given(RESPONSES, st.randoms(use_true_random=False))
 def test_the_order_of_the_records_does_not_matter(responses: list[Response], dice: random.Random) -> None:
     # Two look-ups of one slot at the same time have no order of their own.
-    unique = list({(made.slot, made.completed_at_ms - made.inference_ms): made for made in responses}.values())
+    began = metrics.began_at_ms(metrics.frame(responses))
+    unique = list({(made.slot, at_ms): made for made, at_ms in zip(responses, began, strict=True)}.values())
     shuffled = dice.sample(unique, len(unique))
     for metric in (
         cache_metrics.mean_capacity_chunks,

@@ -66,8 +66,9 @@ def test_phases_are_those_of_the_workload() -> None:
 
 
 def test_slots_are_added_once_all_have_been_seen() -> None:
+    times = {"ttft_ms": 10, "tpot_ms": None, "inference_ms": 10, "e2e_ms": 10}
     made = [
-        response(slot=slot, created_at_ms=BEGIN_MS + at_ms, inference_ms=10, e2e_ms=10, cache_capacity_chunks=chunks)
+        response(slot=slot, created_at_ms=BEGIN_MS + at_ms, cache_capacity_chunks=chunks, **times)
         for slot, at_ms, chunks in ((0, 0, 5), (1, 1000, 7), (0, 2000, 6))
     ]
     seconds, chunks = summed_over_slots(metrics.frame(made), "cache_capacity_chunks", BEGIN_MS)
