@@ -12,9 +12,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from core.records import MAX_RESULT_BYTES
+
 MIB = 1 << 20
-MAX_DEAD_LETTER_BYTES = 4 * MIB
-"""Limit of a dead-letter record: a request of twice the allowed size in base64, and the reason."""
 LEAST_RECOVERY_MS = 60_000
 """What a transaction must last beside the time between two checkpoints: a failure, a restart and the next commit."""
 
@@ -343,6 +343,16 @@ class SupervisionConfig(Config):
         default=2, ge=1, description="deaths of a slot's process in the midst of a request that make it a dead letter"
     )
 
+    @model_validator(mode="after")
+    def _killers_are_found_out(self) -> Self:
+        # One death more, where it dies before anything has begun.
+        if self.slot_restarts <= self.max_attempts:
+            raise ValueError(
+                "slot_restarts is not above max_attempts: a request that kills would fail the job, and be asked again "
+                "after its restart, for ever; raise it"
+            )
+        return self
+
 
 class BatchingConfig(Config):
     """How requests come together in the engine: one by one as they come, or in closed groups."""
@@ -446,8 +456,8 @@ class KafkaConfig(Config):
         """Settings of the broker's that `topic` is created with."""
         # Recovery looks for answers by the time of a request's record: best by one clock, the broker's.
         settings = {"message.timestamp.type": "LogAppendTime"}
-        if topic == self.dead_letters_topic:
-            settings["max.message.bytes"] = str(MAX_DEAD_LETTER_BYTES)
+        if topic in (self.responses_topic, self.dead_letters_topic):
+            settings["max.message.bytes"] = str(MAX_RESULT_BYTES)
         return settings
 
     @property

@@ -19,8 +19,12 @@ MAX_RECORD_BYTES = 1 << 20
 """A request record above this many bytes is a dead letter; Kafka's own default limit is about the same."""
 
 
+MAX_RESULT_BYTES = 4 * MAX_RECORD_BYTES
+"""Limit of what a job writes: an answer, or a dead letter of a request of twice the allowed size in base64."""
 MAX_DEAD_LETTER_RAW_BYTES = 2 * MAX_RECORD_BYTES
 """Of a record that is longer still, a dead letter keeps this many bytes."""
+RECORD_OVERHEAD_BYTES = 32 << 10
+"""More than the other fields of an answer, its key and Kafka's own share of its record take together."""
 MAX_REASON_CHARACTERS = 4096
 """A reason may quote what the record holds, or an error of a library; it is cut here."""
 
@@ -146,6 +150,14 @@ class Response(BaseModel):
         """The same answer, leaving at this time (wall time)."""
         return self.model_copy(update={"completed_at_ms": at_ms, "e2e_ms": at_ms - self.created_at_ms})
 
+    @property
+    def is_too_long(self) -> bool:
+        """Whether its record could be above `MAX_RESULT_BYTES`, or its topic would refuse it."""
+        # Most are short: then nothing is written to find that out.
+        if RECORD_OVERHEAD_BYTES + 12 * len(self.text) + 12 * len(self.token_ids) <= MAX_RESULT_BYTES:
+            return False
+        return RECORD_OVERHEAD_BYTES + len(self.to_json()) > MAX_RESULT_BYTES
+
     def to_json(self) -> str:
         return _ascii_json(self)
 
@@ -166,7 +178,7 @@ class DeadLetter(BaseModel):
 
     @classmethod
     def of(cls, raw: bytes | None, reason: str, **fields: Any) -> Self:
-        """A letter within `MAX_DEAD_LETTER_BYTES`, whatever the record holds."""
+        """A letter within `MAX_RESULT_BYTES`, whatever the record holds."""
         reason = reason[:MAX_REASON_CHARACTERS]
         if raw is None:
             return cls(raw_bytes=None, raw_base64=None, reason=reason, **fields)

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.stack_trace import root_cause
 
 ENDED = frozenset({"FINISHED", "FAILED", "CANCELED"})
 REQUEST_TIMEOUT_S = 20.0
 POLL_S = 0.3
 SUBMIT_TIMEOUT_S = 600.0
 CANCEL_TIMEOUT_S = 60.0
-JAVA_ERROR = "py4j.protocol.Py4JJavaError"
-"""Says nothing but that the cause was in Java."""
 JOB_ID = re.compile(r"JobID ([0-9a-f]{32})")
 
 
@@ -180,26 +179,6 @@ class FlinkJob:
             if time.monotonic() > deadline_s:
                 raise UserError(f"job {self.job_id} does not stop in time; allow more with --stop-timeout-s")
             time.sleep(POLL_S)
-
-
-def root_cause(text: str) -> str:
-    """The line that a person needs of a stack trace or a log: the Python exception, else the innermost Java cause."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("error: ")]
-    if own:
-        return own[-1].removeprefix("error: ")
-    tracebacks = [index for index, line in enumerate(lines) if line.endswith("Traceback (most recent call last):")]
-    if tracebacks:
-        for line in lines[tracebacks[-1] + 1 :]:
-            if line.startswith(JAVA_ERROR):
-                break
-            if not line.startswith((" ", "\t")):
-                return line
-    causes = [line.strip() for line in lines if line.lstrip().startswith("Caused by: ")]
-    if causes:
-        return causes[-1].removeprefix("Caused by: ")
-    unindented = [line for line in lines if not line.startswith((" ", "\t"))]
-    return (unindented or lines or ["no reason was given"])[0]
 
 
 def _refusal(text: str) -> str:

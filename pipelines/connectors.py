@@ -16,15 +16,17 @@ from pyflink.datastream import DataStream
 from pyflink.table import DataTypes, Schema, StatementSet, StreamTableEnvironment
 
 from core.clients import kafka_settings
-from core.config import MAX_DEAD_LETTER_BYTES, Delivery, JobConfig, KafkaConfig
+from core.config import Delivery, JobConfig, KafkaConfig
 from core.credentials import in_one_line
 from core.errors import UserError
+from core.records import MAX_RESULT_BYTES
 from operators.flink.rows import WARM_UP
 from pipelines.kafka_security import security_properties
 
 CONNECT_TIMEOUT_MS = 5_000
 REQUEST_TIMEOUT_MS = 10_000
 TRANSACTION_LIMIT = "transaction.max.timeout.ms"
+SIZE_LIMIT = "max.message.bytes"
 CONNECTOR_JARS = Path(__file__).resolve().parents[1] / ".local" / "jars" / "connector"
 
 
@@ -37,7 +39,10 @@ def connector_jars() -> list[str]:
 
 
 def ensure_topics(config: JobConfig) -> None:
-    """Create the job's topics where they are missing. Raises `UserError` where the broker does not answer."""
+    """Create the job's topics where they are missing.
+
+    Raises `UserError` where the broker does not answer, or one that is there takes less than the job may write.
+    """
     kafka = config.kafka
     admin = _admin(kafka)
     try:
@@ -52,10 +57,25 @@ def ensure_topics(config: JobConfig) -> None:
                 )
             except TopicAlreadyExistsError:
                 continue
+        _check_sizes(admin, kafka, sorted(present.intersection(kafka.topics)))
     except KafkaError as error:
         raise UserError(f"brokers: cannot create the topics at {kafka.brokers!r}: {in_one_line(error)}") from error
     finally:
         admin.close()
+
+
+def _check_sizes(admin: KafkaAdminClient, kafka: KafkaConfig, topics: list[str]) -> None:
+    """A record that its topic refuses would fail the job after each restart."""
+    needed = {topic: int(kafka.topic_settings(topic).get(SIZE_LIMIT, 0)) for topic in topics}
+    asked = [ConfigResource("topic", topic, {SIZE_LIMIT: None}) for topic in topics if needed[topic]]
+    found = admin.describe_configs(asked, config_filter="all").get("topic", {}) if asked else {}
+    for topic, settings in found.items():
+        # The client says nothing of a refusal; there is nothing in its answer then.
+        allowed = int(settings[SIZE_LIMIT]["value"]) if SIZE_LIMIT in settings else needed[topic]
+        if allowed < needed[topic]:
+            raise UserError(
+                f"topic {topic}: its {SIZE_LIMIT} is {allowed}, and records of {needed[topic]} may come; raise it there"
+            )
 
 
 def resume_offsets(config: JobConfig) -> dict[int, int]:
@@ -101,10 +121,11 @@ def check_transactions(config: JobConfig) -> None:
             found = admin.describe_configs(asked, config_filter="all")["broker"]
         except KafkaError:  # they may keep it to themselves; whoever writes is told then
             return
-    limit_ms = min(int(settings[TRANSACTION_LIMIT]["value"]) for settings in found.values())
-    if config.delivery.transaction_timeout_ms > limit_ms:
+    # The client says nothing of a refusal; there is nothing in its answer then.
+    limits = [int(settings[TRANSACTION_LIMIT]["value"]) for settings in found.values() if TRANSACTION_LIMIT in settings]
+    if limits and config.delivery.transaction_timeout_ms > min(limits):
         raise UserError(
-            f"transaction_timeout_ms: above the {limit_ms} that the brokers allow; lower it, or raise their "
+            f"transaction_timeout_ms: above the {min(limits)} that the brokers allow; lower it, or raise their "
             f"{TRANSACTION_LIMIT}"
         )
 
@@ -164,7 +185,7 @@ def add_kafka_sink(
         "value.format": "raw",
         "value.fields-include": "EXCEPT_KEY",
         "properties.linger.ms": "0",
-        "properties.max.request.size": str(MAX_DEAD_LETTER_BYTES),
+        "properties.max.request.size": str(MAX_RESULT_BYTES),
         "properties.compression.type": "none",
         "sink.delivery-guarantee": config.delivery.delivery.value,
     }

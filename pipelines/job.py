@@ -1,15 +1,20 @@
 """The graph that all jobs share: Kafka -> decode -> slots of the sessions -> inference -> Kafka."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from py4j.protocol import Py4JJavaError
 from pyflink.common import Types
 from pyflink.datastream import DataStream, StreamExecutionEnvironment
 from pyflink.table import StreamTableEnvironment
+from pyflink.util.exceptions import JavaException
 
 from core.config import JobConfig
+from core.errors import UserError
 from core.model_path import with_model_found
 from core.options import Parser, add_options, from_options, set_own_defaults
+from core.stack_trace import root_cause
 from operators.flink.decode import DecodeFunction
 from operators.flink.inference import inference_function
 from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY
@@ -67,6 +72,19 @@ def run(prog: str, description: str, own_defaults: Mapping[str, Any]) -> None:
     check_before_start(config)
     ensure_topics(config)
     check_transactions(config)
-    env = make_environment(config)
-    build(env, config, resume_offsets(config))
-    env.execute(config.job_name)
+    begin = resume_offsets(config)
+    with refusals_in_a_line():
+        env = make_environment(config)
+        build(env, config, begin)
+        env.execute(config.job_name)
+
+
+@contextmanager
+def refusals_in_a_line() -> Iterator[None]:
+    """Raises `UserError` with the cause for whatever Flink's side of Java raises."""
+    try:
+        yield
+    except (Py4JJavaError, JavaException) as error:
+        cause = root_cause(str(error).rpartition("\n: ")[2])
+        missing = "; add --ship-connector" if "factory for identifier 'kafka'" in cause else ""
+        raise UserError(f"Flink: {cause}{missing}") from error

@@ -34,8 +34,8 @@ class ContinuousFunction(SlotFunction):
         self._in_flight: MapState = runtime_context.get_map_state(
             MapStateDescriptor("in-flight", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
         )
-        self._watched: set[int] = set()
-        """Keys that a timer is set for."""
+        self._watched: dict[int, int] = {}
+        """By key, when the timer rings that looks for its answers next."""
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         yield from self._restore(ctx)
@@ -50,7 +50,9 @@ class ContinuousFunction(SlotFunction):
             while self._pump.outstanding(key):
                 yield from self._leave(ctx, POLL_S)
             return
-        self._watched.discard(key)
+        # Timers ring in the order of their times: a spare one leaves the next look to the timer that is set for it.
+        if self._watched.get(key, timestamp) <= timestamp:
+            self._watched.pop(key, None)
         if not self._pump.outstanding(key):
             return
         # An answer under another key, as there may be after a restart, would not end the wait.
@@ -68,8 +70,8 @@ class ContinuousFunction(SlotFunction):
             self._metrics.answered(answer.record)
             yield answer_row(answer)
         if self._pump.outstanding(key) and key not in self._watched:
-            self._watched.add(key)
-            ctx.timer_service().register_processing_time_timer(int(self._clock.wall_ms()) + 1)
+            self._watched[key] = int(self._clock.wall_ms()) + 1
+            ctx.timer_service().register_processing_time_timer(self._watched[key])
 
     def _submit(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
@@ -87,7 +89,7 @@ class ContinuousFunction(SlotFunction):
         for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
             again = self._answered_before(envelope)
             if again is None:
-                yield from self._submit(self._again(envelope), ctx)
+                yield from self._submit(self._since_opened(envelope), ctx)
             else:
                 self._in_flight.remove(_ticket(envelope.source))
                 yield from again

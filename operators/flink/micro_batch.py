@@ -59,7 +59,7 @@ class MicroBatchFunction(SlotFunction):
         self._pending.clear()
         for envelope in waiting:
             again = self._answered_before(envelope)
-            yield from self._add(self._again(envelope), ctx) if again is None else again
+            yield from self._add(self._since_opened(envelope), ctx) if again is None else again
 
     def _add(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         batcher = self._batchers[ctx.get_current_key()]

@@ -64,6 +64,7 @@ class SlotFunction(KeyedProcessFunction):
         self._said_ready = False
         self._spare_intervals: dict[int, int] = {}
         """The interval that a key's spare timers were set in last."""
+        self._opened_ms = self._clock.wall_ms()
 
     def close(self) -> None:
         """The last that was opened first. Flink closes what it could not open, too."""
@@ -76,7 +77,7 @@ class SlotFunction(KeyedProcessFunction):
         if isinstance(value, WarmUp):
             return
         again = self._answered_before(value)
-        yield from self._take_in(value, ctx) if again is None else again
+        yield from self._take_in(self._since_opened(value), ctx) if again is None else again
 
     def _say_ready(self) -> Iterator[Any]:
         """Whatever came first has opened this function, and so has loaded the model."""
@@ -107,9 +108,12 @@ class SlotFunction(KeyedProcessFunction):
         self._metrics.duplicates.inc()
         return [written_row(record, self._config.kafka.dead_letters_topic) for record in again]
 
-    def _again(self, envelope: Envelope) -> Envelope:
-        """As it is handed in after a restart: the time that the job was down counts for no time-out."""
-        return replace(envelope, decoded_at_ms=self._clock.wall_ms())
+    def _since_opened(self, envelope: Envelope) -> Envelope:
+        """As of this attempt: the time in which the job was down, or loaded its models, counts for no time-out.
+
+        A checkpoint holds requests of before in this operator's state and, under back pressure, on their way to it.
+        """
+        return replace(envelope, decoded_at_ms=max(envelope.decoded_at_ms, self._opened_ms))
 
     @abstractmethod
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 `operators.slots.process` starts it, with the number of the socket that they speak by. It ends when the other side does.
 """
 
+import ctypes
 import json
 import logging
 import logging.config
@@ -24,6 +25,8 @@ from operators.envelope import Group
 from operators.slots.process import Beat, Began, Broken, Refused, Start
 from operators.slots.slot import InferenceSlot
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux' prctl: the signal for a process whose parent has ended."""
 BEAT_S = 0.5
 """Time between two signs of life."""
 
@@ -144,7 +147,17 @@ def _report(opened: ExitStack, config: JobConfig, slot: InferenceSlot) -> None:
         opened.enter_context(closing(LoadReport(board, slot.index, lambda: slot.queue_ms)))
 
 
+def end_with_worker() -> None:
+    """Be killed as soon as the worker has ended, also in the midst of a load, or of a pass that hangs.
+
+    Else it would keep the device's memory from whoever comes next.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    end_with_worker()
     # A person's Ctrl-C is for the worker, whose end is this process's end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line = Line(Connection(int(sys.argv[1])))

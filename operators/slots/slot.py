@@ -13,7 +13,7 @@ from cache.manager import TwoLevelCache, open_cache
 from core.clock import Clock
 from core.config import Batching, EngineKind, JobConfig
 from core.errors import UserError
-from core.records import Response
+from core.records import MAX_RESULT_BYTES, Response
 from inference_service.completion import Completion, Failure
 from inference_service.engine import Engine, load_checked_model
 from inference_service.protocol import ServedModel
@@ -155,7 +155,12 @@ class InferenceSlot:
         """`batch_size`: of its group; without one it is what ran in the engine when the request began."""
         if isinstance(result, Failure):
             return envelope.unanswered(result.reason)
-        return Answer(envelope.source, self._response(result, batch_id, batch_size or result.began_with))
+        response = self._response(result, batch_id, batch_size or result.began_with)
+        if response.is_too_long:
+            return envelope.unanswered(
+                f"answer: {response.output_tokens} tokens make a record above {MAX_RESULT_BYTES} bytes; ask for fewer"
+            )
+        return Answer(envelope.source, response)
 
     def _response(self, done: Completion, batch_id: str, batch_size: int) -> Response:
         request, model = done.request, self._engine.model

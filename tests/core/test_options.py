@@ -125,6 +125,8 @@ def test_the_help_tells_every_option_and_its_default() -> None:
         (["--fluid-window-ms", "inf"], "--fluid-window-ms: "),
         (["--redis-namespace", "a b"], "--redis-namespace: "),
         (["--model="], "--model: "),
+        (["--slot-restarts", "2"], "--slot-restarts is not above --max-attempts: "),
+        (["--max-attempts", "5"], "--slot-restarts is not above --max-attempts: "),
     ],
 )
 def test_a_bad_value_is_refused_under_the_name_that_was_typed(arguments: list[str], option: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.records import MAX_RECORD_BYTES, DeadLetter, FinishReason, Request, Response
+from core.records import MAX_RECORD_BYTES, MAX_RESULT_BYTES, DeadLetter, FinishReason, Request, Response
 
 REQUEST = {
     "request_id": "r1",
@@ -256,6 +256,18 @@ def test_a_response_is_written_in_ascii(text: str) -> None:
     assert written.isascii()
     assert "\n" not in written
     assert json.loads(written)["text"] == text
+
+
+def test_an_answer_is_too_long_exactly_if_its_topic_could_refuse_it() -> None:
+    def answer(tokens: int, text: str) -> Response:
+        return Response(**{**RESPONSE, "text": text, "token_ids": (1,) * tokens, "output_tokens": tokens})
+
+    assert not answer(100_000, "x" * 400_000).is_too_long
+    # Six bytes each in the record, so that not all that might be too long is.
+    assert not answer(100_000, "雨" * 400_000).is_too_long
+    for long in (answer(100_000, "雨" * 700_000), answer(1_000_000, "😀" * 200_000)):
+        assert len(long.to_json()) > MAX_RESULT_BYTES - (40 << 10)
+        assert long.is_too_long
 
 
 @given(raw=st.none() | st.binary())

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from core.errors import UserError
-from experiments.flink_job import FlinkCluster, FlinkJob, root_cause
+from core.stack_trace import root_cause
+from experiments.flink_job import FlinkCluster, FlinkJob
 
 PYTHON_FAILURE = """\
 org.apache.flink.runtime.JobException: Recovery is suppressed

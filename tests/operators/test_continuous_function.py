@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 from pyflink.datastream import TimeDomain
@@ -10,11 +11,12 @@ from pyflink.datastream import TimeDomain
 from core.clock import ManualClock
 from core.config import BatchingConfig, EngineConfig, JobConfig
 from core.records import Response
-from operators.envelope import WarmUp
+from operators.envelope import Answer, WarmUp
 from operators.flink.continuous import FULL_POLL_S, POLL_S, ContinuousFunction
 from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY
 from operators.flink.slot_function import END_OF_INPUT
 from operators.metrics.slot_metrics import slot_metrics
+from operators.slots.pump import Pump
 from tests.experiments.experiment_samples import response
 from tests.operators.memory_journal import MemoryJournal
 from tests.operators.operator_harness import OperatorHarness, Output
@@ -105,6 +107,20 @@ def test_a_key_that_is_idle_has_spare_timers_too(harness: OperatorHarness, waits
     assert harness.advance(5500) == []
     assert timers(harness) == [7000, 8000]
     assert waits == []
+
+
+def test_looks_do_not_multiply_however_long_something_is_in_flight(harness: OperatorHarness) -> None:
+    take = Pump.take
+
+    def take_in_time(pump: Pump, owner: int, timeout_s: float = 0.0) -> list[Answer]:
+        harness.clock.advance(timeout_s * 1e3)
+        return take(pump, owner, timeout_s)
+
+    with mock.patch.object(Pump, "take", take_in_time):
+        process(harness, 1)
+        harness.advance(20_000)
+    # The next one, and two spare ones.
+    assert len(timers(harness)) == 3
 
 
 def test_a_timer_waits_only_where_something_of_its_key_is_outstanding(
@@ -258,7 +274,8 @@ def test_attempts_survive_a_restart_of_the_job_and_the_time_it_was_down_does_not
     assert [(one.source.offset, one.attempts, one.decoded_at_ms) for one in again] == [
         (1, 0, 1001.0),
         (2, 1, 1001.0),
-        (3, 0, 0.0),
+        # On its way to the operator when the job went down, for all that this one can know.
+        (3, 0, 1001.0),
     ]
 
 

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.clock import ManualClock
-from core.config import MAX_DEAD_LETTER_BYTES
-from core.records import DeadLetter
+from core.records import MAX_RESULT_BYTES, DeadLetter
 from operators.decoding import Decoder
 from operators.envelope import Envelope, Source
 from operators.placement import SessionAffinity
@@ -92,7 +91,7 @@ def test_a_dead_letter_names_its_request_where_that_can_be_read(record: object, 
 def test_a_dead_letter_is_bounded_whatever_the_record_holds(raw: bytes) -> None:
     letter = decoder().decode(raw, SOURCE)
     assert isinstance(letter, DeadLetter)
-    assert len(letter.to_json()) < MAX_DEAD_LETTER_BYTES
+    assert len(letter.to_json()) < MAX_RESULT_BYTES
     assert letter.raw_bytes == len(raw)
     assert letter.raw is not None
     assert raw.startswith(letter.raw)

@@ -152,6 +152,15 @@ def test_a_slot_tells_what_it_has_done_and_holds(config: JobConfig) -> None:
     made.close()
 
 
+def test_an_answer_that_its_topic_would_refuse_is_a_letter(
+    slot: InferenceSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Response, "is_too_long", True)
+    (answer,) = slot.answer([envelope(1, max_new_tokens=3)])
+    assert isinstance(answer.record, DeadLetter)
+    assert answer.record.reason.startswith("answer: 3 tokens make a record above 4194304 bytes")
+
+
 def test_a_request_past_its_deadline_is_answered_so(slot: InferenceSlot) -> None:
     answer = answered(slot, envelope(1, created_at_ms=1.0, deadline_ms=10.0))
     assert answer.finish_reason == "deadline"

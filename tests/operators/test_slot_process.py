@@ -37,17 +37,17 @@ LONG = 30_000
 """Tokens of an answer that would take most of a minute."""
 WORKER = """
 import pickle, sys
-from operators.slots.process import SlotProcess
+from operators.slots import process
 
-config, requests = pickle.load(sys.stdin.buffer)
-process = SlotProcess(config, 0)
+process.SERVER, config, requests, awaited = pickle.load(sys.stdin.buffer)
+made = process.SlotProcess(config, 0)
 for request in requests:
-    process.send(request)
-while not isinstance(said := process.hear(60.0), list):
+    made.send(request)
+while not isinstance(made.hear(60.0), awaited):
     pass
-print(process._process.pid, [answer.source.offset for answer in said], flush=True)
+print(made._process.pid, flush=True)
 while True:
-    process.hear(60.0)
+    made.hear(60.0)
 """
 
 
@@ -379,19 +379,26 @@ def test_a_process_that_does_not_end_in_time_is_killed(
         process.receive()
 
 
-def test_the_process_ends_when_its_worker_is_killed(config: JobConfig) -> None:
-    requests = [envelope(1, max_new_tokens=LONG), envelope(2, max_new_tokens=1)]
+@pytest.mark.parametrize(
+    ("server", "requests", "awaited"),
+    [
+        (slot_process.SERVER, [envelope(1, max_new_tokens=LONG), envelope(2, max_new_tokens=1)], list),
+        ("tests.operators.stand_in_server", [envelope(1, prompt="stall at once")], Began),
+    ],
+    ids=["serves", "hangs"],
+)
+def test_the_process_ends_when_its_worker_is_killed(
+    config: JobConfig, server: str, requests: list[Envelope], awaited: type
+) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WORKER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as worker:
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
-            worker.stdin.write(pickle.dumps((config, requests)))
+            worker.stdin.write(pickle.dumps((server, config, requests, awaited)))
             worker.stdin.close()
-            pid, finished = worker.stdout.readline().decode().split(maxsplit=1)
-            assert finished == "[2]\n"
-            process = psutil.Process(int(pid))
+            process = psutil.Process(int(worker.stdout.readline()))
             assert process.ppid() == worker.pid
         finally:
             worker.kill()
