@@ -59,8 +59,8 @@ def test_a_topic_that_would_refuse_what_the_job_writes_is_told(stack: LocalStack
     kafka = KafkaConfig(brokers=brokers, topic_prefix="narrow", consumer_group="narrow")
     admin = KafkaAdminClient(bootstrap_servers=brokers)
     try:
-        admin.create_topics([NewTopic(kafka.dead_letters_topic, num_partitions=1, replication_factor=1)])
-        with pytest.raises(UserError, match=r"^topic narrow\.dead-letters: its max\.message\.bytes is 1048588"):
+        admin.create_topics([NewTopic(kafka.dead_letters_topic, 1, 1, topic_configs={"max.message.bytes": "1000000"})])
+        with pytest.raises(UserError, match=r"^topic narrow\.dead-letters: its max\.message\.bytes is 1000000"):
             ensure_topics(JobConfig(kafka=kafka))
         admin.delete_topics([kafka.dead_letters_topic])
         wide = {"max.message.bytes": str(MAX_RESULT_BYTES)}
