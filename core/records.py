@@ -17,8 +17,6 @@ TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 Identifier = Annotated[str, Field(min_length=1, max_length=256)]
 MAX_RECORD_BYTES = 1 << 20
 """A request record above this many bytes is a dead letter; Kafka's own default limit is about the same."""
-
-
 MAX_RESULT_BYTES = 4 * MAX_RECORD_BYTES
 """Limit of what a job writes: an answer, or a dead letter of a request of twice the allowed size in base64."""
 MAX_DEAD_LETTER_RAW_BYTES = 2 * MAX_RECORD_BYTES

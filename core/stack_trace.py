@@ -20,5 +20,9 @@ def root_cause(text: str) -> str:
     causes = [line.strip() for line in lines if line.lstrip().startswith("Caused by: ")]
     if causes:
         return causes[-1].removeprefix("Caused by: ")
+    # The text of a `Py4JJavaError` names the call in its first line, and behind it the error.
+    raised = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
+    if raised:
+        return raised[-1]
     unindented = [line for line in lines if not line.startswith((" ", "\t"))]
     return (unindented or lines or ["no reason was given"])[0]

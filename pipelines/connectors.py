@@ -66,16 +66,23 @@ def ensure_topics(config: JobConfig) -> None:
 
 def _check_sizes(admin: KafkaAdminClient, kafka: KafkaConfig, topics: list[str]) -> None:
     """A record that its topic refuses would fail the job after each restart."""
-    needed = {topic: int(kafka.topic_settings(topic).get(SIZE_LIMIT, 0)) for topic in topics}
-    asked = [ConfigResource("topic", topic, {SIZE_LIMIT: None}) for topic in topics if needed[topic]]
-    found = admin.describe_configs(asked, config_filter="all").get("topic", {}) if asked else {}
-    for topic, settings in found.items():
-        # The client says nothing of a refusal; there is nothing in its answer then.
-        allowed = int(settings[SIZE_LIMIT]["value"]) if SIZE_LIMIT in settings else needed[topic]
+    needed = {
+        topic: int(settings[SIZE_LIMIT]) for topic in topics if SIZE_LIMIT in (settings := kafka.topic_settings(topic))
+    }
+    for topic, allowed in _told(admin, "topic", list(needed), SIZE_LIMIT).items():
         if allowed < needed[topic]:
             raise UserError(
                 f"topic {topic}: its {SIZE_LIMIT} is {allowed}, and records of {needed[topic]} may come; raise it there"
             )
+
+
+def _told(admin: KafkaAdminClient, kind: str, names: list[str], setting: str) -> dict[str, int]:
+    """What `setting` is of each topic or broker that tells it: the client passes over a refusal without a word."""
+    if not names:
+        return {}
+    asked = [ConfigResource(kind, name, {setting: None}) for name in names]
+    found = admin.describe_configs(asked, config_filter="all").get(kind, {})
+    return {name: int(settings[setting]["value"]) for name, settings in found.items() if setting in settings}
 
 
 def resume_offsets(config: JobConfig) -> dict[int, int]:
@@ -117,12 +124,9 @@ def check_transactions(config: JobConfig) -> None:
     with closing(_admin(config.kafka)) as admin:
         try:
             brokers = [str(broker["broker_id"]) for broker in admin.describe_cluster()["brokers"]]
-            asked = [ConfigResource("broker", broker, {TRANSACTION_LIMIT: None}) for broker in brokers]
-            found = admin.describe_configs(asked, config_filter="all")["broker"]
+            limits = _told(admin, "broker", brokers, TRANSACTION_LIMIT).values()
         except KafkaError:  # they may keep it to themselves; whoever writes is told then
             return
-    # The client says nothing of a refusal; there is nothing in its answer then.
-    limits = [int(settings[TRANSACTION_LIMIT]["value"]) for settings in found.values() if TRANSACTION_LIMIT in settings]
     if limits and config.delivery.transaction_timeout_ms > min(limits):
         raise UserError(
             f"transaction_timeout_ms: above the {min(limits)} that the brokers allow; lower it, or raise their "

@@ -85,6 +85,6 @@ def refusals_in_a_line() -> Iterator[None]:
     try:
         yield
     except (Py4JJavaError, JavaException) as error:
-        cause = root_cause(str(error).rpartition("\n: ")[2])
+        cause = root_cause(str(error))
         missing = "; add --ship-connector" if "factory for identifier 'kafka'" in cause else ""
         raise UserError(f"Flink: {cause}{missing}") from error

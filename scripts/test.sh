@@ -19,7 +19,7 @@ fi
 echo "test: ruff check" && ruff check .
 echo "test: ruff format --check" && ruff format --check .
 echo "test: mypy" && mypy
-# Jobs on the real cluster mostly wait: the other tests run beside them, and are shown after them.
+# Jobs on the real cluster leave some of the cores idle: the other tests run beside them, and are shown after them.
 echo "test: pytest"
 others=$(mktemp)
 pytest -m "not integration" >"$others" 2>&1 &

@@ -26,9 +26,10 @@ class DecodeFunction(ProcessFunction):
     def __init__(self, config: JobConfig, make_journal: Callable[[KafkaConfig], KafkaJournal] = KafkaJournal) -> None:
         self._config = config
         self._make_journal = make_journal
+        self._opened = ExitStack()
+        """Closed in the reverse order. Flink closes what it could not open, too."""
 
     def open(self, runtime_context: RuntimeContext) -> None:
-        self._opened = ExitStack()
         slots = self._config.parallelism
         board = LoadBoard.of(self._config)
         if board is None:
@@ -44,9 +45,7 @@ class DecodeFunction(ProcessFunction):
         self._metrics = slot_metrics(runtime_context.get_index_of_this_subtask())
 
     def close(self) -> None:
-        """The last that was opened first. Flink closes what it could not open, too."""
-        if hasattr(self, "_opened"):
-            self._opened.close()
+        self._opened.close()
 
     def process_element(self, value: Row, ctx: ProcessFunction.Context) -> Iterator[Any]:
         raw, partition, offset = value

@@ -45,10 +45,11 @@ class SlotFunction(KeyedProcessFunction):
         self._make_slot = make_slot
         self._make_clock = make_clock
         self._make_journal = make_journal
+        self._opened = ExitStack()
+        """Closed in the reverse order. Flink closes what it could not open, too."""
 
     def open(self, runtime_context: RuntimeContext) -> None:
         self._clock = self._make_clock()
-        self._opened = ExitStack()
         # First of all: what comes to the topic from now on has been seen by nobody.
         journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
         self._answered = AnsweredLog(self._config.kafka, self._config.delivery.clock_margin_ms, journal)
@@ -67,9 +68,7 @@ class SlotFunction(KeyedProcessFunction):
         self._opened_ms = self._clock.wall_ms()
 
     def close(self) -> None:
-        """The last that was opened first. Flink closes what it could not open, too."""
-        if hasattr(self, "_opened"):
-            self._opened.close()
+        self._opened.close()
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         self._set_spare_timers(ctx)

@@ -71,6 +71,7 @@ def test_the_cause_is_the_python_exception_or_the_innermost_java_one() -> None:
     java = "Traceback (most recent call last):\n  File\npy4j.protocol.Py4JJavaError: An\n: a.B: x\nCaused by: c.D: deep"
     assert root_cause(java) == "c.D: deep"
     assert root_cause("Starting\nerror: --model: wrong\n") == "--model: wrong"
+    assert root_cause("An error occurred while calling o1.execute.\n: c.D: deep\n\tat z") == "c.D: deep"
     assert root_cause("") == "no reason was given"
 
 
