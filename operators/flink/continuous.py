@@ -9,6 +9,7 @@ from pyflink.datastream import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import MapState, MapStateDescriptor
 
 from operators.envelope import Envelope, Source
+from operators.envelope_state import from_state, to_state
 from operators.flink.rows import answer_row
 from operators.flink.slot_function import END_OF_INPUT, SlotFunction
 from operators.slots.pump import Pump
@@ -39,7 +40,7 @@ class ContinuousFunction(SlotFunction):
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         yield from self._restore(ctx)
-        self._in_flight.put(_ticket(envelope.source), envelope)
+        self._in_flight.put(_ticket(envelope.source), to_state(envelope))
         yield from self._submit(envelope, ctx)
         yield from self._leave(ctx, 0.0)
 
@@ -64,7 +65,7 @@ class ContinuousFunction(SlotFunction):
         """What has finished under the current key; as long as more is in flight there, a timer looks again."""
         key = ctx.get_current_key()
         for envelope in self._pump.retried(key):
-            self._in_flight.put(_ticket(envelope.source), envelope)
+            self._in_flight.put(_ticket(envelope.source), to_state(envelope))
         for answer in self._pump.take(key, timeout_s):
             self._in_flight.remove(_ticket(answer.source))
             self._metrics.answered(answer.record)
@@ -85,7 +86,7 @@ class ContinuousFunction(SlotFunction):
         if key in self._restored:
             return
         self._restored.add(key)
-        waiting = (envelope for _, envelope in self._in_flight.items())
+        waiting = [from_state(stored) for _, stored in self._in_flight.items()]
         for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
             again = self._answered_before(envelope)
             if again is None:

@@ -12,6 +12,7 @@ from pyflink.datastream.state import ListState, ListStateDescriptor
 from operators.batching import MicroBatcher, Standing
 from operators.boards.load_board import LoadBoard, LoadReport
 from operators.envelope import Envelope
+from operators.envelope_state import from_state, to_state
 from operators.flink.rows import answer_row
 from operators.flink.slot_function import END_OF_INPUT, SlotFunction
 
@@ -55,7 +56,7 @@ class MicroBatchFunction(SlotFunction):
         if ctx.get_current_key() in self._restored:
             return
         self._restored.add(ctx.get_current_key())
-        waiting = list(self._pending.get() or ())
+        waiting = [from_state(stored) for stored in self._pending.get() or ()]
         self._pending.clear()
         for envelope in waiting:
             again = self._answered_before(envelope)
@@ -68,7 +69,7 @@ class MicroBatchFunction(SlotFunction):
         if batch:
             yield from self._answer(batch)
             return
-        self._pending.add(envelope)
+        self._pending.add(to_state(envelope))
         if first and batcher.due_ms is not None:
             # One millisecond later, as a timer is whole milliseconds and must not come too early.
             ctx.timer_service().register_processing_time_timer(int(batcher.due_ms) + 1)

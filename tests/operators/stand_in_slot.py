@@ -126,17 +126,21 @@ class StandInSlot(GatedSlot):
         self.ready = Ready(slot=index, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
         self.most_running = 0
         self.groups: list[list[int]] = []
+        self.taken: list[Envelope] = []
+        """All that it was given, by itself or in groups."""
         self.newest_first = False
         self.ended = False
         self.closed = False
 
     def send(self, order: Envelope) -> None:
         self._require_alive()
+        self.taken.append(order)
         super().send(order)
         self.most_running = max(self.most_running, len(self._running))
 
     def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
         self._require_alive()
+        self.taken += batch
         self.groups.append([one.source.offset for one in batch])
         answers = [self._answer(one) for one in batch]
         return answers[::-1] if self.newest_first else answers

@@ -12,6 +12,7 @@ from core.clock import ManualClock
 from core.config import BatchingConfig, EngineConfig, JobConfig
 from core.records import Response
 from operators.envelope import Answer, WarmUp
+from operators.envelope_state import from_state
 from operators.flink.continuous import FULL_POLL_S, POLL_S, ContinuousFunction
 from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY
 from operators.flink.slot_function import END_OF_INPUT
@@ -267,7 +268,8 @@ def test_attempts_survive_a_restart_of_the_job_and_the_time_it_was_down_does_not
     slots.last.ask_again(2)
     slots.last.settle()
     harness.advance(1)
-    assert {ticket: one.attempts for ticket, one in harness.state("in-flight", KEY).items()} == {"0-1": 0, "0-2": 1}
+    stored = harness.state("in-flight", KEY)
+    assert {ticket: from_state(one).attempts for ticket, one in stored.items()} == {"0-1": 0, "0-2": 1}
     crash(harness, slots)
     process(harness, 3)
     again = slots.last.unanswered

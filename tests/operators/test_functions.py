@@ -11,6 +11,7 @@ from pyflink.datastream import TimeDomain
 from core.clock import ManualClock
 from core.config import Batching, BatchingConfig, JobConfig
 from operators.envelope import Envelope, Source, WarmUp
+from operators.envelope_state import from_state
 from operators.flink.decode import DecodeFunction
 from operators.flink.inference import inference_function
 from operators.flink.micro_batch import MicroBatchFunction
@@ -60,7 +61,7 @@ def timers(harness: OperatorHarness, domain: TimeDomain = TimeDomain.PROCESSING_
 
 def test_a_full_batch_leaves_at_once_and_takes_its_state_along(harness: OperatorHarness) -> None:
     assert [process(harness, number) for number in range(4)] == [[], [], [0, 1, 2], []]
-    assert [one.source.offset for one in harness.state("pending", KEY)] == [3]
+    assert [from_state(one).source.offset for one in harness.state("pending", KEY)] == [3]
 
 
 def test_a_timer_closes_the_batch_that_it_was_set_for_and_no_other(harness: OperatorHarness) -> None:

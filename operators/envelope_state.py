@@ -1,0 +1,36 @@
+"""The form in which an envelope stands in Flink's state: a versioned tuple of plain values.
+
+A savepoint outlives the release that wrote it. An instance of a class could only be read while the class keeps its
+module, its name and its fields. Release 0.1.0 did store instances. They are still read, so `Envelope` and `Source` must
+stay importable from `operators.envelope`.
+"""
+
+from typing import Any
+
+from core.errors import UserError
+from operators.envelope import Envelope, Source
+
+VERSION = 1
+"""Increased with each change of the tuple. `from_state` must go on to read all versions before."""
+
+
+def to_state(envelope: Envelope) -> tuple[Any, ...]:
+    """`(version, slot, raw, topic, partition, offset, decoded_at_ms, attempts)`."""
+    source = envelope.source
+    place = (source.topic, source.partition, source.offset)
+    return (VERSION, envelope.slot, envelope.raw, *place, envelope.decoded_at_ms, envelope.attempts)
+
+
+def from_state(value: Any) -> Envelope:
+    """The envelope that this release, or one before it, stored. Raises `UserError` for what a later one stored."""
+    if isinstance(value, Envelope):
+        # Unpickling sets the fields of its time only, and calls no constructor.
+        return Envelope(**vars(value) | {"source": Source(**vars(value.source))})
+    version, *fields = value
+    if version != VERSION:
+        raise UserError(
+            f"savepoint: it holds requests in version {version}, and this release reads up to {VERSION}; start the job "
+            "with the release that wrote it, or a later one"
+        )
+    slot, raw, topic, partition, offset, decoded_at_ms, attempts = fields
+    return Envelope(slot, raw, Source(topic, partition, offset), decoded_at_ms, attempts)
