@@ -82,7 +82,7 @@ class SealProbe:
         out.copy_(self._chunk)
 
     def _fetch(self, cache: TwoLevelCache) -> None:
-        with cache.lookup(self._prompt) as lease:
+        with cache.fetch_and_lookup(self._prompt) as lease:
             if lease.remote_chunks != self._chunks:
                 raise RuntimeError(f"{lease.remote_chunks} of {self._chunks} chunks came from Redis")
 

@@ -114,7 +114,7 @@ class Trial:
         stores = (world + tenant) % 2 == 0
         self.counts.lookups += 1
         self.counts.lookups_of_nothing += not stores
-        with cache.lookup(prompt, SALTS[tenant]) as lease:
+        with cache.fetch_and_lookup(prompt, SALTS[tenant]) as lease:
             self.counts.local_chunks += lease.local_chunks
             self.counts.remote_chunks += lease.remote_chunks
             for index, chunk in enumerate(lease.chunks):

@@ -121,7 +121,7 @@ class Int8Probe:
         cache, chunks = self._caches[codec], len(prompt) // self.chunk_tokens
         before = cache.stats().bytes_read
         began_s = time.perf_counter()
-        lease = cache.lookup(prompt)
+        lease = cache.fetch_and_lookup(prompt)
         took_ms = (time.perf_counter() - began_s) * 1000
         with lease:
             _require(lease.remote_chunks == chunks, f"{lease.remote_chunks} of {chunks} chunks came from Redis")

@@ -10,7 +10,7 @@ from benchmarks.raw_redis import RawReader
 from cache.codec import record_bytes
 from cache.keys import KeySchema
 from cache.manager import TwoLevelCache, open_cache
-from cache.protocol import Lease
+from cache.protocol import Lease, Prefetch
 from core.config import CacheConfig, EngineConfig, RemoteConfig, SizingConfig
 from core.errors import UserError
 from core.records import Request
@@ -53,11 +53,16 @@ class ColdCache:
         """A new, empty cache, whose connection is opened by looking up one chunk that Redis has."""
         self.current.close()
         self.current = self._make()
-        with self.current.lookup(primer) as lease:
+        with self.current.fetch_and_lookup(primer) as lease:
             _require(lease.remote_chunks == 1, "the primer did not come from Redis")
 
-    def lookup(self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None) -> Lease:
-        return self.current.lookup(token_ids, salt, prefill_ms_per_token)
+    def prefetch(
+        self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None, priority: int = 0
+    ) -> Prefetch | None:
+        return self.current.prefetch(token_ids, salt, prefill_ms_per_token, priority)
+
+    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> Lease:
+        return self.current.lookup(token_ids, salt, prefetch)
 
     def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:
         return self.current.store(token_ids, read_chunk, salt)

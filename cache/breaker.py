@@ -19,16 +19,21 @@ class CircuitBreaker:
         self._failures = 0
         self._opened_at_ms: float | None = None
         self._probing = False
+        self._retired = False
 
     @property
     def is_open(self) -> bool:
         """Whether a call would be refused outright; false once a probe is due. Changes nothing."""
         with self._lock:
+            if self._retired:
+                return True
             return self._opened_at_ms is not None and (self._probing or not self._probe_due(self._opened_at_ms))
 
     def try_acquire(self) -> bool:
         """Whether the caller may try the service now."""
         with self._lock:
+            if self._retired:
+                return False
             if self._opened_at_ms is None:
                 return True
             if self._probing or not self._probe_due(self._opened_at_ms):
@@ -52,6 +57,11 @@ class CircuitBreaker:
             self._opened_at_ms = self._clock.monotonic_ms()
             self._probing = False
             return True
+
+    def retire(self) -> None:
+        """Leave the service alone for good: it can never serve."""
+        with self._lock:
+            self._retired = True
 
     def _probe_due(self, opened_at_ms: float) -> bool:
         return self._clock.monotonic_ms() - opened_at_ms >= self._open_ms

@@ -122,9 +122,9 @@ class LocalTier:
     def _insert(self, key: bytes, chunk: torch.Tensor) -> None:
         if key in self._entries:
             raise RuntimeError("a chunk may not be overwritten")
+        self._eviction.on_insert(key)
         self._in_flight -= 1
         self._entries[key] = _Entry(chunk)
-        self._eviction.on_insert(key)
 
     def _evict_down_to(self, chunks: int) -> None:
         while self._entries and self.used_chunks > max(chunks, 0):

@@ -1,15 +1,17 @@
 """The two-level cache: the local tier first, Redis for the rest of the prefix."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 
 from cache.eviction import make_eviction
-from cache.keys import KeySchema, PromptKeys
+from cache.keys import KeySchema
 from cache.lease import PrefixLease, Source
 from cache.local import LocalTier
-from cache.protocol import ChunkShape, ModelIdentity
+from cache.prefetch import Fetcher, QueuedFetch
+from cache.protocol import ChunkShape, ModelIdentity, Prefetch
 from cache.redis_wire import RedisAddress
 from cache.remote import ReadCounters, RemoteTier
 from cache.seal import make_seal
@@ -19,6 +21,8 @@ from cache.write_behind import WriteCounters
 from core.clock import Clock
 from core.config import CacheConfig
 from core.credentials import chunk_key
+
+logger = logging.getLogger(__name__)
 
 
 def open_cache(
@@ -62,6 +66,15 @@ class TwoLevelCache:
         self._sizing = sizing
         self._store_observer = sizing if isinstance(sizing, StoreObserver) else None
         self._remote = remote
+        self._fetcher: Fetcher | None = None
+        if remote is not None:
+            self._fetcher = Fetcher(
+                remote.fetch,
+                local.__contains__,
+                chunk_bytes=shape.size_bytes,
+                limit_bytes=remote.prefetch_bytes,
+                deadline_ms=remote.deadline_ms,
+            )
         self._clock = clock
         self._lookups = 0
         self._chunks_looked_up = 0
@@ -71,43 +84,60 @@ class TwoLevelCache:
         self._chunks_refused = 0
         self._leased_outside = 0
 
-    def lookup(
-        self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None
-    ) -> PrefixLease:
+    def prefetch(
+        self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None, priority: int = 0
+    ) -> QueuedFetch | None:
+        """See `cache.protocol.KVCache`."""
+        if self._fetcher is None or self._remote is None or self._remote.is_away:
+            return None
+        try:
+            keys = self._keys.of(token_ids, salt)
+        except Exception:
+            logger.exception("the keys of a prompt could not be made; nothing is fetched for it")
+            return None
+        if all(key in self._local for key in keys.hashes):
+            return None
+        return self._fetcher.begin(keys, prefill_ms_per_token, priority)
+
+    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> PrefixLease:
         """See `cache.protocol.KVCache`. Chunks that came from Redis move into the local tier where there is room."""
-        keys = self._keys.of(token_ids, salt)
-        self._local.resize(self._sizing.observe(self._clock.monotonic_ms(), keys.hashes))
-        used_chunks = self._local.used_chunks
-        self._local.request(keys.hashes)
-        # Pinned before anything is promoted, which may evict.
-        resident = {key: chunk for key in keys.hashes if (chunk := self._local.pin(key)) is not None}
-        fetched = self._fetch(keys, resident, prefill_ms_per_token)
-        prefix = _prefix(keys.hashes, resident, fetched)
-        for key in keys.hashes[len(prefix) :]:
-            if key in resident:
-                self._local.unpin(key)
-
-        hits = keys.hashes[: len(prefix)]
-        for key in hits:
-            # Pinned at once, so that a later chunk of the prompt does not take its room.
-            if key in fetched and self._local.put(key, fetched[key]):
-                self._local.pin(key)
-        pinned = [key for key in hits if key in self._local]
-        self._local.arrange(pinned)
-
+        self._lookups += 1
+        pinned: list[bytes] = []
+        try:
+            if isinstance(prefetch, QueuedFetch):
+                keys, fetched = prefetch.keys, prefetch.take()
+            else:
+                keys, fetched = self._keys.of(token_ids, salt), {}
+            self._local.resize(self._sizing.observe(self._clock.monotonic_ms(), keys.hashes))
+            used_chunks = self._local.used_chunks
+            self._chunks_looked_up += len(keys.hashes)
+            prefix = self._pin_prefix(keys.hashes, fetched, pinned)
+        except Exception:
+            # A fault of a policy, say. The engine computes the prompt.
+            logger.exception("a look-up failed; nothing is reused")
+            self._unpin_all(pinned)
+            return PrefixLease([], [], self._local.capacity_chunks, self._local.used_chunks, lambda: None)
+        outside = len(prefix) - len(pinned)
         lease = PrefixLease(
             chunks=[chunk for chunk, _ in prefix],
             sources=[source for _, source in prefix],
             capacity_chunks=self._local.capacity_chunks,
             used_chunks=used_chunks,
-            on_release=partial(self._release, pinned, len(prefix) - len(pinned)),
+            on_release=partial(self._release, pinned, outside),
         )
-        self._leased_outside += len(prefix) - len(pinned)
-        self._lookups += 1
-        self._chunks_looked_up += len(keys.hashes)
+        self._leased_outside += outside
         self._local_chunks_hit += lease.local_chunks
         self._remote_chunks_hit += lease.remote_chunks
         return lease
+
+    def fetch_and_lookup(
+        self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None
+    ) -> PrefixLease:
+        """`prefetch`, wait for Redis and `lookup`, for callers that have nothing else to do meanwhile."""
+        prefetch = self.prefetch(token_ids, salt, prefill_ms_per_token)
+        if prefetch is not None:
+            prefetch.finish()
+        return self.lookup(token_ids, salt, prefetch)
 
     def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:
         """See `cache.protocol.KVCache`. Chunks that the local tier does not take go to Redis alone, if there is one.
@@ -127,9 +157,11 @@ class TwoLevelCache:
                     pinned.append(key)
                     self._write_behind(keys.fingerprint, key, chunk)
         finally:
-            self._local.arrange(pinned)
-            self._unpin(pinned)
             self._chunks_stored += stored
+            try:
+                self._local.arrange(pinned)
+            finally:
+                self._unpin_all(pinned)
         if self._store_observer is not None:
             self._store_observer.observe_stored(keys.hashes)
         return stored
@@ -140,6 +172,8 @@ class TwoLevelCache:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """See `cache.protocol.KVCache`. Idempotent."""
+        if self._fetcher is not None:
+            self._fetcher.close()
         if self._remote is not None:
             self._remote.close(timeout_s)
 
@@ -167,18 +201,35 @@ class TwoLevelCache:
             pinned_chunks=self._local.pinned_chunks,
             local_bytes=self._local.size_bytes,
             leased_outside_bytes=self._leased_outside * self.shape.size_bytes,
+            fetched_bytes=0 if self._fetcher is None else self._fetcher.held_bytes,
             queued_bytes=0 if self._remote is None else self._remote.writes.queued_bytes,
         )
 
-    def _fetch(
-        self, keys: PromptKeys, resident: Mapping[bytes, torch.Tensor], prefill_ms_per_token: float | None
-    ) -> dict[bytes, torch.Tensor]:
-        """Those of the keys that are not `resident` and that Redis gave, from the first such key on."""
-        if self._remote is None:
-            return {}
-        missing = [key for key in keys.hashes if key not in resident]
-        chunks = self._remote.fetch(keys.fingerprint, missing, prefill_ms_per_token)
-        return dict(zip(missing, chunks, strict=False))
+    def _pin_prefix(
+        self, hashes: Sequence[bytes], fetched: Mapping[bytes, torch.Tensor], pinned: list[bytes]
+    ) -> list[tuple[torch.Tensor, Source]]:
+        """The chunks of the longest prefix. Those that the local tier holds in the end are pinned, and in `pinned`."""
+        self._local.request(hashes)
+        # Pinned before anything is promoted, which may evict.
+        resident: dict[bytes, torch.Tensor] = {}
+        for key in hashes:
+            if (chunk := self._local.pin(key)) is not None:
+                resident[key] = chunk
+                pinned.append(key)
+        prefix = _prefix(hashes, resident, fetched)
+        reused = sum(source == "local" for _, source in prefix)
+        while len(pinned) > reused:
+            self._local.unpin(pinned.pop())
+        if reused < len(prefix):
+            for key, (chunk, source) in zip(hashes, prefix, strict=False):
+                # Pinned at once, so that a later chunk of the prompt does not take its room.
+                if source == "remote" and self._local.put(key, chunk):
+                    self._local.pin(key)
+                    pinned.append(key)
+            held = set(pinned)
+            pinned[:] = [key for key in hashes if key in held]
+        self._local.arrange(pinned)
+        return prefix
 
     def _keep(
         self, fingerprint: bytes, index: int, key: bytes, read_chunk: Callable[[int, torch.Tensor], None]
@@ -203,13 +254,17 @@ class TwoLevelCache:
             self._remote.writes.offer(key, fingerprint, chunk)
 
     def _release(self, pinned: Sequence[bytes], outside: int) -> None:
-        self._unpin(pinned)
         self._leased_outside -= outside
+        self._unpin_all(pinned)
 
-    def _unpin(self, keys: Sequence[bytes]) -> None:
+    def _unpin_all(self, keys: Sequence[bytes]) -> None:
+        """Unpin each, whatever happens at one of them. Never raises."""
         # From the last on: where the tier has shrunk meanwhile, a prompt's last chunks are the first to leave.
         for key in reversed(keys):
-            self._local.unpin(key)
+            try:
+                self._local.unpin(key)
+            except Exception:
+                logger.exception("a chunk that is not needed any more could not be evicted")
 
 
 def _prefix(

@@ -74,16 +74,42 @@ class Lease(Protocol):
         ...
 
 
+class Prefetch(Protocol):
+    """Chunks of one prompt on their way from Redis. Give it to `KVCache.lookup`, or `cancel` it."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether to look up now: all has come that will, or the deadline since `KVCache.prefetch` has passed."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Return once it is `ready`, or after `timeout_s`."""
+        ...
+
+    def cancel(self) -> None:
+        """Drop what has come and what still comes. Idempotent."""
+        ...
+
+
 class KVCache(Protocol):
-    """A cache of full chunks of one model."""
+    """A cache of full chunks of one model. Neither `prefetch` nor `lookup` raises: any fault is a shorter prefix."""
 
     shape: ChunkShape
 
-    def lookup(self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None) -> Lease:
+    def prefetch(
+        self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None, priority: int = 0
+    ) -> Prefetch | None:
+        """Begin to fetch from Redis what the local tier lacks of `token_ids`; does not block. `None`: nothing to fetch.
+
+        `prefill_ms_per_token` is what the engine has measured; Redis is asked only where its transfer is predicted to
+        be cheaper. A higher `priority` is fetched first, then what was asked for first.
+        """
+        ...
+
+    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> Lease:
         """The longest cached prefix of `token_ids`, in full chunks; may reach the very end of the prompt.
 
-        Never raises and never blocks beyond its deadline: any fault is a shorter prefix. `prefill_ms_per_token` is
-        what the engine has measured; Redis is asked only where its transfer is predicted to be cheaper.
+        Takes what `prefetch`, of the same prompt and salt, has brought by now and ends it. Does not wait for Redis.
         """
         ...
 

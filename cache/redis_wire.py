@@ -31,6 +31,14 @@ class ReplyError(Exception):
     """Redis answered with an error; the connection is still in step."""
 
 
+class ClusterModeError(ReplyError):
+    """Redis is a node of a cluster, and the key is another node's."""
+
+
+_CLUSTER_REPLIES = ("MOVED ", "ASK ", "CLUSTERDOWN", "CROSSSLOT")
+"""How errors begin that only a Redis in cluster mode gives."""
+
+
 class Deadline:
     """A point in real time until which everything together must be done."""
 
@@ -182,7 +190,8 @@ class RedisConnection:
     def _read_typed_line(self, deadline: Deadline) -> tuple[bytes, bytes]:
         line = self.read_line(deadline)
         if line[:1] == b"-":
-            raise ReplyError(line[1:].decode("utf-8", "replace"))
+            text = line[1:].decode("utf-8", "replace")
+            raise ClusterModeError(text) if text.startswith(_CLUSTER_REPLIES) else ReplyError(text)
         return line[:1], line[1:]
 
     def _receive(self, target: memoryview, deadline: Deadline) -> int:

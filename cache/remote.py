@@ -1,8 +1,9 @@
 """The remote tier: chunks as records in Redis, read under one deadline, written behind."""
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,15 @@ from cache.fetch_plan import FetchPlan
 from cache.known_keys import KnownKeys
 from cache.payload import RecordError, make_payload, payload_view
 from cache.protocol import ChunkShape
-from cache.redis_wire import Deadline, RedisAddress, RedisConnection, ReplyError, WireError, encode_command
+from cache.redis_wire import (
+    ClusterModeError,
+    Deadline,
+    RedisAddress,
+    RedisConnection,
+    ReplyError,
+    WireError,
+    encode_command,
+)
 from cache.seal import Seal
 from cache.write_behind import WriteBehind
 from core.clock import Clock
@@ -25,6 +34,19 @@ logger = logging.getLogger(__name__)
 
 class _EndOfPrefixError(Exception):
     """A chunk that Redis had a moment ago is gone."""
+
+
+class _Landed:
+    """What has come of one fetch."""
+
+    def __init__(self, land: Callable[[bytes, torch.Tensor], bool]) -> None:
+        self._land = land
+        self.chunks = 0
+        self.more_wanted = True
+
+    def add(self, chunk_hash: bytes, chunk: torch.Tensor) -> None:
+        self.more_wanted = self._land(chunk_hash, chunk)
+        self.chunks += 1
 
 
 @dataclass
@@ -38,7 +60,7 @@ class ReadCounters:
 
 
 class RemoteTier:
-    """Reads for the engine's thread, and a `WriteBehind`. Redis may be away, slow, or hold anything at all.
+    """Reads for the prefetch thread, and a `WriteBehind`. Redis may be away, slow, or hold anything at all.
 
     A look-up asks for the lengths of all values first: it then knows how long the prefix is before it decides whether
     to fetch it, and never receives a value that is of no use. After any fault the connection is thrown away.
@@ -55,7 +77,8 @@ class RemoteTier:
         self._payload = make_payload(config.remote_codec, shape)
         self._record_bytes = record_bytes(shape, config.remote_codec)
         self._prefix = config.redis_namespace.encode("ascii") + b":"
-        self._deadline_ms = config.remote_deadline_ms
+        self.deadline_ms = config.remote_deadline_ms
+        self.prefetch_bytes = config.prefetch_bytes
         self._chunks_per_trip = max(1, config.remote_read_bytes // self._record_bytes)
         self._plan = FetchPlan(shape.chunk_tokens, self._record_bytes, config.remote_deadline_ms)
         # Reads and writes fail apart: writes that succeed slowly must not vouch for reads that miss their deadline.
@@ -65,34 +88,49 @@ class RemoteTier:
         self._header = bytearray(HEADER_BYTES)
         # Believed for half the time to live, so that what is still in use is written afresh before it expires.
         self._known = KnownKeys(config.remote_ttl_s * 1000 / 2, clock, config.remote_known_chunks)
+        self._write_breaker = CircuitBreaker(config.breaker_failures, config.breaker_open_ms, clock)
+        self._told_of_cluster = threading.Lock()
         self.writes = WriteBehind(
             config,
             shape,
             lambda deadline: RedisConnection.open(address, deadline),
             self._known,
-            CircuitBreaker(config.breaker_failures, config.breaker_open_ms, clock),
+            self._write_breaker,
             seal=seal,
+            on_cluster=self._leave_for_good,
         )
 
-    def fetch(
-        self, fingerprint: bytes, hashes: Sequence[bytes], prefill_ms_per_token: float | None = None
-    ) -> list[torch.Tensor]:
-        """The chunks of the longest prefix of `hashes` that Redis has, is worth fetching and came within the deadline.
+    @property
+    def is_away(self) -> bool:
+        """Whether Redis has failed too often of late to be asked now."""
+        return self._breaker.is_open
 
-        Every fault is a shorter prefix, and counted. The tensors are fresh memory of the chunk's size, nobody else's.
+    def fetch(
+        self,
+        fingerprint: bytes,
+        hashes: Sequence[bytes],
+        prefill_ms_per_token: float | None,
+        land: Callable[[bytes, torch.Tensor], bool],
+    ) -> None:
+        """Fetch the longest prefix of `hashes` that Redis has, is worth fetching and comes within the deadline.
+
+        `land` is given each chunk as it comes, fresh memory of the chunk's size, and returns whether more is wanted.
+        Every fault is a shorter prefix, and counted. Never raises. For one thread.
         """
-        found: list[torch.Tensor] = []
         if not hashes or not self._plan.begin(len(hashes), prefill_ms_per_token) or not self._breaker.try_acquire():
-            return found
-        deadline = Deadline(self._deadline_ms)
+            return
+        deadline = Deadline(self.deadline_ms)
+        landed = _Landed(land)
         try:
             if self._connection is None:
                 self._connection = self._dialer.connect(deadline)
             present = self._probe(self._connection, hashes, deadline)
             wanted = hashes[: self._plan.chunks_to_fetch(present, prefill_ms_per_token)]
             for start in range(0, len(wanted), self._chunks_per_trip):
+                if not landed.more_wanted:
+                    break
                 self._read(
-                    self._connection, fingerprint, wanted[start : start + self._chunks_per_trip], found, deadline
+                    self._connection, fingerprint, wanted[start : start + self._chunks_per_trip], landed, deadline
                 )
         except TimeoutError as error:
             self.counters.timeouts += 1
@@ -102,19 +140,22 @@ class RemoteTier:
             self._failed(error)
         except RecordError as error:
             logger.warning("Redis at %s: a record was damaged or foreign and is deleted: %s", self._address, error)
-            self._refuse(hashes[len(found)])
+            self._refuse(hashes[landed.chunks])
             self._hang_up()
             self._breaker.success()
         except _EndOfPrefixError:
-            self._known.discard(hashes[len(found)])
+            self._known.discard(hashes[landed.chunks])
             self._hang_up()  # The rest of the replies is still on its way.
             self._breaker.success()
+        except Exception as error:  # what nobody thought of must not keep the breaker from being told
+            logger.exception("chunks could not be fetched from Redis at %s", self._address)
+            self.counters.errors += 1
+            self._failed(error)
         else:
             self._breaker.success()
-        for chunk_hash in hashes[: len(found)]:
+        for chunk_hash in hashes[: landed.chunks]:
             self._known.add(chunk_hash)
-        self.counters.bytes_read += len(found) * self._record_bytes
-        return found
+        self.counters.bytes_read += landed.chunks * self._record_bytes
 
     def close(self, timeout_s: float) -> None:
         """Write out what is queued, as far as the time allows, and end all threads and connections."""
@@ -149,19 +190,18 @@ class RemoteTier:
         connection: RedisConnection,
         fingerprint: bytes,
         hashes: Sequence[bytes],
-        found: list[torch.Tensor],
+        landed: _Landed,
         deadline: Deadline,
     ) -> None:
-        """One round trip: append to `found` chunk by chunk, so that those that came stay if a later one fails."""
+        """One round trip: chunks land one by one, so that those that came stay if a later one fails."""
         started_s = time.monotonic()
-        before = len(found)
+        before = landed.chunks
         try:
             connection.send([b"".join(encode_command([b"GET", self._key(h)]) for h in hashes)], deadline)
             for chunk_hash in hashes:
-                chunk = self._read_chunk(connection, fingerprint, chunk_hash, deadline)
-                found.append(chunk)
+                landed.add(chunk_hash, self._read_chunk(connection, fingerprint, chunk_hash, deadline))
         finally:
-            if came := len(found) - before:
+            if came := landed.chunks - before:
                 self._plan.observe_transfer(came * self._record_bytes, (time.monotonic() - started_s) * 1000.0)
 
     def _read_chunk(
@@ -188,9 +228,24 @@ class RemoteTier:
         self.counters.corrupt += 1
         self.writes.delete(chunk_hash)
 
+    def _leave_for_good(self, error: ClusterModeError) -> None:
+        """Neither read nor write any more. Called by both threads; told once."""
+        self._breaker.retire()
+        self._write_breaker.retire()
+        if self._told_of_cluster.acquire(blocking=False):
+            logger.error(
+                "Redis at %s runs in cluster mode, which is not supported, and is not used; name one without it in "
+                "redis_url (%s)",
+                self._address,
+                error,
+            )
+
     def _failed(self, error: Exception) -> None:
         self._hang_up()
-        if self._breaker.failure():
+        if isinstance(error, ClusterModeError):
+            self._leave_for_good(error)
+            self._breaker.failure()
+        elif self._breaker.failure():
             logger.warning("Redis at %s is left alone for now: %s", self._address, error)
 
     def _hang_up(self) -> None:

@@ -41,5 +41,7 @@ class CacheStats:
     """Tensors in the local tier, those in flight included."""
     leased_outside_bytes: int
     """Tensors from Redis that found no room in the local tier and live as long as their lease."""
+    fetched_bytes: int
+    """Tensors from Redis that wait for their look-up, and those that are being read."""
     queued_bytes: int
     """Tensors that wait to be written to Redis; most are in the local tier as well."""

@@ -14,7 +14,7 @@ from cache.codec import encode_header, record_bytes
 from cache.known_keys import KnownKeys
 from cache.payload import UnfitChunkError, make_payload
 from cache.protocol import ChunkShape
-from cache.redis_wire import Deadline, RedisConnection, ReplyError, WireError, encode_command
+from cache.redis_wire import ClusterModeError, Deadline, RedisConnection, ReplyError, WireError, encode_command
 from cache.seal import Seal
 from core.config import RemoteConfig
 
@@ -61,7 +61,9 @@ class WriteBehind:
         breaker: CircuitBreaker,
         *,
         seal: Seal,
+        on_cluster: Callable[[ClusterModeError], None],
     ) -> None:
+        """`on_cluster` is told when Redis turns out to run in cluster mode."""
         self.counters = WriteCounters()
         self._shape = shape
         self._codec = config.remote_codec
@@ -72,6 +74,7 @@ class WriteBehind:
         self._limit_bytes = config.write_queue_bytes
         self._flush_s = config.write_flush_ms / 1000.0
         self._open_connection = open_connection
+        self._on_cluster = on_cluster
         self._known = known
         self._breaker = breaker
         self._connection: RedisConnection | None = None
@@ -198,9 +201,15 @@ class WriteBehind:
             self._hang_up()
             self.counters.errors += 1
             self.counters.chunks_dropped += len(chunks)
-            if self._breaker.failure():
+            if isinstance(error, ClusterModeError):
+                self._on_cluster(error)
+            if self._breaker.failure() and not isinstance(error, ClusterModeError):
                 logger.warning("Redis takes no chunks, left alone for now: %s", error)
             return
+        except BaseException:
+            # What nobody thought of must not keep the breaker from being told; the caller counts it.
+            self._breaker.failure()
+            raise
         self._breaker.success()
         self.counters.chunks_dropped += len(chunks) - written
         self.counters.chunks_written += written
@@ -237,6 +246,8 @@ class WriteBehind:
         for entry in sent:
             try:
                 connection.read_reply(deadline)
+            except ClusterModeError:
+                raise
             except ReplyError as error:
                 refusal = error
                 continue

@@ -261,9 +261,12 @@ class RemoteConfig(Config):
         description="file, on each host, with the key that authenticates chunks in Redis, readable by its owner alone; "
         "none: INFERTUNER_CHUNK_KEY of its environment, if set",
     )
-    remote_deadline_ms: float = Field(default=100.0, gt=0, description="longest that a look-up may wait for Redis")
+    remote_deadline_ms: float = Field(default=100.0, gt=0, description="longest that a request may wait for Redis")
     remote_ttl_s: int = Field(default=3600, ge=1, description="lifetime of a chunk in Redis")
     remote_read_bytes: int = Field(default=4 * MIB, ge=1, description="bytes asked of Redis in one round trip")
+    prefetch_bytes: int = Field(
+        default=64 * MIB, ge=0, description="chunks fetched from Redis for requests that wait in the queue"
+    )
     remote_known_chunks: int = Field(
         default=65_536, ge=1, description="chunks that are known to be in Redis and not written again"
     )

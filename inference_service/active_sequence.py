@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from cache.protocol import Prefetch
 from core.records import Request
 from inference_service.pieces import Piece
 from inference_service.sampling import Sampler
@@ -21,6 +22,10 @@ class ActiveSequence:
     """When the engine gives it up."""
     weight: int
     """Tokens that it may come to hold."""
+    prefetch: Prefetch | None = None
+    """Its chunks on their way from Redis while it waits."""
+    waited_for_reuse: bool = False
+    """Whether it was held back once, for a chunk that another request was about to compute."""
     row: int = -1
     began_ms: float = 0.0
     began_with: int = 1
@@ -46,6 +51,11 @@ class ActiveSequence:
     def ends_ms(self) -> float:
         """When it leaves the engine at the latest."""
         return min(self.expires_ms, self.times_out_ms)
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether more of its prompt may come from Redis in time."""
+        return self.prefetch is not None and not self.prefetch.ready
 
     @property
     def missing(self) -> int:

@@ -41,6 +41,9 @@ rows are bound by arithmetic. A single prompt may be longer."""
 LONG_SHARE = 0.25
 """Of the engine's time, for prompts that do not fit into a step, while others decode."""
 
+IDLE_WAIT_S = 0.005
+"""Longest that a step waits for Redis where nothing runs."""
+
 
 @dataclass(frozen=True)
 class _Logits:
@@ -119,6 +122,10 @@ class Engine:
         weight = min(len(prompt) + request.max_new_tokens, self.model.max_len)
         times_out_ms = arrived_ms + self._timeout_ms
         sequence = ActiveSequence(request, prompt, Sampler(request), arrived_ms, expires_ms, times_out_ms, weight)
+        if self._cache is not None:
+            sequence.prefetch = self._cache.prefetch(
+                prompt, request.cache_salt, self._prefill_ms_per_token, request.priority
+            )
         self._next_expiry_ms = min(self._next_expiry_ms, sequence.ends_ms)
         heapq.heappush(self._waiting, (-request.priority, next(self._arrivals), sequence))
 
@@ -128,6 +135,8 @@ class Engine:
         done: list[Completion | Failure] = list(self._expire())
         chosen, failed = self._choose()
         done += failed
+        if not (chosen or done or self._running):
+            self._await_prefetch()
         running = tuple(self._running)
         for group in _passes([sequence for sequence in chosen if not self._is_timed(sequence)]):
             self._compute(running, group, done)
@@ -152,13 +161,20 @@ class Engine:
         return done
 
     def warm_up(self) -> None:
-        """Run each kind of forward pass once, in an idle engine: first calls allocate and choose kernels."""
-        prompt = [0] * min(self.chunk_shape.chunk_tokens, self.model.max_len - 1)
-        rows = range(self._runner.rows)
-        self._runner.forward([Piece(row, 0, prompt) for row in rows])
-        self._runner.forward([Piece(row, len(prompt), [0]) for row in rows])
+        """Run each kind of forward pass once, in an idle engine: first calls allocate and choose kernels.
+
+        The prompts together are no more than a step may compute, so that memory is not taken for a pass of a size that
+        never comes.
+        """
+        most = int(min(self._step_tokens, MOST_PASS_TOKENS))
+        prompt = [0] * min(self.chunk_shape.chunk_tokens, self.model.max_len - 1, most)
+        prompts = min(self._runner.rows, most // len(prompt))
+        self._runner.forward([Piece(row, 0, prompt) for row in range(prompts)])
+        self._runner.forward([Piece(row, len(prompt), [0]) for row in range(self._runner.rows)])
 
     def close(self) -> None:
+        for _, _, sequence in self._waiting:
+            _drop_prefetch(sequence)
         if self._cache is not None:
             self._cache.close()
 
@@ -170,6 +186,7 @@ class Engine:
         late = [sequence for _, _, sequence in sorted(self._waiting) if now_ms >= sequence.ends_ms]
         for sequence in late:
             sequence.began_ms = self._clock.wall_ms()
+            _drop_prefetch(sequence)
         if late:
             self._waiting = [entry for entry in self._waiting if entry[2] not in late]
             heapq.heapify(self._waiting)
@@ -186,6 +203,7 @@ class Engine:
 
         Half of it belongs to the prompt that has been in pieces for longest, so that it ends; the rest first goes to
         those that began later, the shortest first, and to new ones, so that a long prompt does not hold short ones.
+        A new one whose chunks are on their way from Redis lets others pass that leave it its room.
         """
         chosen: list[ActiveSequence] = []
         failed: list[Failure] = []
@@ -201,11 +219,15 @@ class Engine:
 
         for sequence in sorted(self._prefilling[1:], key=lambda s: (-s.request.priority, s.missing)):
             left -= take(sequence, left - kept)
+        passed: list[tuple[int, int, ActiveSequence]] = []
         while left > kept and self._waiting:
             sequence = self._waiting[0][2]
-            if not self._has_room(sequence, chosen) or self._may_reuse(sequence, chosen):
+            if not self._has_room(sequence, chosen, passed) or self._may_reuse(sequence, chosen):
                 break
-            heapq.heappop(self._waiting)
+            entry = heapq.heappop(self._waiting)
+            if sequence.is_fetching:
+                passed.append(entry)
+                continue
             self._on_begin(sequence.request)
             try:
                 self._begin(sequence)
@@ -216,31 +238,50 @@ class Engine:
                 continue
             self._prefilling.append(sequence)
             left -= take(sequence, left - kept)
+        for entry in passed:
+            heapq.heappush(self._waiting, entry)
         if oldest is not None:
             take(oldest, left)
         return chosen, failed
 
-    def _has_room(self, sequence: ActiveSequence, chosen: Sequence[ActiveSequence]) -> bool:
+    def _await_prefetch(self) -> None:
+        """Wait for the chunks of the first request of the queue, where nothing runs.
+
+        For a short time, so that a request that comes meanwhile is taken in soon.
+        """
+        if self._waiting and (prefetch := self._waiting[0][2].prefetch) is not None:
+            prefetch.wait(IDLE_WAIT_S)
+
+    def _has_room(
+        self,
+        sequence: ActiveSequence,
+        chosen: Sequence[ActiveSequence],
+        passed: Sequence[tuple[int, int, ActiveSequence]],
+    ) -> bool:
         """Whether a row is free and the tokens that all may come to hold stay within their bound.
 
-        A sequence that is alone always has room, however heavy it is.
+        Those that it passes keep their room. A sequence that is alone always has room, however heavy it is.
         """
-        active = len(self._running) + len(self._prefilling)
-        held = sum(other.weight for other in (*self._running, *self._prefilling))
-        partial = len(self._prefilling) - sum(other.ends_prompt for other in chosen)
+        kept = [other for _, _, other in passed]
+        active = len(self._running) + len(self._prefilling) + len(kept)
+        held = sum(other.weight for other in (*self._running, *self._prefilling, *kept))
+        partial = len(self._prefilling) + len(kept) - sum(other.ends_prompt for other in chosen)
         return active == 0 or (
             active < self._runner.rows and partial < MOST_PARTIAL and held + sequence.weight <= self._most_tokens
         )
 
     def _may_reuse(self, sequence: ActiveSequence, chosen: Sequence[ActiveSequence]) -> bool:
-        """Whether this step computes a chunk that the sequence begins with as well: a step later it need not."""
-        if self._cache is None:
+        """Whether this step computes a chunk that the sequence begins with as well: a step later it need not.
+
+        Such a sequence waits once only, and all that wait for the same chunk wait together: the cache may not keep it.
+        """
+        if self._cache is None or sequence.waited_for_reuse:
             return False
         for other in chosen:
             end = (other.held // self.chunk_shape.chunk_tokens + 1) * self.chunk_shape.chunk_tokens
-            stored = other.ends_prompt and end <= len(other.prompt)
-            shared = other.request.cache_salt == sequence.request.cache_salt and end < len(sequence.prompt)
-            if stored and shared and sequence.prompt[:end] == other.prompt[:end]:
+            if other.ends_prompt and end <= len(other.prompt) and _shares(sequence, other, end):
+                for _, _, waiting in self._waiting:
+                    waiting.waited_for_reuse = waiting.waited_for_reuse or _shares(waiting, other, end)
                 return True
         return False
 
@@ -394,7 +435,7 @@ class Engine:
         if self._cache is None:
             return 0
         tokens = self.chunk_shape.chunk_tokens
-        with self._cache.lookup(sequence.prompt, sequence.request.cache_salt, self._prefill_ms_per_token) as lease:
+        with self._cache.lookup(sequence.prompt, sequence.request.cache_salt, sequence.prefetch) as lease:
             sequence.capacity_chunks, sequence.used_chunks = lease.capacity_chunks, lease.used_chunks
             # The last prompt token is always computed: its logits are the first answer token's. Where the chunks
             # reach the very end, the last one counts one token less.
@@ -507,6 +548,20 @@ def _passes(chosen: Iterable[ActiveSequence]) -> list[list[ActiveSequence]]:
         groups[-1].append(sequence)
         tokens += sequence.piece_tokens
     return groups
+
+
+def _shares(sequence: ActiveSequence, other: ActiveSequence, tokens: int) -> bool:
+    """Whether the first `tokens` of both prompts are equal and reusable between them."""
+    return (
+        sequence.request.cache_salt == other.request.cache_salt
+        and tokens < len(sequence.prompt)
+        and sequence.prompt[:tokens] == other.prompt[:tokens]
+    )
+
+
+def _drop_prefetch(sequence: ActiveSequence) -> None:
+    if sequence.prefetch is not None:
+        sequence.prefetch.cancel()
 
 
 def _checked(outcome: _Outcome) -> _Logits:

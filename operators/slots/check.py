@@ -1,9 +1,15 @@
 """What no slot could start with, told where the job is submitted; loads no library that computes."""
 
+from redis import Redis
+from redis.exceptions import RedisError
+
 from cache.redis_wire import RedisAddress
-from core.config import JobConfig
+from core.clients import redis_settings
+from core.config import JobConfig, RemoteConfig
 from core.errors import UserError
 from inference_service.device_profile import DeviceProfile
+
+_REDIS_TIMEOUT_S = 2.0
 
 
 def check_before_start(config: JobConfig) -> None:
@@ -11,6 +17,25 @@ def check_before_start(config: JobConfig) -> None:
     if config.engine.profile is not None:
         DeviceProfile.read(config.engine.profile)
     if config.cache.remote.redis_url is not None:
-        RedisAddress.parse(config.cache.remote.redis_url)
+        _check_redis(config.cache.remote.redis_url, config.cache.remote)
     elif config.cache.sizing.budget_chunks is not None and config.parallelism > 1:
         raise UserError("--budget-chunks: slots share it by way of Redis; add --redis-url, or leave it out")
+
+
+def _check_redis(url: str, remote: RemoteConfig) -> None:
+    """Raises `UserError` for a URL that is none, and for a Redis in cluster mode.
+
+    A Redis that is away, or that this host may not ask, is no error: slots work without it and try again.
+    """
+    address = RedisAddress.parse(url)
+    try:
+        settings = redis_settings(url, remote.access)
+        timeouts = {"socket_timeout": _REDIS_TIMEOUT_S, "socket_connect_timeout": _REDIS_TIMEOUT_S}
+        with Redis.from_url(url, **settings, **timeouts) as client:
+            is_cluster = client.info("cluster").get("cluster_enabled") == 1
+    except (RedisError, OSError, UserError):
+        return
+    if is_cluster:
+        raise UserError(
+            f"redis_url: Redis at {address} runs in cluster mode, which is not supported; name a Redis without it"
+        )

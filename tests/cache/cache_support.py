@@ -72,7 +72,7 @@ def store(cache: TwoLevelCache, tokens: list[int], salt: str = "") -> int:
 
 def hits(cache: TwoLevelCache, tokens: list[int], salt: str = "") -> tuple[int, int]:
     """Look up; check that what came is a prefix of the right tensors; how many were local and remote."""
-    with cache.lookup(tokens, salt) as lease:
+    with cache.fetch_and_lookup(tokens, salt) as lease:
         check_lease(lease, tokens, salt, cache.shape)
         return lease.local_chunks, lease.remote_chunks
 

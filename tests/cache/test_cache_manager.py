@@ -72,7 +72,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
 
     @rule(tokens=prompts, salt=salts)
     def look_up(self, tokens, salt):
-        lease = self.cache.lookup(tokens, salt)
+        lease = self.cache.fetch_and_lookup(tokens, salt)
         chunks = self.chunks_of(tokens, salt)
         check_lease(lease, tokens, salt)
         assert self.stored.issuperset(chunks[: len(lease.chunks)])

@@ -160,7 +160,7 @@ def misses(cache) -> int:
     assert hits(cache, TOKENS) == (0, 0)
     store(cache, TOKENS)
     assert cache.flush(10)
-    with cache.lookup(TOKENS) as lease:
+    with cache.fetch_and_lookup(TOKENS) as lease:
         assert lease.remote_chunks == 0
     assert time.monotonic() - began_s < 5.0
     assert cache.stats().bytes_written == 0

@@ -45,7 +45,7 @@ class TestKeeping:
 
     def test_promotes_the_first_chunks_where_not_all_fit(self, redis_server, filled, caches):
         cache = caches(redis_server.url, capacity=2)
-        with cache.lookup(TOKENS) as lease:
+        with cache.fetch_and_lookup(TOKENS) as lease:
             check_lease(lease, TOKENS, "")
             assert lease.remote_chunks == N
             stats = cache.stats()
@@ -67,7 +67,7 @@ class TestKeeping:
         gap = bytes.fromhex(KEYS[1].split(":")[1])
         cache._local._eviction.on_remove(gap)
         del cache._local._entries[gap]
-        with cache.lookup(TOKENS) as lease:
+        with cache.fetch_and_lookup(TOKENS) as lease:
             check_lease(lease, TOKENS, "")
             assert list(lease.sources) == ["local", "remote", "local", "local", "local"]
 
@@ -113,8 +113,8 @@ class TestKeeping:
     def test_where_prefill_is_cheaper_redis_is_left_alone(self, redis_server, filled, caches):
         cache = caches(redis_server.url, capacity=0)
         assert hits(cache, TOKENS) == (0, N)
-        assert len(cache.lookup(TOKENS, prefill_ms_per_token=1e-9).chunks) == 0
-        assert len(cache.lookup(TOKENS, prefill_ms_per_token=1e9).chunks) == N
+        assert len(cache.fetch_and_lookup(TOKENS, prefill_ms_per_token=1e-9).chunks) == 0
+        assert len(cache.fetch_and_lookup(TOKENS, prefill_ms_per_token=1e9).chunks) == N
 
     def test_a_failed_store_writes_nothing_of_the_failed_chunk(self, redis_server, client, caches):
         cache = caches(redis_server.url, capacity=1)

@@ -102,7 +102,7 @@ class TestOnRedis:
         writer = authenticated(remote_codec=codec)
         writer.store(TOKENS, lambda index, out: out.fill_(index + 1))
         assert writer.flush(10)
-        with authenticated(remote_codec=codec).lookup(TOKENS) as lease:
+        with authenticated(remote_codec=codec).fetch_and_lookup(TOKENS) as lease:
             assert lease.remote_chunks == N
             assert [round(chunk.mean().item(), 2) for chunk in lease.chunks] == [1, 2, 3, 4, 5]
 

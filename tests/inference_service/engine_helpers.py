@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 import transformers
 
-from cache.protocol import ChunkShape
+from cache.protocol import ChunkShape, Prefetch
 from core.clock import Clock, ManualClock
 from core.config import EngineConfig
 from core.records import Request
@@ -156,6 +156,21 @@ class MemoryLease:
                 chunk.fill_(float("nan"))
 
 
+class Coming:
+    """A prefetch that a test ends; `waits` counts how often an engine waited for it."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.cancelled = False
+        self.waits = 0
+
+    def wait(self, timeout_s: float) -> None:
+        self.waits += 1
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
 class MemoryCache:
     """A `KVCache` in a dictionary. `place(i)` tells where chunk `i` is: `local`, `remote`, or `gone`."""
 
@@ -166,7 +181,11 @@ class MemoryCache:
         self.place = place
         self.open_leases = 0
         self.stored: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self.lookups: list[float | None] = []
+        self.costs: list[float | None] = []
+        """What the engine knew of the cost of a prefill, at each prefetch."""
+        self.coming: dict[tuple[int, ...], Coming] = {}
+        """Prompts of which chunks are on their way."""
+        self.taken: list[Coming] = []
         self.refuses: set[tuple[int, ...]] = set()
         """Prompts at which a look-up raises."""
         self.closed = False
@@ -175,10 +194,15 @@ class MemoryCache:
     def used_chunks(self) -> int:
         return len(self.stored)
 
-    def lookup(
-        self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None
-    ) -> MemoryLease:
-        self.lookups.append(prefill_ms_per_token)
+    def prefetch(
+        self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None, priority: int = 0
+    ) -> Coming | None:
+        self.costs.append(prefill_ms_per_token)
+        return self.coming.get(tuple(token_ids))
+
+    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> MemoryLease:
+        if isinstance(prefetch, Coming):
+            self.taken.append(prefetch)
         if tuple(token_ids) in self.refuses:
             raise RuntimeError("the cache is broken")
         chunks: list[torch.Tensor] = []

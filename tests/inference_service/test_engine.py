@@ -223,7 +223,7 @@ def test_the_cost_of_a_prefill_is_learnt_from_whole_chunks(qwen2: LoadedModel) -
     clock.drive(engine, 40.0)
     for length in (CHUNK - 1, 20, 10, 3, 20):
         engine.run([ask("a", tokens_of(length, length), 1)])
-    assert cache.lookups == pytest.approx([None, None, 2.0, 0.8 * 2.0 + 0.2 * 4.0, 0.8 * 2.0 + 0.2 * 4.0])
+    assert cache.costs == pytest.approx([None, None, 2.0, 0.8 * 2.0 + 0.2 * 4.0, 0.8 * 2.0 + 0.2 * 4.0])
 
 
 def test_closing_closes_the_cache(qwen2: LoadedModel) -> None:
