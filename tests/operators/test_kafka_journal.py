@@ -16,6 +16,7 @@ from operators.delivery.kafka_journal import KafkaJournal
 from tests.operators.memory_journal import MemoryJournal, Outcome, Transaction
 
 TOPIC, OTHER = "answers", "letters"
+CODECS = ("gzip", "snappy", "lz4", "zstd")
 
 
 class Topics(Protocol):
@@ -184,6 +185,18 @@ def test_offsets_are_found_by_time(topics: Topics) -> None:
     first = Partition(topics.named(TOPIC), 0)
     for at_ms, wanted in ((-5, 0), (0, 0), (record.at_ms, 0), (record.at_ms + 1, 1)):
         assert topics.journal.offsets_at([topics.named(TOPIC)], at_ms) == {first: wanted, first._replace(number=1): 0}
+
+
+@pytest.mark.integration
+def test_records_of_every_codec_are_read(stack: LocalStack) -> None:
+    with closing(InKafka(stack.addresses().brokers)) as topics:
+        for codec in CODECS:
+            with closing(KafkaProducer(bootstrap_servers=stack.addresses().brokers, compression_type=codec)) as client:
+                client.send(topics.named(TOPIC), key=codec.encode(), value=b"v" * 10_000, partition=0)
+        span = {Partition(topics.named(TOPIC), 0): range(len(CODECS))}
+        for committed in (False, True):
+            found = [(record.key, record.value) for record in topics.journal.read(span, committed=committed)]
+            assert found == [(codec.encode(), b"v" * 10_000) for codec in CODECS]
 
 
 @pytest.mark.integration

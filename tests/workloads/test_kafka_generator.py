@@ -200,7 +200,9 @@ def kafka_config(stack: LocalStack) -> Iterator[KafkaConfig]:
     """A requests topic of this test's own in the real Kafka."""
     config = KafkaConfig(brokers=stack.addresses().brokers, topic_prefix=f"test-{uuid.uuid4().hex[:12]}")
     admin = KafkaAdminClient(bootstrap_servers=config.brokers)
-    admin.create_topics([NewTopic(config.requests_topic, num_partitions=2, replication_factor=1)])
+    # A broker compresses with its topic's codec what comes otherwise.
+    codec = {"compression.type": "zstd"}
+    admin.create_topics([NewTopic(config.requests_topic, num_partitions=2, replication_factor=1, topic_configs=codec)])
     yield config
     admin.delete_topics([config.requests_topic])
     admin.close()
