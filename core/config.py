@@ -76,6 +76,15 @@ class Delivery(StrEnum):
     """It is written in a transaction, which ends with the next checkpoint: readers of committed records see it then."""
 
 
+class IsolationLevel(StrEnum):
+    """Which records a reader of a topic sees, in Kafka's own words."""
+
+    READ_COMMITTED = "read_committed"
+    """Those of committed transactions, and those outside of transactions. An open transaction holds what follows it."""
+    READ_UNCOMMITTED = "read_uncommitted"
+    """All at once, those of open and aborted transactions included."""
+
+
 class RemoteCodec(StrEnum):
     """What a chunk is in Redis."""
 
@@ -336,6 +345,12 @@ class SupervisionConfig(Config):
         ge=0,
         description="restarts of a slot's process in a row, without an answer between them, before the job fails",
     )
+    job_restarts: int = Field(
+        default=10,
+        ge=0,
+        description="restarts of the job, each within an hour of the one before, until a failure is for good; "
+        "what the user has to mend is never tried again",
+    )
     engine_timeout_s: float = Field(
         default=120.0, gt=0, le=1e6, description="a slot's process that says nothing for this long hangs, and is killed"
     )
@@ -474,6 +489,10 @@ class DeliveryConfig(Config):
     delivery: Delivery = Field(
         default=Delivery.AT_LEAST_ONCE,
         description="at-least-once: answers are there at once; exactly-once: in a transaction, seen with a checkpoint",
+    )
+    isolation_level: IsolationLevel = Field(
+        default=IsolationLevel.READ_COMMITTED,
+        description="requests to read: read_committed; read_uncommitted: those of open and aborted transactions too",
     )
     transaction_timeout_ms: int = Field(
         default=900_000,

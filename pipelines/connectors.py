@@ -151,6 +151,7 @@ def kafka_source(tables: StreamTableEnvironment, config: JobConfig, begin: Mappi
         "properties.group.id": kafka.consumer_group,
         "scan.startup.mode": "group-offsets",
         "properties.auto.offset.reset": "earliest",
+        "properties.isolation.level": config.delivery.isolation_level.value,
     }
     if begin:
         places = ";".join(f"partition:{partition},offset:{offset}" for partition, offset in sorted(begin.items()))

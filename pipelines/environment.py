@@ -25,10 +25,10 @@ _SETTINGS = {
     "execution.checkpointing.externalized-checkpoint-retention": "RETAIN_ON_CANCELLATION",
     # A restart mends no full disk: it would only ask again what was answered since the last checkpoint.
     "execution.checkpointing.tolerable-failed-checkpoints": "100",
-    "restart-strategy.type": "exponential-delay",
     "restart-strategy.exponential-delay.initial-backoff": "1 s",
     "restart-strategy.exponential-delay.max-backoff": "30 s",
-    "restart-strategy.exponential-delay.attempts-before-reset-backoff": "10",
+    # Longer than a slot takes to load: a job that fails each time it has loaded must not be restarted for ever.
+    "restart-strategy.exponential-delay.reset-backoff-threshold": "1 h",
 }
 
 
@@ -38,6 +38,10 @@ def make_environment(config: JobConfig) -> StreamExecutionEnvironment:
     for key, value in _SETTINGS.items():
         settings.set_string(key, value)
     settings.set_string("execution.checkpointing.interval", f"{config.checkpoint_interval_ms} ms")
+    restarts = config.supervision.job_restarts
+    settings.set_string("restart-strategy.type", "exponential-delay" if restarts else "none")
+    if restarts:
+        settings.set_string("restart-strategy.exponential-delay.attempts-before-reset-backoff", str(restarts))
     env = StreamExecutionEnvironment.get_execution_environment(settings)
     mode = env._j_stream_execution_environment.getConfiguration().toMap().get("python.execution-mode")
     if mode not in (None, "process"):

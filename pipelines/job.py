@@ -30,6 +30,7 @@ from pipelines.connectors import (
 )
 from pipelines.environment import make_environment, subtask_of_key
 from pipelines.state_ids import name_states
+from pipelines.user_errors import end_on_user_errors
 
 
 def build(env: StreamExecutionEnvironment, config: JobConfig, begin: Mapping[int, int]) -> DataStream:
@@ -59,6 +60,8 @@ def build(env: StreamExecutionEnvironment, config: JobConfig, begin: Mapping[int
     ):
         add_kafka_sink(tables, statements, config, sink)
     statements.attach_as_datastream()
+    end_on_user_errors(env, decoded, "decode")
+    end_on_user_errors(env, responses, "inference")
     name_states(env)
     return responses
 

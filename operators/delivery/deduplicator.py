@@ -33,11 +33,15 @@ class RecentIds:
 
 
 class Deduplicator:
-    """Tells of each valid request whether one of the same id is among the `records` before it in its partition."""
+    """Tells of each valid request whether one of the same id is among the `records` before it in its partition.
 
-    def __init__(self, records: int, journal: Journal) -> None:
+    `committed`: whether requests of aborted transactions are left out, as the job itself never sees them.
+    """
+
+    def __init__(self, records: int, journal: Journal, *, committed: bool = True) -> None:
         self._records = records
         self._journal = journal
+        self._committed = committed
         self._recent: dict[Partition, RecentIds] = {}
         self.dropped = 0
 
@@ -54,7 +58,8 @@ class Deduplicator:
         """What was there before this job, or this attempt of it, came to `end`."""
         recent = RecentIds(self._records)
         before = range(max(0, end - self._records), end)
-        for record in self._journal.read({partition: before}, committed=False) if before else ():
+        # Nothing before `end` is in an open transaction: a reader of committed records would not have come to `end`.
+        for record in self._journal.read({partition: before}, committed=self._committed) if before else ():
             if record.value is not None and (request_id := _id_of(record.value)) is not None:
                 recent.seen(request_id, record.offset)
         return recent

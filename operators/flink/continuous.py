@@ -28,8 +28,8 @@ class ContinuousFunction(SlotFunction):
     subtask may hold several.
     """
 
-    def open(self, runtime_context: RuntimeContext) -> None:
-        super().open(runtime_context)
+    def _open(self, runtime_context: RuntimeContext) -> None:
+        super()._open(runtime_context)
         most = self._config.batching.max_in_flight
         self._pump = self._opened.enter_context(closing(Pump(self._slot, most, self._clock)))
         self._in_flight: MapState = runtime_context.get_map_state(

@@ -8,7 +8,7 @@ from pyflink.common import Row
 from pyflink.datastream import ProcessFunction, RuntimeContext
 
 from core.clock import SystemClock
-from core.config import JobConfig, KafkaConfig
+from core.config import IsolationLevel, JobConfig, KafkaConfig
 from core.records import DeadLetter
 from operators.boards.load_board import LoadBoard, LoadView
 from operators.decoding import Decoder
@@ -16,6 +16,7 @@ from operators.delivery.deduplicator import Deduplicator
 from operators.delivery.kafka_journal import KafkaJournal
 from operators.envelope import Source, WarmUp
 from operators.flink.rows import DEAD_LETTERS, WARM_UP, dead_letter_row
+from operators.flink.user_errors import UserErrors
 from operators.metrics.slot_metrics import slot_metrics
 from operators.placement import BalancedPlacement, Placing, SessionAffinity
 
@@ -28,8 +29,13 @@ class DecodeFunction(ProcessFunction):
         self._make_journal = make_journal
         self._opened = ExitStack()
         """Closed in the reverse order. Flink closes what it could not open, too."""
+        self._errors = UserErrors()
 
     def open(self, runtime_context: RuntimeContext) -> None:
+        with self._errors.noted():
+            self._open(runtime_context)
+
+    def _open(self, runtime_context: RuntimeContext) -> None:
         slots = self._config.parallelism
         board = LoadBoard.of(self._config)
         if board is None:
@@ -40,7 +46,8 @@ class DecodeFunction(ProcessFunction):
         copies = None
         if self._config.delivery.dedup_records:
             journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
-            copies = Deduplicator(self._config.delivery.dedup_records, journal)
+            committed = self._config.delivery.isolation_level is IsolationLevel.READ_COMMITTED
+            copies = Deduplicator(self._config.delivery.dedup_records, journal, committed=committed)
         self._decoder = Decoder(placement, SystemClock(), copies)
         self._metrics = slot_metrics(runtime_context.get_index_of_this_subtask())
 
@@ -48,6 +55,9 @@ class DecodeFunction(ProcessFunction):
         self._opened.close()
 
     def process_element(self, value: Row, ctx: ProcessFunction.Context) -> Iterator[Any]:
+        return self._errors.told(lambda: self._process(value))
+
+    def _process(self, value: Row) -> Iterator[Any]:
         raw, partition, offset = value
         if partition == WARM_UP:
             yield WarmUp(offset)

@@ -23,8 +23,8 @@ class MicroBatchFunction(SlotFunction):
     What waits for its batch is in Flink's state as well as in memory, so that a restart loses nothing.
     """
 
-    def open(self, runtime_context: RuntimeContext) -> None:
-        super().open(runtime_context)
+    def _open(self, runtime_context: RuntimeContext) -> None:
+        super()._open(runtime_context)
         batching = self._config.batching
         self._stood = Standing(self._clock)
         board = LoadBoard.of(self._config)

@@ -12,6 +12,8 @@ from operators.envelope import Answer
 KEY_VALUE = Types.ROW_NAMED(["key", "value"], [Types.STRING(), Types.STRING()])
 DEAD_LETTERS = OutputTag("dead-letters", KEY_VALUE)
 READY = OutputTag("ready", KEY_VALUE)
+USER_ERRORS = OutputTag("user-errors", Types.STRING())
+"""Lines of which each ends the job: `pipelines.user_errors`."""
 WARM_UP = -1
 """The partition of a row that calls a slot to warm up; the slot stands in place of the offset."""
 

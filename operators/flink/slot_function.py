@@ -15,6 +15,7 @@ from operators.delivery.answered_log import AnsweredLog
 from operators.delivery.kafka_journal import KafkaJournal
 from operators.envelope import Envelope, WarmUp
 from operators.flink.rows import READY, written_row
+from operators.flink.user_errors import UserErrors
 from operators.metrics.endpoint import MetricsEndpoint
 from operators.metrics.slot_metrics import SlotMetrics, slot_metrics
 from operators.slots.supervisor import Supervisor
@@ -47,8 +48,13 @@ class SlotFunction(KeyedProcessFunction):
         self._make_journal = make_journal
         self._opened = ExitStack()
         """Closed in the reverse order. Flink closes what it could not open, too."""
+        self._errors = UserErrors()
 
     def open(self, runtime_context: RuntimeContext) -> None:
+        with self._errors.noted():
+            self._open(runtime_context)
+
+    def _open(self, runtime_context: RuntimeContext) -> None:
         self._clock = self._make_clock()
         # First of all: what comes to the topic from now on has been seen by nobody.
         journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
@@ -71,6 +77,12 @@ class SlotFunction(KeyedProcessFunction):
         self._opened.close()
 
     def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        return self._errors.told(lambda: self._process(value, ctx))
+
+    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+        return self._errors.told(lambda: self._ring(timestamp, ctx))
+
+    def _process(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         self._set_spare_timers(ctx)
         yield from self._say_ready()
         if isinstance(value, WarmUp):
@@ -85,7 +97,7 @@ class SlotFunction(KeyedProcessFunction):
             ready = self._slot.ready
             yield READY, Row(f"slot-{ready.slot}", ready.model_dump_json())
 
-    def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
+    def _ring(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         if timestamp != END_OF_INPUT:
             self._set_spare_timers(ctx)
         yield from self._say_ready()

@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pyflink.common import Types
 from pyflink.datastream import TimeDomain
+from pyflink.fn_execution.beam.beam_coders import FlinkCoder
+from pyflink.fn_execution.coders import from_type_info
 
 from tests.operators.flink.snapshot import Snapshot
 from tests.operators.flink.timers import Timer
@@ -41,3 +44,8 @@ def _content(text: Any) -> Any:
     if isinstance(text, list):
         return tuple(map(_content, text))
     return {_content(key): _content(value) for key, value in text["pairs"]}
+
+
+def pickled(value: Any) -> bytes:
+    """As PyFlink stores a value of `Types.PICKLED_BYTE_ARRAY()`."""
+    return bytes(FlinkCoder(from_type_info(Types.PICKLED_BYTE_ARRAY())).encode(value))

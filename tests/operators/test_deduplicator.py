@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from operators.delivery.deduplicator import Deduplicator
 from operators.delivery.journal import Partition
 from operators.envelope import Source
-from tests.operators.memory_journal import MemoryJournal
+from tests.operators.memory_journal import MemoryJournal, Outcome, Transaction
 
 TOPIC = "llm.requests"
 
@@ -52,6 +52,16 @@ def test_a_dropped_copy_counts_as_seen() -> None:
 def test_what_is_no_request_makes_no_copies_and_takes_up_room() -> None:
     assert copies(["a", None, None, "a"], records=2) == []
     assert copies(["a", None, "a"], records=2) == [2]
+
+
+def test_a_request_that_was_aborted_makes_the_next_one_no_copy() -> None:
+    """A client whose transaction was aborted sends its requests again, under the same ids."""
+    journal = MemoryJournal()
+    journal.append(TOPIC, 0, None, request("a"), Transaction(Outcome.ABORTED))
+    journal.gap(TOPIC, 0)
+    again = journal.append(TOPIC, 0, None, request("a"))
+    assert not Deduplicator(10, journal).is_copy("a", Source(TOPIC, 0, again))
+    assert Deduplicator(10, journal, committed=False).is_copy("a", Source(TOPIC, 0, again))
 
 
 def test_partitions_are_apart() -> None:

@@ -3,10 +3,12 @@
 import json
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import psutil
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import ConfigResource
 
 from core.clients import kafka_settings
 from core.config import KafkaAccessConfig, KafkaConfig
@@ -62,7 +64,18 @@ class Run:
         )
         return self.job
 
-    def send(self, count: int, start: int = 0, **changes: object) -> None:
+    def producer(self, **settings: object) -> KafkaProducer:
+        """Another one than its own."""
+        return KafkaProducer(**self._clients, **settings)
+
+    def compress(self, topic: str, codec: str) -> None:
+        """Have the broker compress what it keeps of a topic."""
+        with closing(KafkaAdminClient(**self._clients)) as admin:
+            admin.alter_configs([ConfigResource("topic", topic, {"compression.type": codec})])
+
+    def send(self, count: int, start: int = 0, *, by: KafkaProducer | None = None, **changes: object) -> None:
+        """`by`: another producer than the run's own."""
+        producer = by or self._producer
         for number in range(start, start + count):
             fields = {
                 "request_id": f"r{number}",
@@ -74,8 +87,8 @@ class Run:
             }
             request = Request(**(fields | changes))
             self.sent.append(request)
-            self._producer.send(self.kafka.requests_topic, request.to_json().encode(), key=request.session_id.encode())
-        self._producer.flush()
+            producer.send(self.kafka.requests_topic, request.to_json().encode(), key=request.session_id.encode())
+        producer.flush()
 
     def send_raw(self, raw: bytes | None) -> None:
         self._producer.send(self.kafka.requests_topic, raw, key=b"hostile")

@@ -8,9 +8,11 @@ import signal
 import time
 import urllib.request
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from kafka import KafkaProducer
 from prometheus_client.parser import text_string_to_metric_families
 
 from core.clock import SystemClock
@@ -58,6 +60,12 @@ def one_by_one(model: Path, requests: Iterable[Request]) -> dict[str, tuple[int,
     return found
 
 
+def send_aborted(run: Run, producer: KafkaProducer, count: int, start: int) -> None:
+    producer.begin_transaction()
+    run.send(count, start=start, by=producer)
+    producer.abort_transaction()
+
+
 def joins(job: FlinkJob) -> list[str]:
     """The tasks of the job at which streams meet."""
     nodes = job.cluster.get(f"/jobs/{job.job_id}/plan")["plan"]["nodes"]
@@ -65,9 +73,20 @@ def joins(job: FlinkJob) -> list[str]:
 
 
 def test_a_bounded_run_answers_everything_as_the_engine_alone_would(run: Run, model: Path) -> None:
+    """Requests and answers are compressed with each codec of Kafka, and some requests come in aborted transactions."""
     parallelism = 3
     ensure_topics(JobConfig(parallelism=parallelism, kafka=run.kafka))
-    run.send(50, max_new_tokens=12)
+    for topic, codec in zip(run.kafka.topics[1:], ("zstd", "lz4", "snappy"), strict=True):
+        run.compress(topic, codec)
+    with closing(run.producer(transactional_id=run.kafka.topic_prefix)) as transactional:
+        transactional.init_transactions()
+        send_aborted(run, transactional, 3, start=0)
+        # None of them is a copy of one that was aborted.
+        run.send(10, max_new_tokens=12)
+        for start, codec in zip((10, 20, 30, 40), ("gzip", "snappy", "lz4", "zstd"), strict=True):
+            with closing(run.producer(compression_type=codec)) as compressing:
+                run.send(10, start=start, max_new_tokens=12, by=compressing)
+        send_aborted(run, transactional, 3, start=60)
     run.send(1, start=50, prompt="x" * 200)
     run.send(1, start=51, model="another")
     run.send(1, start=52, created_at_ms=1.0, deadline_ms=5.0)
@@ -93,6 +112,18 @@ def test_a_bounded_run_answers_everything_as_the_engine_alone_would(run: Run, mo
     # They ran together, as far as the cap let them.
     assert max(answer.decode_rows or 0 for answer in run.responses) > 1.5
     assert max(answer.batch_size for answer in run.responses) <= 6
+
+
+def test_a_model_that_is_refused_ends_the_job_with_its_line(run: Run, model: Path, tmp_path: Path) -> None:
+    refused = tmp_path / "no-tokenizer"
+    refused.mkdir()
+    for file in model.iterdir():
+        if not file.name.startswith(("tokenizer", "special_tokens")):
+            (refused / file.name).symlink_to(file)
+    run.submit("--parallelism", "2", "--model", str(refused))
+    assert run.job.wait_ended(240) == "FAILED"
+    (failure,) = run.job.failures()
+    assert failure.endswith(f"model: there is no tokenizer in {str(refused)!r}; save one beside the weights")
 
 
 def test_an_answer_does_not_wait_for_a_longer_one_and_a_drain_answers_both(
