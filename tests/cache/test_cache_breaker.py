@@ -45,3 +45,13 @@ def test_a_failed_probe_opens_again_at_once():
     assert not breaker.try_acquire()
     clock.advance(1)
     assert breaker.try_acquire()
+
+
+def test_a_retired_breaker_stays_open_whatever_is_told():
+    clock = ManualClock()
+    breaker = CircuitBreaker(1, 100.0, clock)
+    breaker.retire()
+    breaker.success()
+    clock.advance(1000)
+    assert breaker.is_open
+    assert not breaker.try_acquire()

@@ -45,6 +45,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
     """The dictionary: every chunk that was ever stored. A cache may have lost any of them, and must invent none."""
 
     url = None
+    PREFETCH_CHUNKS = 7
 
     @initialize()
     def open(self):
@@ -59,10 +60,12 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
             # Another weights digest for each run, so that runs do not find each other's chunks.
             CacheAgainstDictionary.runs += 1
             identity = type(IDENTITY)(f"run {CacheAgainstDictionary.runs}", "", "")
-            self.cache = make_cache(self.url, capacity=3, identity=identity)
+            limit_bytes = self.PREFETCH_CHUNKS * SHAPE.size_bytes
+            self.cache = make_cache(self.url, capacity=3, identity=identity, prefetch_bytes=limit_bytes)
             self.cache._sizing = self.sizing
         self.stored: set[tuple] = set()
         self.leases: list = []
+        self.fetches: list = []
         self.looked_up = self.local = self.remote = 0
 
     runs = 0
@@ -72,7 +75,31 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
 
     @rule(tokens=prompts, salt=salts)
     def look_up(self, tokens, salt):
-        lease = self.cache.fetch_and_lookup(tokens, salt)
+        self.check(self.cache.fetch_and_lookup(tokens, salt), tokens, salt)
+
+    @rule(tokens=prompts, salt=salts)
+    def prefetch(self, tokens, salt):
+        fetch = self.cache.prefetch(tokens, salt)
+        if fetch is not None:
+            self.fetches.append((fetch, tokens, salt))
+
+    @precondition(lambda self: self.fetches)
+    @rule(data=st.data(), finish=st.booleans())
+    def look_up_what_was_prefetched(self, data, finish):
+        """With what has come by now, or all of it; local chunks may have come and gone meanwhile."""
+        fetch, tokens, salt = self.fetches.pop(data.draw(st.integers(0, len(self.fetches) - 1)))
+        if finish:
+            fetch.wait(10)
+        self.check(self.cache.lookup(tokens, salt, fetch), tokens, salt)
+
+    @precondition(lambda self: self.fetches)
+    @rule(data=st.data())
+    def cancel(self, data):
+        fetch, _, _ = self.fetches.pop(data.draw(st.integers(0, len(self.fetches) - 1)))
+        fetch.cancel()
+        fetch.cancel()
+
+    def check(self, lease, tokens, salt):
         chunks = self.chunks_of(tokens, salt)
         check_lease(lease, tokens, salt)
         assert self.stored.issuperset(chunks[: len(lease.chunks)])
@@ -142,6 +169,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         assert stats.pinned_chunks == len(held & inside)
         outside = sum(1 for lease, _, _ in self.leases for chunk in lease.chunks if id(chunk) not in inside)
         assert stats.leased_outside_bytes == outside * SHAPE.size_bytes
+        assert stats.fetched_bytes <= self.PREFETCH_CHUNKS * SHAPE.size_bytes
         assert (stats.chunks_looked_up, stats.local_chunks_hit, stats.remote_chunks_hit) == (
             self.looked_up,
             self.local,
@@ -152,6 +180,10 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         if hasattr(self, "cache"):
             for lease, _, _ in self.leases:
                 lease.release()
+            for fetch, _, _ in self.fetches:
+                fetch.cancel()
+                fetch.finish()
+            assert self.cache.stats().fetched_bytes == 0
             assert self.cache.stats().pinned_chunks == 0
             assert self.cache.stats().leased_outside_bytes == 0
             self.cache.close(5)
@@ -240,6 +272,48 @@ def test_the_lease_reports_the_capacity_and_use_of_its_moment(caches):
     store(cache, prompt(3))
     with cache.lookup(prompt(1)) as lease:
         assert (lease.capacity_chunks, lease.used_chunks) == (5, 3)
+
+
+@pytest.mark.parametrize("at", ["sizing", "request", "arrange", "insert"])
+def test_a_look_up_never_raises_and_pins_nothing_when_a_policy_fails(redis_server, client, caches, at, monkeypatch):
+    store(writer := make_cache(redis_server.url), prompt(4))
+    writer.close()
+    cache = caches(redis_server.url)
+    store(cache, prompt(2))
+
+    def fails(*_):
+        raise ValueError("nobody thought of it")
+
+    policy = cache._local._eviction
+    name = {"request": "on_request", "arrange": "arrange", "insert": "on_insert"}.get(at)
+    with monkeypatch.context() as broken:
+        broken.setattr(*((cache._sizing, "observe") if name is None else (policy, name)), fails)
+        with cache.fetch_and_lookup(prompt(4)) as lease:
+            assert (lease.chunks, lease.local_chunks, lease.remote_chunks) == ([], 0, 0)
+        stats = cache.stats()
+        assert (stats.pinned_chunks, stats.fetched_bytes, stats.leased_outside_bytes) == (0, 0, 0)
+        assert stats.local_bytes == len(list(cache._local)) * SHAPE.size_bytes
+    assert sum(hits(cache, prompt(4))) == 4
+
+
+def test_a_store_whose_policy_fails_pins_nothing(caches, monkeypatch):
+    cache = caches()
+
+    def fails(*_):
+        raise ValueError("nobody thought of it")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(cache._local._eviction, "arrange", fails)
+        with pytest.raises(ValueError, match="nobody"):
+            store(cache, prompt(2))
+    assert cache.stats().pinned_chunks == 0
+    assert hits(cache, prompt(2)) == (2, 0)
+
+
+def test_a_token_that_no_key_can_hold_is_a_miss(redis_server, caches):
+    cache = caches(redis_server.url)
+    assert cache.prefetch([-1] * C) is None
+    assert cache.lookup([-1] * C).chunks == []
 
 
 def test_a_url_that_is_none_is_a_user_error():

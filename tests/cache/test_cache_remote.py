@@ -11,7 +11,11 @@ from cache_support import IDENTITY, SHAPE, Proxy, RedisServer, check_lease, hits
 
 from cache.codec import HEADER_BYTES, record_bytes
 from cache.keys import KeySchema
+from cache.redis_wire import RedisConnection
 from core.clock import ManualClock
+from core.config import CacheConfig, JobConfig, RemoteConfig
+from core.errors import UserError
+from operators.slots.check import check_before_start
 
 N = 5
 TOKENS = prompt(N)
@@ -322,6 +326,95 @@ class TestWriting:
             assert all(cache._remote.writes.wants(bytes.fromhex(key.split(":")[1])) for key in KEYS)
         finally:
             server.stop()
+
+
+class TestUnexpectedErrors:
+    """An exception that nobody thought of is a miss, and leaves neither breaker nor chunk in an odd state."""
+
+    def test_of_reads(self, redis_server, filled, caches, monkeypatch):
+        clock = ManualClock()
+        cache = caches(redis_server.url, clock=clock, capacity=0, breaker_failures=1)
+
+        def fails(*_):
+            raise KeyError("nobody thought of it")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(cache._remote, "_probe", fails)
+            assert hits(cache, TOKENS) == (0, 0)
+            clock.advance(2000)
+            assert hits(cache, TOKENS) == (0, 0)
+        stats = cache.stats()
+        assert (stats.remote_errors, stats.pinned_chunks, stats.fetched_bytes) == (2, 0, 0)
+        clock.advance(2000)
+        assert hits(cache, TOKENS) == (0, N)
+
+    def test_of_writes(self, redis_server, client, caches, monkeypatch):
+        clock = ManualClock()
+        cache = caches(redis_server.url, clock=clock, breaker_failures=1)
+        writes = cache._remote.writes
+
+        def fails(*_):
+            raise KeyError("nobody thought of it")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(writes, "_send", fails)
+            for _ in range(2):
+                store(cache, TOKENS)
+                assert cache.flush(10)
+                clock.advance(2000)
+        stats = cache.stats()
+        assert (stats.remote_errors, stats.write_dropped, stats.queued_bytes, stats.pinned_chunks) == (2, 2 * N, 0, 0)
+        store(cache, TOKENS)
+        assert cache.flush(10)
+        assert client.dbsize() == N
+
+
+class TestClusterMode:
+    @pytest.fixture
+    def cluster(self, tmp_path):
+        """A node of a cluster that serves none of its keys' slots."""
+        server = RedisServer(tmp_path, "--cluster-enabled", "yes")
+        yield server
+        server.stop()
+
+    def test_is_told_in_one_line_and_left_for_good(self, cluster, caches, caplog):
+        clock = ManualClock()
+        cache = caches(cluster.url, clock=clock, capacity=0, breaker_failures=100)
+        for _ in range(3):
+            store(cache, TOKENS)
+            assert cache.flush(10)
+            assert hits(cache, TOKENS) == (0, 0)
+            clock.advance(60_000)
+        assert cache.prefetch(TOKENS) is None
+        assert cache.stats().bytes_written == 0
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert "cluster mode" in line
+        assert "redis_url" in line
+
+    def test_a_moved_key_is_told_as_well(self, redis_server, filled, caches, monkeypatch, caplog):
+        cache = caches(redis_server.url)
+        _receive = RedisConnection._receive
+        answered = b"-MOVED 3999 127.0.0.1:6381\r\n"
+
+        def moved(connection, target, deadline):
+            _receive(connection, target, deadline)
+            target[: len(answered)] = answered
+            return len(answered)
+
+        monkeypatch.setattr(RedisConnection, "_receive", moved)
+        assert hits(cache, TOKENS) == (0, 0)
+        assert "runs in cluster mode" in caplog.text
+        assert cache.prefetch(TOKENS) is None
+
+    def test_is_refused_where_the_job_is_submitted(self, cluster):
+        config = JobConfig(cache=CacheConfig(remote=RemoteConfig(redis_url=cluster.url)))
+        with pytest.raises(UserError, match=r"^redis_url: Redis at .* runs in cluster mode.*name a Redis without it$"):
+            check_before_start(config)
+
+    def test_another_redis_or_one_that_is_away_is_not_refused(self, redis_server, proxy):
+        check_before_start(JobConfig(cache=CacheConfig(remote=RemoteConfig(redis_url=redis_server.url))))
+        proxy.down()
+        check_before_start(JobConfig(cache=CacheConfig(remote=RemoteConfig(redis_url=proxy.url))))
 
 
 def test_the_proxy_itself_refuses_when_down(redis_server, caches):
