@@ -12,9 +12,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from benchmarks.ceilings import ModelCosts
 from cache.protocol import ChunkShape
+from inference_service.attention_interface import SDPA
+from inference_service.attention_window import AttentionWindow
 from inference_service.kv_pool import KVPool
 from inference_service.packed_linear import pack_linears
-from inference_service.packed_pass import ATTENTION
 from inference_service.runner import Runner
 
 QWEN2_5: dict[str, Any] = {"vocab_size": 151_936, "max_position_embeddings": 32_768, "rope_theta": 1e6}
@@ -84,6 +85,8 @@ class RandomModel:
     device: torch.device
     dtype: torch.dtype
     packs: bool = True
+    batches: bool = True
+    windows: tuple[AttentionWindow, ...] = ()
 
     @property
     def config(self) -> Any:
@@ -113,7 +116,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> RandomModel:
         model.model.rotary_emb = Qwen2RotaryEmbedding(config)
     model = model.eval().requires_grad_(False)
     pack_linears(model)
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation(SDPA)
     return RandomModel(name, model, device, dtype)
 
 

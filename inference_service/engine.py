@@ -29,7 +29,7 @@ from inference_service.pieces import Piece
 from inference_service.prompts import prompt_tokens
 from inference_service.protocol import ServedModel
 from inference_service.sampling import Sampler
-from inference_service.support import check_supported, with_packing
+from inference_service.support import checked
 
 logger = logging.getLogger(__name__)
 
@@ -588,5 +588,4 @@ def load_checked_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
     """A loaded model that the pool is known to run as the model alone would. Raises `UserError`."""
     model = load_model(config, slot)
     pack_linears(model.model)
-    check_supported(model)
-    return with_packing(model)
+    return checked(model)

@@ -15,6 +15,7 @@ from cache.protocol import ChunkShape, ModelIdentity
 from core.config import EngineConfig
 from core.errors import UserError
 from core.model_path import model_folder
+from inference_service.attention_window import AttentionWindow
 from inference_service.default_model import default_model_path
 from inference_service.kv_pool import KVPool
 from inference_service.runner import Runner
@@ -35,6 +36,10 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     packs: bool = False
     """Whether it is known to compute pieces of several sequences in one pass."""
+    batches: bool = True
+    """Where it does not pack: whether it computes single tokens of rows of unequal lengths in one pass."""
+    windows: tuple[AttentionWindow, ...] = ()
+    """What each layer attends to. Empty: everything, in all layers."""
 
     @property
     def vocab_size(self) -> int:

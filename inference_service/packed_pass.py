@@ -4,35 +4,42 @@ All that a model computes for each token by itself (its linear layers, most of t
 all of them. Attention alone must tell the sequences apart: it is taken piece by piece over each one's own row of the
 pool, and for single tokens of the first rows together. (Packed batches of prefill and decode: Orca's selective
 batching, OSDI 2022; Sarathi-Serve's hybrid batches, OSDI 2024.)
-
-`transformers` lets a model call an attention function by name. Ours hands each piece to the library's own SDPA.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from inference_service.attention_interface import Compute
+from inference_service.attention_window import AttentionWindow
 from inference_service.kv_pool import KVPool
 from inference_service.pieces import Piece
 
-ATTENTION = "infertuner_packed"
-"""The attention implementation's name; without a packed pass it is SDPA."""
+Masks = tuple[int, torch.Tensor | None]
+"""First position of a row that is read, and the mask over what follows. None: all of it, each token up to itself."""
 
 
 class PackedPass:
     """One pass over `pieces`, of which the first `rows` are single tokens of the pool's first rows.
 
     It stands where a model expects its `past_key_values`: new keys and values go into the pool, layer by layer, and
-    the attention function, which is called next, reads whole rows from there.
+    the attention function, which is called next, reads whole rows from there, as far back as the layer's window goes.
     """
 
     is_compileable = False
 
-    def __init__(self, pool: KVPool, pieces: Sequence[Piece], rows: int) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        pieces: Sequence[Piece],
+        rows: int,
+        windows: Sequence[AttentionWindow],
+        additive: torch.dtype | None,
+    ) -> None:
+        """`windows` are those of the layers. `additive`: the type of masks that are added to the scores, as eager
+        attention does; None: masks are boolean, as for SDPA.
+        """
         device = pool.device
         self._pool = pool
         self._layer = 0
@@ -49,12 +56,21 @@ class PackedPass:
         """`[tokens]`: of each token in its sequence."""
         self._rows = rows
         self._row_length = max((piece.end for piece in pieces[:rows]), default=0)
-        columns = torch.arange(self._row_length, device=device)
-        self._row_mask = (columns[None, :] <= self._row_positions[:, None])[:, None, None]
         self._spans = [
-            (piece, slice(begin, end), _causal_mask(piece, own))
-            for piece, begin, end, own in zip(pieces[rows:], ends[rows:-1], ends[rows + 1 :], positions, strict=True)
+            (piece, slice(begin, end))
+            for piece, begin, end in zip(pieces[rows:], ends[rows:-1], ends[rows + 1 :], strict=True)
         ]
+        self._windows = windows
+        self._row_masks: dict[AttentionWindow, Masks] = {}
+        self._span_masks: dict[AttentionWindow, list[Masks]] = {}
+        for window in dict.fromkeys(windows):
+            if rows:
+                first = window.first_seen(min(piece.start for piece in pieces[:rows]))
+                mask = window.mask(self._row_positions, first, self._row_length)
+                self._row_masks[window] = (first, as_given(mask[:, None, None], additive))
+            self._span_masks[window] = [
+                _span_mask(window, piece, own, additive) for piece, own in zip(pieces[rows:], positions, strict=True)
+            ]
         # Of four dimensions, so that models make none of their own; the attention function does not look at it.
         self.no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
 
@@ -70,7 +86,7 @@ class PackedPass:
             self._pool.write_rows(
                 layer_idx, self._row_positions, key[0, :, :rows].transpose(0, 1), value[0, :, :rows].transpose(0, 1)
             )
-        for piece, tokens, _mask in self._spans:
+        for piece, tokens in self._spans:
             self._pool.write(layer_idx, piece.row, piece.start, key[0, :, tokens], value[0, :, tokens])
         return key, value
 
@@ -83,42 +99,47 @@ class PackedPass:
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
 
-    # Attention.
+    # The interface of `AttentionPass`.
 
-    def attend(self, module: torch.nn.Module, query: torch.Tensor, **options: Any) -> torch.Tensor:
+    def attend(
+        self,
+        compute: Compute,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Each token over its own row: `[1, heads, tokens, head_dim]` to `[1, tokens, heads, head_dim]`."""
+        window = self._windows[self._layer]
         outputs = []
         if self._rows:
+            first, row_mask = self._row_masks[window]
             keys, values = self._pool.read_rows(self._layer, self._rows, self._row_length)
-            first = query[0, :, : self._rows].transpose(0, 1)[:, :, None]
-            output, _ = sdpa_attention_forward(module, first, keys, values, self._row_mask, **options)
+            single = query[0, :, : self._rows].transpose(0, 1)[:, :, None]
+            output, _ = compute(single, keys[:, :, first:], values[:, :, first:], row_mask)
             outputs.append(output.transpose(0, 1))
-        for piece, tokens, mask in self._spans:
+        for (piece, tokens), (first, span_mask) in zip(self._spans, self._span_masks[window], strict=True):
             keys, values = self._pool.read(self._layer, piece.row, piece.end)
-            output, _ = sdpa_attention_forward(module, query[:, :, tokens], keys, values, mask, **options)
+            output, _ = compute(query[:, :, tokens], keys[:, :, first:], values[:, :, first:], span_mask)
             outputs.append(output)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-
-def _causal_mask(piece: Piece, positions: torch.Tensor) -> torch.Tensor | None:
-    """`[1, 1, tokens, end]`; none where the piece is the beginning of its row: SDPA has a faster way for that."""
-    if piece.start == 0:
-        return None
-    return (torch.arange(piece.end, device=positions.device)[None, :] <= positions[:, None])[None, None]
+    def note_mask(self, mask: torch.Tensor, mask_function: Callable[..., Any], local_size: int | None) -> None:
+        """A mask that a model makes although it is given one is not looked at either."""
 
 
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    *key_value_mask: Any,
-    packed_pass: PackedPass | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """What a model calls with its query, keys, values and mask. Without a pass of ours it is plain SDPA."""
-    if packed_pass is None:
-        return sdpa_attention_forward(module, query, *key_value_mask, **options)
-    return packed_pass.attend(module, query, **options), None
+def _span_mask(window: AttentionWindow, piece: Piece, positions: torch.Tensor, additive: torch.dtype | None) -> Masks:
+    """No mask where the piece is all that its tokens see, which SDPA has a faster way for, nor for a single token."""
+    first = window.first_seen(piece.start)
+    causal = first == piece.start == window.first_seen(piece.end - 1)
+    if len(piece.tokens) == 1 or (causal and additive is None):
+        return first, None
+    return first, as_given(window.mask(positions, first, piece.end)[None, None], additive)
 
 
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+def as_given(mask: torch.Tensor, additive: torch.dtype | None) -> torch.Tensor:
+    """A boolean mask, or 0 where it is true and the least number elsewhere, in the type `additive`."""
+    if additive is None:
+        return mask
+    zeros = torch.zeros(mask.shape, dtype=additive, device=mask.device)
+    return zeros.masked_fill_(~mask, torch.finfo(additive).min)

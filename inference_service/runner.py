@@ -1,12 +1,14 @@
 """Forward passes over the pool: pieces of prompts and single tokens of running sequences, in one pass."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from inference_service.attention_interface import EAGER, computed_by
+from inference_service.attention_window import FULL, AttentionWindow
 from inference_service.kv_pool import KVPool
-from inference_service.packed_pass import PackedPass
+from inference_service.packed_pass import PackedPass, as_given
 from inference_service.pieces import Piece, leading_rows
 
 if TYPE_CHECKING:
@@ -17,18 +19,19 @@ class Runner:
     """Runs a model's forward passes with the pool as its key/value memory. Holds no request.
 
     A model that takes packed passes computes all pieces in one, so that its weights are read once; any other computes
-    the running rows together and each other piece alone.
+    the running rows together, where it can, and each other piece alone.
     """
 
     def __init__(self, model: "LoadedModel", pool: KVPool) -> None:
         self._model = model.model
         self._device = model.device
-        self._packs = model.packs
+        self._packs, self._batches = model.packs, model.batches
         self.pool = pool
+        self._windows: tuple[AttentionWindow, ...] = model.windows or (FULL,) * pool.shape.layers
         # Eager attention adds the mask to the scores, SDPA takes a boolean one.
-        self._additive = model.model.config._attn_implementation == "eager"
-        self._least = torch.finfo(model.dtype).min
-        self._dtype = model.dtype
+        implementation = model.model.config._attn_implementation
+        self._additive = model.dtype if implementation in ("eager", EAGER) else None
+        self._layer_types: Sequence[str] = getattr(model.model.config.get_text_config(), "layer_types", None) or ()
 
     @property
     def rows(self) -> int:
@@ -41,43 +44,49 @@ class Runner:
         Single tokens of the first rows, in the rows' order and before all other pieces, attend together.
         Returns the logits after the last token of each, `[pieces, vocabulary]`.
         """
-        rows = leading_rows(pieces)
+        rows = leading_rows(pieces) if self._packs or self._batches else 0
         if self._packs:
             return self._packed(pieces, rows)
         logits = [self._prefill(piece) for piece in pieces[rows:]]
         return torch.cat([self._decode(pieces[:rows]), *logits] if rows else logits)
 
     def _packed(self, pieces: Sequence[Piece], rows: int) -> torch.Tensor:
-        packed = PackedPass(self.pool, pieces, rows)
-        output = self._model(
-            input_ids=torch.tensor([packed.tokens], device=self._device),
-            attention_mask=packed.no_mask,
-            position_ids=packed.positions[None],
-            past_key_values=packed,
-            use_cache=True,
-            logits_to_keep=packed.last_tokens,
-            packed_pass=packed,
-        )
+        packed = PackedPass(self.pool, pieces, rows, self._windows, self._additive)
+        with computed_by(packed):
+            output = self._model(
+                input_ids=torch.tensor([packed.tokens], device=self._device),
+                attention_mask=packed.no_mask,
+                position_ids=packed.positions[None],
+                past_key_values=packed,
+                use_cache=True,
+                logits_to_keep=packed.last_tokens,
+            )
         logits: torch.Tensor = output.logits[0]
         return logits
 
     def _prefill(self, piece: Piece) -> torch.Tensor:
         self.pool.begin_prefill(piece.row, piece.start, len(piece.tokens))
         positions = torch.arange(piece.start, piece.end, device=self._device)
-        mask = torch.arange(piece.end, device=self._device)[None, :] <= positions[:, None]
-        return self._forward(torch.tensor([piece.tokens], device=self._device), positions[None], mask[None, None])
+        masks = {window: window.mask(positions, 0, piece.end)[None, None] for window in dict.fromkeys(self._windows)}
+        return self._forward(torch.tensor([piece.tokens], device=self._device), positions[None], masks)
 
     def _decode(self, pieces: Sequence[Piece]) -> torch.Tensor:
         positions = torch.tensor([piece.start for piece in pieces], device=self._device)
         length = max(piece.end for piece in pieces)
         self.pool.begin_decode(positions, length)
-        mask = torch.arange(length, device=self._device)[None, :] <= positions[:, None]
+        masks = {window: window.mask(positions, 0, length)[:, None, None] for window in dict.fromkeys(self._windows)}
         input_ids = torch.tensor([piece.tokens for piece in pieces], device=self._device)
-        return self._forward(input_ids, positions[:, None], mask[:, None, None])
+        return self._forward(input_ids, positions[:, None], masks)
 
-    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        if self._additive:
-            mask = torch.zeros(mask.shape, dtype=self._dtype, device=self._device).masked_fill_(~mask, self._least)
+    def _forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, masks: dict[AttentionWindow, torch.Tensor]
+    ) -> torch.Tensor:
+        given = {window: as_given(mask, self._additive) for window, mask in masks.items()}
+        mask: Any
+        if len(given) == 1:
+            (mask,) = given.values()
+        else:  # the models of the library take a mask for each type of layer
+            mask = {kind: given[window] for kind, window in zip(self._layer_types, self._windows, strict=True)}
         output = self._model(
             input_ids=input_ids,
             attention_mask=mask,

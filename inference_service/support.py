@@ -1,58 +1,62 @@
 """Refuse, at load, a model that the pool would run wrong.
 
-The pool holds keys and values of one shape in every layer, for all positions, under a causal mask. The configuration
-tells of most models that need something else; a self-test against the model's own forward pass finds the rest.
+The pool holds keys and values of one shape in every layer, for all positions, and each layer attends to all of them, to
+a sliding window or to a chunk. The configuration tells of most models that need something else; a self-test against the
+model's own forward pass finds the rest.
 """
 
 import logging
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from core.errors import UserError
+from inference_service.attention_interface import OURS
+from inference_service.attention_window import find_windows
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel
-from inference_service.packed_pass import ATTENTION
 from inference_service.pieces import Piece
 from inference_service.runner import Runner
 
 logger = logging.getLogger(__name__)
 
 SELF_TEST_TOKENS = 40
+"""Tokens of the self-test, where no number of the configuration asks for more."""
+_BEYOND_BORDER = 8
 _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 """Largest difference of logits, as a share of their largest magnitude, that rounding may explain."""
 
 
-def check_supported(model: LoadedModel) -> None:
-    """Raises `UserError` that names the layer or setting which the pool cannot hold exactly."""
+def checked(model: LoadedModel) -> LoadedModel:
+    """The model with the largest passes that are known to give its own logits.
+
+    Raises `UserError` that names the layer or setting which the pool cannot hold exactly.
+    """
     _check_config(model)
-    _self_test(model)
+    model = with_packing(model)
+    if not model.packs:
+        model = _with_batches(model)
+    return model
 
 
 def _check_config(model: LoadedModel) -> None:
     config = model.model.config.get_text_config()
     for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in ("full_attention", "sliding_attention", "attention"):
+        if kind not in ("full_attention", "sliding_attention", "chunked_attention", "attention"):
             raise _refusal(model, f"layer {index} is {kind!r}, which keeps no key/value per token in a row of the pool")
     if getattr(config, "kv_lora_rank", None):
         raise _refusal(model, "its latent attention (kv_lora_rank) has keys and values of different sizes")
     if getattr(config, "add_cross_attention", False):
         raise _refusal(model, "it has cross attention (add_cross_attention)")
     _check_rope(model, config)
-    window = _window(config)
-    if window is not None and window < model.max_len:
-        raise _refusal(
-            model,
-            f"layers attend over a window of {window} tokens, less than the {model.max_len} that a row holds; "
-            f"set --max-model-len to at most {window}",
-        )
 
 
 def _check_rope(model: LoadedModel, config: Any) -> None:
     """LongRoPE turns all keys by other angles once a sequence is long: chunks of short and long ones differ."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+    for rope in _rope_settings(config):
         limit = rope.get("original_max_position_embeddings")
         if rope.get("rope_type") == "longrope" and limit is not None and limit < model.max_len:
             raise _refusal(
@@ -62,27 +66,23 @@ def _check_rope(model: LoadedModel, config: Any) -> None:
             )
 
 
-def _window(config: Any) -> int | None:
-    """The shortest span that a layer attends to, where some layer does not attend to everything."""
-    spans = [getattr(config, "attention_chunk_size", None)]
-    if getattr(config, "use_sliding_window", True):
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None or "sliding_attention" in kinds:
-            spans.append(getattr(config, "sliding_window", None))
-    if getattr(config, "attention_types", None) and "local" in str(config.attention_types):  # GPT-Neo
-        spans.append(getattr(config, "window_size", None))
-    return min((int(span) for span in spans if span), default=None)
+def _rope_settings(config: Any) -> Iterator[dict[str, Any]]:
+    """The settings of rope: of all layers, and of each type of layer where those differ."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    yield parameters
+    yield from (value for value in parameters.values() if isinstance(value, dict))
 
 
 def with_packing(model: LoadedModel) -> LoadedModel:
     """The model, set to packed passes where those give its own logits; else as it is: slower, and as right."""
     attention = model.model.config._attn_implementation
-    if attention != "sdpa":
+    if attention not in OURS or not model.model._can_set_attn_implementation():
         return model
-    packing = replace(model, packs=True)
     try:
-        model.model.set_attn_implementation(ATTENTION)
-        _self_test(packing)
+        model.model.set_attn_implementation(OURS[attention])
+        model = replace(model, windows=find_windows(model.model, model.chunk_shape(1).layers, model.max_len))
+        packing = replace(model, packs=True)
+        check_logits(packing)
     except Exception as error:  # whatever it raises, it is served without
         logger.info("%s takes no packed passes: %s", model.name, " ".join(str(error).split())[:400])
         model.model.set_attn_implementation(attention)
@@ -90,7 +90,22 @@ def with_packing(model: LoadedModel) -> LoadedModel:
     return packing
 
 
-def _self_test(model: LoadedModel) -> None:
+def _with_batches(model: LoadedModel) -> LoadedModel:
+    """The model, computing rows together where that gives its own logits, and else each by itself."""
+    try:
+        check_logits(model)
+    except UserError as error:
+        model = replace(model, batches=False)
+        try:
+            check_logits(model)
+        except UserError:
+            raise error from None
+        logger.info("%s computes each row by itself: %s", model.name, error)
+    return model
+
+
+def check_logits(model: LoadedModel) -> None:
+    """The self-test. Raises `UserError` where logits over the pool are not those of the model alone."""
     try:
         compared = _logits_both_ways(model)
     except Exception as error:  # whatever a model of unknown make raises, the answer is the same: not this one
@@ -108,36 +123,78 @@ def _self_test(model: LoadedModel) -> None:
 
 @torch.inference_mode()
 def _logits_both_ways(model: LoadedModel) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Of short prompts in pieces, with reuse and together: position, logits over the pool, logits by the model alone.
+    """Of prompts in pieces, with reuse and together: position, logits over the pool, logits by the model alone.
 
-    Logits are `[vocabulary]`.
+    Logits are `[vocabulary]`. The cost is that of about three prompts of `_self_test_tokens`.
     """
-    count = max(3, min(SELF_TEST_TOKENS, model.max_len))
-    one, other = ([(step * index + 3) % model.vocab_size for index in range(count)] for step in (7, 11))
+    count = _self_test_tokens(model)
+    chunk = max(1, (count - 4) // 2)
+    short = min(chunk, SELF_TEST_TOKENS // 2)
+    one = [(7 * index + 3) % model.vocab_size for index in range(count)]
+    other = [(11 * index + 3) % model.vocab_size for index in range(short + 1)]
     prompts = (one, one, other)  # of each row
-    chunk = max(1, count // 4)
-    alone = [model.model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False) for prompt in prompts]
     shape = model.chunk_shape(chunk)
     pool = KVPool(shape, rows=len(prompts), max_len=count, device=model.device)
     runner = Runner(model, pool)
     compared: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    alone = {id(one): _logits_alone(model, one), id(other): _logits_alone(model, other)}
 
     def run(*spans: tuple[int, int, int]) -> None:
         """A pass over what stands in `row` from `start` to before `end`, of each of the spans."""
         pieces = [Piece(row, start, prompts[row][start:end]) for row, start, end in spans if end > start]
         for piece, found in zip(pieces, runner.forward(pieces), strict=True):
-            compared.append((piece.end - 1, found, alone[piece.row].logits[0, piece.end - 1].float()))
+            prompt = prompts[piece.row]
+            compared.append((piece.end - 1, found, alone[id(prompt)][piece.end - 1 - len(prompt)].float()))
 
     # Row 0 computes two chunks; row 1 gets the first by reuse, goes on from there while row 0 decodes and row 2 begins,
-    # and stands two tokens behind row 0 when all decode.
+    # and stands close to row 0 when all decode.
     run((0, 0, 2 * chunk))
     copy = torch.empty(shape.size, dtype=shape.dtype)
     pool.read_chunk(0, 0, copy)
     pool.load_chunk(1, 0, copy)
-    last = min(2 * chunk + 1, count - 1)
-    run((0, 2 * chunk, last), (1, chunk, 2 * chunk - 1), (2, 0, chunk))
-    run((0, last, last + 1), (1, 2 * chunk - 1, 2 * chunk), (2, chunk, chunk + 1))
+    last, behind = min(2 * chunk + 1, count - 1), count - 1
+    run((0, 2 * chunk, last), (1, chunk, behind), (2, 0, short))
+    run((0, last, last + 1), (1, behind, behind + 1), (2, short, short + 1))
     return compared
+
+
+@torch.inference_mode()
+def _logits_alone(model: LoadedModel, prompt: list[int]) -> torch.Tensor:
+    """Logits of the model's own forward pass at the last positions of `prompt`, `[positions, vocabulary]`."""
+    output = model.model(
+        input_ids=torch.tensor([prompt], device=model.device),
+        use_cache=False,
+        logits_to_keep=min(len(prompt), _BEYOND_BORDER),
+    )
+    logits: torch.Tensor = output.logits[0]
+    return logits
+
+
+def _self_test_tokens(model: LoadedModel) -> int:
+    """Length of the self-test: past the largest border that a row can cross, so that what changes there shows."""
+    config = model.model.config.get_text_config()
+    borders = [*_numbers_of_attention(config.to_dict()), *(window.size or 0 for window in model.windows)]
+    crossed = max((border for border in borders if border < model.max_len), default=0)
+    return max(3, min(model.max_len, max(SELF_TEST_TOKENS, crossed + _BEYOND_BORDER)))
+
+
+_CHANGES_ATTENTION = re.compile("window|chunk|block|local|span|position|length|context|ctx|seq|floor|keep|sparse")
+"""In names of settings that count tokens at which attention may change."""
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
+
+
+def _numbers_of_attention(settings: dict[str, Any]) -> Iterator[int]:
+    """Integers of the configuration that may be a length at which attention changes."""
+    # Other types of rope turn each position by the same angles at any length.
+    static_rope = "rope_type" in settings and settings["rope_type"] not in _ROPE_BY_LENGTH
+    scales_by_position = settings.get("llama_4_scaling_beta")
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _numbers_of_attention(value)
+        elif name == "original_max_position_embeddings" and static_rope and not scales_by_position:
+            continue
+        elif isinstance(value, int) and not isinstance(value, bool) and _CHANGES_ATTENTION.search(name):
+            yield value
 
 
 def _refusal(model: LoadedModel, reason: str) -> UserError:

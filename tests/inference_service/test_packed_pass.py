@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_service import support
+from inference_service.attention_interface import EAGER, SDPA
 from inference_service.model import LoadedModel
-from inference_service.packed_pass import ATTENTION
 from inference_service.pieces import Piece, leading_rows
 from inference_service.runner import Runner
 from inference_service.support import with_packing
@@ -30,14 +30,24 @@ TAKE_IT = {
 def test_usual_models_take_packed_passes(make: Any, tmp_path: Path) -> None:
     model = load_tiny(save_tiny(tmp_path / "usual", make(**LAYERS_OF_TWO)))
     assert model.packs
-    assert model.model.config._attn_implementation == ATTENTION
+    assert model.model.config._attn_implementation == SDPA
 
 
-def test_a_model_with_attention_of_its_own_keeps_it(tmp_path: Path) -> None:
-    """Gemma 2 bends its scores (softcap), which SDPA cannot."""
-    config = hf.Gemma2Config(**LAYERS_OF_TWO, head_dim=16, sliding_window=MAX_LEN)
-    model = load_tiny(save_tiny(tmp_path / "softcap", config))
+def test_a_model_that_sdpa_cannot_compute_packs_with_its_eager_attention(tmp_path: Path) -> None:
+    """Gemma 2 caps its scores softly; gpt-oss has attention sinks."""
+    softcap = hf.Gemma2Config(**LAYERS_OF_TWO, head_dim=16, sliding_window=MAX_LEN, attn_logit_softcapping=1.0)
+    model = load_tiny(save_tiny(tmp_path / "softcap", softcap))
+    assert model.packs
+    assert model.model.config._attn_implementation == EAGER
+
+
+def test_a_model_without_an_attention_interface_takes_a_pass_a_piece(tmp_path: Path) -> None:
+    config = hf.GPTJConfig(
+        vocab_size=258, n_embd=64, n_layer=2, n_head=4, n_positions=256, rotary_dim=8, eos_token_id=256
+    )
+    model = load_tiny(save_tiny(tmp_path / "own", config))
     assert not model.packs
+    assert model.batches
     assert model.model.config._attn_implementation == "eager"
 
 
@@ -53,7 +63,7 @@ class OthersSeen(Runner):
 
 class NoPackedPass(Runner):
     def _packed(self, pieces: Any, rows: int) -> torch.Tensor:
-        raise TypeError("unexpected keyword 'packed_pass'")
+        raise TypeError("its logits are of one token only")
 
 
 @pytest.mark.parametrize("runner", [OthersSeen, NoPackedPass])
