@@ -425,7 +425,7 @@ class Engine:
             if other is None:
                 self._runner.pool.move_row(sequence.row, target, sequence.held)
             else:
-                self._runner.pool.swap_rows(sequence.row, target, max(sequence.held, other.held))
+                self._runner.pool.swap_rows(sequence.row, sequence.held, target, other.held)
                 other.row = sequence.row
             sequence.row = target
         self._running.append(sequence)
@@ -440,8 +440,9 @@ class Engine:
             # The last prompt token is always computed: its logits are the first answer token's. Where the chunks
             # reach the very end, the last one counts one token less.
             limit = len(sequence.prompt) - 1
-            for index, (chunk, source) in enumerate(zip(lease.chunks, lease.sources, strict=True)):
-                self._runner.pool.load_chunk(sequence.row, index, chunk)
+            if lease.chunks:
+                self._runner.pool.load_chunks(sequence.row, lease.chunks)
+            for index, source in enumerate(lease.sources):
                 counted = min(tokens, limit - index * tokens)
                 if source == "local":
                     sequence.local_tokens += counted
@@ -460,7 +461,7 @@ class Engine:
         try:
             self._cache.store(
                 sequence.tokens[: sequence.held],
-                lambda index, out: self._runner.pool.read_chunk(sequence.row, index, out),
+                self._runner.pool.chunk_reader(sequence.row, sequence.held),
                 sequence.request.cache_salt,
             )
         except Exception:

@@ -6,11 +6,14 @@ so that a sequence enters and leaves the batch without a copy of the others. Run
 one view serves them all, and a row that finishes costs one copy, of the last row into its place.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from cache.protocol import ChunkShape
+from inference_service.chunk_stage import ChunkStage
 
 
 class KVPool:
@@ -27,6 +30,7 @@ class KVPool:
         self._memory = torch.zeros(
             (shape.layers, 2, rows, shape.kv_heads, max_len, shape.head_dim), dtype=shape.dtype, device=device
         )
+        self._stage = ChunkStage(shape, device) if device.type == "cuda" else None
         self.layers = [None] * shape.layers
         self._prefill: tuple[int, int, int] | None = None
         self._rows = torch.arange(rows, device=device)
@@ -108,12 +112,36 @@ class KVPool:
         tokens = self.shape.chunk_tokens
         out.copy_(self._memory[:, :, row, :, index * tokens : (index + 1) * tokens])
 
+    def load_chunks(self, row: int, chunks: Sequence[torch.Tensor]) -> None:
+        """Copy chunks to the beginning of `row`, one after the other; on a GPU many in one transfer."""
+        if self._stage is not None:
+            self._stage.load(chunks, partial(self._spans, row))
+            return
+        for index, chunk in enumerate(chunks):
+            self.load_chunk(row, index, chunk)
+
+    def chunk_reader(self, row: int, tokens: int) -> Callable[[int, torch.Tensor], None]:
+        """As `read_chunk` of `row`, which holds `tokens`, for rising indices; on a GPU many in one transfer."""
+        if self._stage is not None:
+            return self._stage.reader(tokens // self.shape.chunk_tokens, partial(self._spans, row))
+        return partial(self.read_chunk, row)
+
+    def _spans(self, row: int, first: int, count: int) -> torch.Tensor:
+        """A view of `count` chunks of `row`, from chunk `first` on: `[count, *shape.size]`."""
+        tokens = self.shape.chunk_tokens
+        held = self._memory[:, :, row, :, first * tokens : (first + count) * tokens]
+        layers, two, heads, _, dim = held.shape
+        # Splitting one axis of a strided view in two needs no copy.
+        return held.view(layers, two, heads, count, tokens, dim).permute(3, 0, 1, 2, 4, 5)
+
     def move_row(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` positions of row `source` over row `target`."""
         self._memory[:, :, target, :, :tokens] = self._memory[:, :, source, :, :tokens]
 
-    def swap_rows(self, one: int, other: int, tokens: int) -> None:
-        """Exchange the first `tokens` positions of two rows."""
-        kept = self._memory[:, :, one, :, :tokens].clone()
-        self._memory[:, :, one, :, :tokens] = self._memory[:, :, other, :, :tokens]
-        self._memory[:, :, other, :, :tokens] = kept
+    def swap_rows(self, one: int, one_tokens: int, other: int, other_tokens: int) -> None:
+        """Exchange two rows, of which the first `one_tokens` and `other_tokens` positions count."""
+        if one_tokens > other_tokens:
+            one, one_tokens, other, other_tokens = other, other_tokens, one, one_tokens
+        kept = self._memory[:, :, one, :, :one_tokens].clone()
+        self.move_row(other, one, other_tokens)
+        self._memory[:, :, other, :, :one_tokens] = kept

@@ -1,6 +1,6 @@
 """What the engine needs of a model and of what runs it, real or simulated."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,20 +12,20 @@ from inference_service.pieces import Piece
 class Rows(Protocol):
     """Key/value memory for several sequences, a row each."""
 
-    def load_chunk(self, row: int, index: int, chunk: torch.Tensor) -> None:
-        """Copy a chunk to its position in `row`."""
+    def load_chunks(self, row: int, chunks: Sequence[torch.Tensor]) -> None:
+        """Copy chunks to the beginning of `row`, one after the other."""
         ...
 
-    def read_chunk(self, row: int, index: int, out: torch.Tensor) -> None:
-        """Copy chunk `index` of `row` to `out`."""
+    def chunk_reader(self, row: int, tokens: int) -> Callable[[int, torch.Tensor], None]:
+        """What copies chunk i of `row`, which holds `tokens`, to a tensor; meant to be called with rising i."""
         ...
 
     def move_row(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` positions of `source` over `target`."""
         ...
 
-    def swap_rows(self, one: int, other: int, tokens: int) -> None:
-        """Exchange the first `tokens` positions of two rows."""
+    def swap_rows(self, one: int, one_tokens: int, other: int, other_tokens: int) -> None:
+        """Exchange two rows, of which the first `one_tokens` and `other_tokens` positions count."""
         ...
 
 

@@ -58,16 +58,16 @@ class Timeline:
 class NoRows:
     """Rows without memory: moving them costs nothing, and there is nothing in them to reuse."""
 
-    def load_chunk(self, row: int, index: int, chunk: torch.Tensor) -> None:
+    def load_chunks(self, row: int, chunks: Sequence[torch.Tensor]) -> None:
         raise _nothing_to_reuse()
 
-    def read_chunk(self, row: int, index: int, out: torch.Tensor) -> None:
+    def chunk_reader(self, row: int, tokens: int) -> Callable[[int, torch.Tensor], None]:
         raise _nothing_to_reuse()
 
     def move_row(self, source: int, target: int, tokens: int) -> None:
         pass
 
-    def swap_rows(self, one: int, other: int, tokens: int) -> None:
+    def swap_rows(self, one: int, one_tokens: int, other: int, other_tokens: int) -> None:
         pass
 
 

@@ -150,8 +150,8 @@ def _logits_both_ways(model: LoadedModel) -> list[tuple[int, torch.Tensor, torch
     # and stands close to row 0 when all decode.
     run((0, 0, 2 * chunk))
     copy = torch.empty(shape.size, dtype=shape.dtype)
-    pool.read_chunk(0, 0, copy)
-    pool.load_chunk(1, 0, copy)
+    pool.chunk_reader(0, chunk)(0, copy)
+    pool.load_chunks(1, [copy])
     last, behind = min(2 * chunk + 1, count - 1), count - 1
     run((0, 2 * chunk, last), (1, chunk, behind), (2, 0, short))
     run((0, last, last + 1), (1, behind, behind + 1), (2, short, short + 1))

@@ -189,6 +189,7 @@ class SlotMetrics:
             ("cache_capacity_chunks", "capacity_chunks", "What the local tier may hold"),
             ("cache_used_chunks", "used_chunks", "What the local tier holds"),
             ("cache_local_bytes", "local_bytes", "Tensors in the local tier"),
+            ("cache_fetched_bytes", "fetched_bytes", "Tensors from Redis that wait for their request to begin"),
             ("cache_write_queue_bytes", "queued_bytes", "Tensors that wait to be written to Redis"),
         ):
             yield name, text, self._now(_of_cache(field))

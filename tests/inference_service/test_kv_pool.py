@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.protocol import ChunkShape
+from inference_service.chunk_stage import ChunkStage
 from inference_service.kv_pool import KVPool
 
 ROWS, MAX_LEN, CHUNK = 4, 12, 3
@@ -40,6 +41,8 @@ operations = st.lists(
         st.tuples(st.just("prefill"), st.integers(0, ROWS - 1), st.integers(0, MAX_LEN - 1), st.integers(1, MAX_LEN)),
         st.tuples(st.just("decode"), st.lists(st.integers(0, MAX_LEN - 1), min_size=1, max_size=ROWS)),
         st.tuples(st.just("load"), st.integers(0, ROWS - 1), st.integers(0, MAX_LEN // CHUNK - 1)),
+        st.tuples(st.just("load many"), st.integers(0, ROWS - 1), st.integers(0, MAX_LEN // CHUNK)),
+        st.tuples(st.just("swap"), st.permutations(range(ROWS)), st.integers(0, MAX_LEN), st.integers(0, MAX_LEN)),
         st.tuples(st.just("move"), st.integers(0, ROWS - 1), st.integers(0, ROWS - 1), st.integers(0, MAX_LEN)),
     ),
     max_size=12,
@@ -47,9 +50,12 @@ operations = st.lists(
 
 
 @settings(deadline=None)
-@given(operations=operations)
-def test_a_row_holds_what_was_written_to_it(operations: list[tuple[Any, ...]]) -> None:
+@given(operations=operations, staged_chunks=st.sampled_from([0, 1, 2, 3, 100]))
+def test_a_row_holds_what_was_written_to_it(operations: list[tuple[Any, ...]], staged_chunks: int) -> None:
+    """With `staged_chunks` chunks move as they do to and from a GPU, so many at a time."""
     pool, plain = KVPool(SHAPE, ROWS, MAX_LEN, CPU), PlainRows()
+    if staged_chunks:
+        pool._stage = ChunkStage(SHAPE, CPU, staged_chunks * SHAPE.size_bytes)
     for step, (name, *arguments) in enumerate(operations):
         if name == "prefill":
             row, start, tokens = arguments
@@ -75,23 +81,42 @@ def test_a_row_holds_what_was_written_to_it(operations: list[tuple[Any, ...]]) -
                         plain.rows[row][layer, kind, :, position] = pair[kind][row, :, 0]
                     rows = torch.stack([plain.rows[row][layer, kind, :, :length] for row in range(len(positions))])
                     assert torch.equal(found[kind], rows)
-        elif name == "load":
-            row, index = arguments
-            chunk = numbered(-10_000 * (1 + step), *SHAPE.size)
-            pool.load_chunk(row, index, chunk)
-            plain.rows[row][:, :, :, index * CHUNK : (index + 1) * CHUNK] = chunk
         else:
-            source, target, tokens = arguments
-            pool.move_row(source, target, tokens)
-            plain.rows[target][:, :, :, :tokens] = plain.rows[source][:, :, :, :tokens].clone()
+            copy_chunks_and_rows(pool, plain, step, name, arguments)
         check_all(pool, plain)
+
+
+def copy_chunks_and_rows(pool: KVPool, plain: PlainRows, step: int, name: str, arguments: list[Any]) -> None:
+    if name == "load":
+        row, index = arguments
+        chunk = numbered(-10_000 * (1 + step), *SHAPE.size)
+        pool.load_chunk(row, index, chunk)
+        plain.rows[row][:, :, :, index * CHUNK : (index + 1) * CHUNK] = chunk
+    elif name == "load many":
+        row, count = arguments
+        chunks = [numbered(-10_000 * (1 + step) + 500 * index, *SHAPE.size) for index in range(count)]
+        pool.load_chunks(row, chunks)
+        for index, chunk in enumerate(chunks):
+            plain.rows[row][:, :, :, index * CHUNK : (index + 1) * CHUNK] = chunk
+            chunk.zero_()
+    elif name == "swap":
+        (one, other, *_), *tokens = arguments
+        pool.swap_rows(one, tokens[0], other, tokens[1])
+        kept = plain.rows[one].clone()
+        plain.rows[one][:, :, :, : tokens[1]] = plain.rows[other][:, :, :, : tokens[1]]
+        plain.rows[other][:, :, :, : tokens[0]] = kept[:, :, :, : tokens[0]]
+    else:
+        source, target, tokens = arguments
+        pool.move_row(source, target, tokens)
+        plain.rows[target][:, :, :, :tokens] = plain.rows[source][:, :, :, :tokens].clone()
 
 
 def check_all(pool: KVPool, plain: PlainRows) -> None:
     out = torch.empty(SHAPE.size)
     for row in range(ROWS):
+        read = pool.chunk_reader(row, MAX_LEN)
         for index in range(MAX_LEN // CHUNK):
-            pool.read_chunk(row, index, out)
+            read(index, out)
             assert torch.equal(out, plain.rows[row][:, :, :, index * CHUNK : (index + 1) * CHUNK])
 
 
@@ -121,3 +146,23 @@ def test_its_size_is_told_in_bytes(dtype: torch.dtype) -> None:
     pool = KVPool(shape, ROWS, MAX_LEN, CPU)
     assert pool.size_bytes == ROWS * (MAX_LEN // CHUNK) * shape.size_bytes
     assert len(pool.layers) == SHAPE.layers
+
+
+def test_a_stage_reads_from_the_first_chunk_that_it_lacks() -> None:
+    """The first chunks of a prompt are often stored already; each transfer brings as many as the stage holds."""
+    pool = KVPool(SHAPE, ROWS, MAX_LEN, CPU)
+    spans: list[tuple[int, int]] = []
+
+    def watched(first: int, count: int) -> torch.Tensor:
+        spans.append((first, count))
+        return pool._spans(0, first, count)
+
+    count = MAX_LEN // CHUNK
+    chunks = [numbered(500 * index, *SHAPE.size) for index in range(count)]
+    pool.load_chunks(0, chunks)
+    stage = ChunkStage(SHAPE, CPU, 2 * SHAPE.size_bytes)
+    read, out = stage.reader(count, watched), torch.empty(SHAPE.size)
+    for index in range(1, count):
+        read(index, out)
+        assert torch.equal(out, chunks[index])
+    assert spans == [(first, min(2, count - first)) for first in range(1, count, 2)]

@@ -183,6 +183,6 @@ def test_prompts_of_the_model_s_own_tokens_are_taken() -> None:
 def test_there_is_nothing_to_reuse() -> None:
     rows = simulated(ManualClock()).make_runner(1, CHUNK).pool
     with pytest.raises(UserError, match="--no-cache"):
-        rows.load_chunk(0, 0, torch.zeros(1))
+        rows.load_chunks(0, [torch.zeros(1)])
     with pytest.raises(UserError, match="--no-cache"):
-        rows.read_chunk(0, 0, torch.zeros(1))
+        rows.chunk_reader(0, 32)
