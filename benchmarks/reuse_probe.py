@@ -115,25 +115,32 @@ class ReuseProbe:
         self._remote.close()
 
     def ttft_round(self, length: int) -> dict[str, float]:
-        """One new prompt of `length` tokens: recomputed, local, Redis, and the floor of the last. Milliseconds."""
+        """One new prompt of `length` tokens: in one pass, recomputed, local, Redis, and the floor of the last.
+
+        Milliseconds.
+        """
         prompt = self._prompt(length)
         self._check(self._complete(self._local, prompt, 1), computed=length)
         self._flush()
         self._cold.start_cold(self._primer)
         read_before = self._cold.current.stats().bytes_read
 
+        unbroken_ms, unbroken = self._pass(prompt, 0)
         recomputed = self._check(self._complete(self._off, prompt, 1), computed=length)
         local = self._check(self._complete(self._local, prompt, 1), local=length - 1)
         remote = self._check(self._complete(self._remote, prompt, 1), remote=length - 1)
         transfer_ms, prefill_ms, token = self._floor(prompt)
 
-        _require(recomputed.token_ids == local.token_ids == remote.token_ids == (token,), "the answers differ")
+        _require(
+            recomputed.token_ids == local.token_ids == remote.token_ids == (token,) == (unbroken,), "the answers differ"
+        )
         stats = self._cold.current.stats()
         _require(stats.bytes_read - read_before == self.moved_bytes(length), "Redis moved another number of bytes")
         _require(stats.remote_errors + stats.remote_timeouts + stats.remote_corrupt == 0, "Redis had faults")
         done = dict(zip(TTFTS, (recomputed, local, remote), strict=True))
         taken = {f"{name}_ttft_ms_{length}": _ttft_ms(completion) for name, completion in done.items()}
-        return taken | {f"floor_transfer_ms_{length}": transfer_ms, f"floor_prefill_ms_{length}": prefill_ms}
+        taken |= {f"floor_transfer_ms_{length}": transfer_ms, f"floor_prefill_ms_{length}": prefill_ms}
+        return taken | {f"unbroken_ms_{length}": unbroken_ms}
 
     def unique_pair(self, prompt_tokens: int, output_tokens: int, cache_first: bool) -> dict[str, float]:
         """One whole request of a new prompt, without and with the cache, in the order asked for. Milliseconds."""
@@ -169,9 +176,13 @@ class ReuseProbe:
                 self._pool.load_chunk(0, index, chunk)
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize(self.model.device)
+        return transfer_ms, *self._pass(prompt, len(prompt) - 1)
+
+    def _pass(self, prompt: list[int], start: int) -> tuple[float, int]:
+        """Time in ms of one pass over the prompt from `start` on, and the token that it gives."""
         began_s = time.perf_counter()
-        token = int(self._runner.forward([Piece(0, len(prompt) - 1, prompt[-1:])]).argmax())
-        return transfer_ms, (time.perf_counter() - began_s) * 1000, token
+        token = int(self._runner.forward([Piece(0, start, prompt[start:])]).argmax())
+        return (time.perf_counter() - began_s) * 1000, token
 
     def _new_cache(self) -> TwoLevelCache:
         return open_cache(self.settings, self.shape, self.model.identity, self._clock)

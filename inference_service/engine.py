@@ -204,6 +204,7 @@ class Engine:
         Half of it belongs to the prompt that has been in pieces for longest, so that it ends; the rest first goes to
         those that began later, the shortest first, and to new ones, so that a long prompt does not hold short ones.
         A new one whose chunks are on their way from Redis lets others pass that leave it its room.
+        Among long prompts alone the shortest takes a whole pass, whatever the budget.
         """
         chosen: list[ActiveSequence] = []
         failed: list[Failure] = []
@@ -212,12 +213,14 @@ class Engine:
         kept = min(left // 2, self._most_of(oldest)) if oldest is not None else 0.0
 
         def take(sequence: ActiveSequence, most: float) -> int:
+            if self._only_long_prompts():
+                most = MOST_PASS_TOKENS if sequence is min(self._prefilling, key=_shortest) else 0
             sequence.piece_tokens = int(min(most, self._most_of(sequence)))
             if sequence.piece_tokens > 0:
                 chosen.append(sequence)
             return sequence.piece_tokens
 
-        for sequence in sorted(self._prefilling[1:], key=lambda s: (-s.request.priority, s.missing)):
+        for sequence in sorted(self._prefilling[1:], key=_shortest):
             left -= take(sequence, left - kept)
         passed: list[tuple[int, int, ActiveSequence]] = []
         while left > kept and self._waiting:
@@ -403,11 +406,17 @@ class Engine:
             return sequence.missing
         if self._running and self._long_debt_ms > 0:
             return 0
-        # While nothing runs, only what may come meanwhile would wait; longer pieces read the weights less often.
+        # While nothing runs, only a request that arrives meanwhile would wait.
         time_ms = self._piece_ms if self._running else 2 * self._piece_ms
         cost = sequence.ms_per_token or self._prefill_ms_per_token
-        in_time = int(time_ms / cost) if cost else sequence.missing
-        return min(sequence.missing, max(in_time, self.chunk_shape.chunk_tokens))
+        in_time = int(time_ms / cost) if cost else int(self._step_tokens)
+        # Passes below the step's budget of tokens cost more per token, and nobody would gain from them here.
+        least = int(self._step_tokens) if self._only_long_prompts() else self.chunk_shape.chunk_tokens
+        return min(sequence.missing, max(in_time, least))
+
+    def _only_long_prompts(self) -> bool:
+        """Whether nothing runs, nothing waits, and every prompt that has begun is computed in timed pieces."""
+        return not self._running and not self._waiting and all(map(self._is_timed, self._prefilling))
 
     def _is_timed(self, sequence: ActiveSequence) -> bool:
         return sequence.long and not math.isinf(self._piece_ms)
@@ -536,6 +545,11 @@ class Engine:
         """Online average over long prefills; a short one is mostly the fixed cost of a pass."""
         if tokens >= self.chunk_shape.chunk_tokens and took_ms > 0:
             self._prefill_ms_per_token = _averaged(self._prefill_ms_per_token, took_ms / tokens)
+
+
+def _shortest(sequence: ActiveSequence) -> tuple[int, int]:
+    """Sort key: a higher priority first, then what has the least left to compute."""
+    return -sequence.request.priority, sequence.missing
 
 
 def _passes(chosen: Iterable[ActiveSequence]) -> list[list[ActiveSequence]]:

@@ -19,6 +19,7 @@ from inference_service.default_model import byte_tokenizer
 PROMPTS = (64, 128)
 FIGURES = {
     *(f"{kind}_{length}" for length in PROMPTS for kind in ("local_speedup", "redis_speedup", "redis_over_floor")),
+    *(f"recompute_over_unbroken_{length}" for length in PROMPTS),
     *(f"{kind}_ttft_ms_{length}" for length in PROMPTS for kind in ("recompute", "local", "redis")),
     *(f"{kind}_{length}" for length in PROMPTS for kind in ("redis_floor_ms", "moved_bytes")),
     *("no_reuse_overhead_percent", "no_reuse_overhead_noise_percent", "no_reuse_on_ms", "no_reuse_off_ms"),

@@ -160,18 +160,41 @@ def test_a_long_prompt_takes_its_share_of_the_time_in_pieces_of_the_time_allowed
     assert watch.passes == expected[:-2]
 
 
-def test_what_comes_while_a_long_prompt_is_alone_waits_for_twice_that_time(model: LoadedModel) -> None:
+def test_long_prompts_alone_take_pieces_of_the_budget_however_little_the_time_allows(model: LoadedModel) -> None:
     clock = ManualClock()
-    engine = make_engine(model, clock=clock, step_prefill_tokens=20, step_prefill_ms=8)
+    engine = make_engine(model, clock=clock, step_prefill_tokens=20, step_prefill_ms=4)
+    watch = Timed(engine, clock)
+    engine.submit(ask("one", tokens_of(2, 60), 1), 0.0)
+    engine.submit(ask("other", tokens_of(3, 60), 1), 0.0)
+    finish(engine)
+    assert watch.passes == [(0, [20])] * 6
+
+
+def test_what_comes_while_a_long_prompt_is_alone_waits_for_one_piece(model: LoadedModel) -> None:
+    clock = ManualClock()
+    engine = make_engine(model, clock=clock, step_prefill_tokens=20, step_prefill_ms=4)
     watch = Timed(engine, clock)
     engine.submit(ask("long", tokens_of(2, 60), 1), 0.0)
     engine.step()
-    engine.step()
-    assert watch.passes == [(0, [20]), (0, [16])]
+    assert watch.passes == [(0, [20])]
     engine.submit(ask("short", tokens_of(3, 4), 1), 0.0)
     assert [one.request.request_id for one in engine.step()] == ["short"]
-    assert watch.passes[2] == (0, [4])
-    assert steps_until_done(engine, "long") <= 2
+    # In a step with others a piece has twice the time of one that decoding sequences wait for, and at least a chunk.
+    assert watch.passes[1:] == [(0, [4]), (0, [8])]
+    steps_until_done(engine, "long")
+    assert watch.passes[3:] == [(0, [20]), (0, [12])]
+
+
+def test_a_long_prompt_alone_takes_longer_pieces_where_the_time_allows_them(model: LoadedModel) -> None:
+    clock = ManualClock()
+    engine = make_engine(model, clock=clock, step_prefill_tokens=10, step_prefill_ms=9)
+    watch = Timed(engine, clock)
+    engine.submit(ask("first", tokens_of(1, 20), 1), 0.0)
+    finish(engine)
+    engine.submit(ask("long", tokens_of(2, 60), 1), 0.0)
+    finish(engine)
+    # The first piece is of unknown cost.
+    assert watch.passes == [(0, [10]), (0, [10]), *[(0, [18])] * 3, (0, [6])]
 
 
 def test_without_a_time_limit_the_budget_of_tokens_alone_counts(model: LoadedModel) -> None:
