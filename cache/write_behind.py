@@ -223,10 +223,11 @@ class WriteBehind:
         deadline = Deadline(BATCH_TIMEOUT_MS)
         connection = self._connected(deadline)
         sent = []
+        pieces: list[bytes | memoryview] = []
         for entry in batch:
             key = self._prefix + entry.chunk_hash.hex().encode("ascii")
             if entry.chunk is None:
-                connection.send([encode_command([b"UNLINK", key])], deadline)
+                pieces.append(encode_command([b"UNLINK", key]))
                 sent.append(entry)
                 continue
             try:
@@ -239,8 +240,9 @@ class WriteBehind:
             )
             value_length = b"$%d\r\n" % (len(header) + len(payload))
             before = b"*5\r\n" + _bulk(b"SET") + _bulk(key) + value_length + header
-            connection.send([before, payload, self._set_options], deadline)
+            pieces += (before, payload, self._set_options)
             sent.append(entry)
+        connection.send(pieces, deadline)
         written = 0
         refusal: ReplyError | None = None
         for entry in sent:
