@@ -58,6 +58,15 @@ class EngineKind(StrEnum):
     """A model of a device's times, and nothing else: it waits instead of computing."""
 
 
+class SamplingDefaults(StrEnum):
+    """How tokens are chosen where a request does not say."""
+
+    MODEL = "model"
+    """As the model's `generation_config.json` says."""
+    NEUTRAL = "neutral"
+    """The most likely token, without penalties, filters or rules."""
+
+
 class Placement(StrEnum):
     """Which slot a session's requests go to."""
 
@@ -308,6 +317,10 @@ class EngineConfig(Config):
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: one GPU a slot if there are, else cpu"
     )
     dtype: str = Field(default="float32", pattern=f"^({'|'.join(DTYPES)})$", description="of weights and key/value")
+    sampling_defaults: SamplingDefaults = Field(
+        default=SamplingDefaults.MODEL,
+        description="where a request does not say: model, as its generation_config.json; neutral, the likeliest token",
+    )
     max_running: int = Field(default=8, ge=1, le=1024, description="sequences that decode together")
     max_model_len: int = Field(default=2048, ge=2, description="longest sequence, prompt and answer, in tokens")
     max_running_tokens: int = Field(

@@ -9,7 +9,15 @@ import json
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from core.errors import UserError, one_line
 
@@ -60,8 +68,10 @@ class Request(BaseModel):
     prompt: str | None = Field(default=None, min_length=1)
     messages: tuple[Message, ...] | None = Field(default=None, min_length=1, fail_fast=True)
     prompt_token_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1, fail_fast=True)
-    temperature: float = Field(default=0.0, ge=0, le=100, description="0 is greedy")
-    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of this request's own sampling")
+    temperature: float | None = Field(default=None, ge=0, le=100, description="0 is greedy; none: the engine's default")
+    seed: int | None = Field(
+        default=None, ge=0, lt=1 << 63, description="of this request's own sampling; none: made of request_id"
+    )
     deadline_ms: float | None = Field(default=None, gt=0, le=1e12, description="time allowed, from created_at_ms on")
     priority: int = Field(default=0, ge=-1000, le=1000, description="higher is served first")
     cache_salt: str = Field(default="", max_length=256, description="requests share cached chunks only within a salt")
@@ -91,6 +101,32 @@ class Request(BaseModel):
         return self.model_dump_json(exclude_defaults=True)
 
 
+class Sampling(BaseModel):
+    """How the tokens of an answer are chosen. The defaults change nothing: the most likely token is taken."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    temperature: float = Field(default=0.0, ge=0, le=100, description="0 is greedy")
+    top_k: int = Field(default=0, ge=0, description="draw from this many likeliest tokens; 0: from all")
+    top_p: float = Field(default=1.0, ge=0, le=1, description="draw from the likeliest tokens of this probability")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="least probability, as a share of the greatest")
+    repetition_penalty: float = Field(default=1.0, gt=0, description="divides positive logits of tokens seen before")
+    min_new_tokens: int = Field(default=0, ge=0, description="tokens before the answer may end")
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63, description="of the draws; none where it is greedy")
+    token_rules: tuple[str, ...] = Field(
+        default=(), description="lists of generation_config.json that forbid or force tokens"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what changes something is written: most answers need none of it."""
+        written = serialize(self)
+        return {name: written[name] for name, value in _NEUTRAL.items() if getattr(self, name) != value}
+
+
+_NEUTRAL = {name: field.default for name, field in Sampling.model_fields.items()}
+
+
 class Response(BaseModel):
     """The answer to one request, with every count and timing that the experiments read.
 
@@ -105,6 +141,9 @@ class Response(BaseModel):
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    sampling: Sampling | None = Field(
+        default=None, description="how its tokens were chosen; none in records of versions that did not say"
+    )
     slot: int = Field(ge=0, description="index of the inference subtask that answered")
     device: str
     engine: str

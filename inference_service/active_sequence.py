@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from cache.protocol import Prefetch
 from core.records import Request
 from inference_service.pieces import Piece
-from inference_service.sampling import Sampler
+from inference_service.sampling import Draw, SequenceSampler
 
 
 @dataclass(eq=False)
@@ -14,7 +14,7 @@ class ActiveSequence:
 
     request: Request
     prompt: list[int]
-    sampler: Sampler
+    sampler: SequenceSampler
     arrived_ms: float
     expires_ms: float
     """When its own deadline passes: what there is by then is the answer."""
@@ -37,6 +37,10 @@ class ActiveSequence:
     output: list[int] = field(default_factory=list)
     held: int = 0
     """Tokens whose key/value stand in the sequence's row: all but the last sampled one."""
+    finite: int = 0
+    """Of those, how many from the first on are known to have finite keys and values."""
+    touched: int = 0
+    """Positions of its row that a pass may have written, up to this one."""
     rows_decoded: int = 0
     """Sum, over its decode steps, of the sequences that decoded in them."""
 
@@ -70,6 +74,11 @@ class ActiveSequence:
     @property
     def tokens(self) -> list[int]:
         return self.prompt + self.output
+
+    @property
+    def draw(self) -> Draw | None:
+        """The token that the step which is under way is to give; none before the prompt's last piece."""
+        return Draw(self.sampler, self.output) if self.output or self.ends_prompt else None
 
     @property
     def piece(self) -> Piece:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from core.records import FinishReason, Request
+from core.records import FinishReason, Request, Sampling
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class Completion:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    sampling: Sampling
     prompt_tokens: int
     local_tokens: int
     remote_tokens: int

@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +28,7 @@ from inference_service.packed_linear import pack_linears
 from inference_service.pieces import Piece
 from inference_service.prompts import prompt_tokens
 from inference_service.protocol import ServedModel
-from inference_service.sampling import Sampler
+from inference_service.sampling import BatchSampler, SequenceSampler
 from inference_service.support import checked
 
 logger = logging.getLogger(__name__)
@@ -45,15 +45,8 @@ IDLE_WAIT_S = 0.005
 """Longest that a step waits for Redis where nothing runs."""
 
 
-@dataclass(frozen=True)
-class _Logits:
-    row: torch.Tensor
-    """`[vocabulary]`"""
-    best: int
-
-
-_Outcome = _Logits | Exception
-"""Of one piece in a pass."""
+_Outcome = int | Exception
+"""What a pass gives to a sequence: the token that follows its piece, or why there is none."""
 
 
 class Engine:
@@ -79,6 +72,7 @@ class Engine:
         self._on_pass = on_pass
         self._timeout_ms = config.request_timeout_ms or math.inf
         self._runner = model.make_runner(config.max_running, chunk_tokens)
+        self._sampler = BatchSampler()
         self._most_tokens = config.max_running_tokens or config.max_running * model.max_len
         self._step_tokens = config.step_prefill_tokens or math.inf
         self._piece_ms = config.step_prefill_ms or math.inf
@@ -120,8 +114,15 @@ class Engine:
         prompt = prompt_tokens(request, self.model)
         expires_ms = math.inf if request.deadline_ms is None else request.created_at_ms + request.deadline_ms
         weight = min(len(prompt) + request.max_new_tokens, self.model.max_len)
+        sampler = SequenceSampler(
+            self.model.generation.of(request),
+            self.model.generation.rules,
+            prompt=prompt,
+            most_tokens=weight - len(prompt),
+            end_tokens=self.model.eos_token_ids,
+        )
         times_out_ms = arrived_ms + self._timeout_ms
-        sequence = ActiveSequence(request, prompt, Sampler(request), arrived_ms, expires_ms, times_out_ms, weight)
+        sequence = ActiveSequence(request, prompt, sampler, arrived_ms, expires_ms, times_out_ms, weight)
         if self._cache is not None:
             sequence.prefetch = self._cache.prefetch(
                 prompt, request.cache_salt, self._prefill_ms_per_token, request.priority
@@ -171,6 +172,8 @@ class Engine:
         prompts = min(self._runner.rows, most // len(prompt))
         self._runner.forward([Piece(row, 0, prompt) for row in range(prompts)])
         self._runner.forward([Piece(row, len(prompt), [0]) for row in range(self._runner.rows)])
+        for row in range(self._runner.rows):
+            self._runner.pool.clear(row, 0, len(prompt) + 1)
 
     def close(self) -> None:
         for _, _, sequence in self._waiting:
@@ -195,6 +198,7 @@ class Engine:
         remaining = [*(sequence for _, _, sequence in self._waiting), *self._prefilling]
         self._next_expiry_ms = min((sequence.ends_ms for sequence in remaining), default=math.inf)
         for sequence in (*late, *partial):
+            self._clear_doubtful(sequence)
             own = now_ms >= sequence.expires_ms
             yield self._complete(sequence, FinishReason.DEADLINE) if own else self._timeout(sequence)
 
@@ -299,7 +303,8 @@ class Engine:
         taken = {other.row for other in self._prefilling}
         free = [row for row in range(len(self._running), self._runner.rows) if row not in taken]
         sequence.row = free[-1] if len(sequence.prompt) > self._step_tokens else free[0]
-        sequence.held = self._reuse(sequence)
+        # Chunks are finite: none is stored, or taken from Redis, without having been looked at.
+        sequence.held = sequence.finite = sequence.touched = self._reuse(sequence)
         sequence.long = sequence.missing > self._step_tokens
 
     def _compute_timed(self, sequence: ActiveSequence, done: list[Completion | Failure]) -> None:
@@ -343,10 +348,12 @@ class Engine:
         Raises `torch.AcceleratorError`: nothing runs on the device in this process any more.
         """
         pieces = [sequence.piece for sequence in sequences]
+        for sequence, piece in zip(sequences, pieces, strict=True):
+            sequence.touched = piece.end
         failed: Exception | None = None
         try:
             logits = self._runner.forward(pieces)
-            best = logits.argmax(dim=-1).tolist()
+            tokens = self._sampler.sample(logits, [sequence.draw for sequence in sequences])
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -363,12 +370,12 @@ class Engine:
             return [failed] if len(sequences) == 1 else [self._forward([sequence])[0] for sequence in sequences]
         for sequence, piece in zip(sequences, pieces, strict=True):
             sequence.held = piece.end
-        return [_Logits(row, token) for row, token in zip(logits, best, strict=True)]
+        return [self._not_finite() if token is None else token for token in tokens]
 
     def _append(self, sequence: ActiveSequence, outcome: _Outcome, rows: int, done: list[Completion | Failure]) -> None:
         """Give a running sequence its next token, of a pass of so many rows; one that fails leaves."""
         try:
-            token = _sampled(sequence, _checked(outcome))
+            token = _checked(outcome)
         except Exception as error:  # one failing request fails alone
             done.append(_failure(sequence, "decode", error))
             self._take_out(sequence)
@@ -379,10 +386,10 @@ class Engine:
     def _advance(self, sequence: ActiveSequence, outcome: _Outcome, done: list[Completion | Failure]) -> None:
         """A piece of its prompt is computed. After the last it runs, or is done."""
         try:
-            logits = _checked(outcome)
+            token = _checked(outcome)
+            self._check_finite(sequence)
             if sequence.missing:
                 return
-            token = _sampled(sequence, logits)
             self._prefilling.remove(sequence)
             sequence.first_token_ms = self._clock.wall_ms()
             sequence.output.append(token)
@@ -395,6 +402,7 @@ class Engine:
         except Exception as error:  # one failing request fails alone; the others' rows are untouched
             if sequence in self._prefilling:
                 self._prefilling.remove(sequence)
+            self._clear_doubtful(sequence)
             done.append(_failure(sequence, "prefill", error))
 
     def _most_of(self, sequence: ActiveSequence) -> int:
@@ -435,6 +443,10 @@ class Engine:
                 self._runner.pool.move_row(sequence.row, target, sequence.held)
             else:
                 self._runner.pool.swap_rows(sequence.row, sequence.held, target, other.held)
+                # Of the longer one the end stays behind, which is not known to be finite before its own turn.
+                doubtful = max(sequence.held, other.finite)
+                if doubtful < other.touched:
+                    self._runner.pool.clear(target, doubtful, other.touched)
                 other.row = sequence.row
             sequence.row = target
         self._running.append(sequence)
@@ -469,8 +481,8 @@ class Engine:
             return
         try:
             self._cache.store(
-                sequence.tokens[: sequence.held],
-                self._runner.pool.chunk_reader(sequence.row, sequence.held),
+                sequence.tokens[: sequence.finite],
+                self._runner.pool.chunk_reader(sequence.row, sequence.finite),
                 sequence.request.cache_salt,
             )
         except Exception:
@@ -485,19 +497,51 @@ class Engine:
             if reason is None and self._clock.wall_ms() < sequence.times_out_ms:
                 continue
             try:
+                self._check_finite(sequence)
                 done.append(self._complete(sequence, reason) if reason is not None else self._timeout(sequence))
             except Exception as error:  # one answer that cannot be written as text fails alone
                 done.append(_failure(sequence, "answer", error))
-            if sequence.held // self.chunk_shape.chunk_tokens > len(sequence.prompt) // self.chunk_shape.chunk_tokens:
+            chunks, of_prompt = (
+                count // self.chunk_shape.chunk_tokens for count in (sequence.finite, len(sequence.prompt))
+            )
+            if chunks > of_prompt:
                 self._store(sequence)
             self._take_out(sequence)
         return done
 
+    def _check_finite(self, sequence: ActiveSequence) -> None:
+        """Look at the keys and values that were computed since the last time. Raises `UserError`.
+
+        They can be infinite, or outside of a window, without a trace in the logits.
+        """
+        if not self._runner.pool.is_finite(sequence.row, sequence.finite, sequence.held):
+            raise self._not_finite()
+        sequence.finite = sequence.held
+
+    def _clear_doubtful(self, sequence: ActiveSequence) -> None:
+        """Clear what a sequence may leave in its row that is not finite.
+
+        Whoever takes the row next reads all of it where a longer sequence runs beside it: attention masks what is not
+        its own by adding to it, and NaN plus anything is NaN.
+        """
+        if sequence.finite < sequence.touched:
+            self._runner.pool.clear(sequence.row, sequence.finite, sequence.touched)
+
+    def _not_finite(self) -> UserError:
+        dtype = str(self.chunk_shape.dtype).removeprefix("torch.")
+        advice = {
+            "float16": "load it with --dtype bfloat16 or float32",
+            "bfloat16": "load it with --dtype float32",
+        }.get(dtype, "look for NaN or infinity in its weights")
+        return UserError(f"the model's values are not finite in {dtype} for this request; {advice}")
+
     def _take_out(self, sequence: ActiveSequence) -> None:
         """The last running row moves into the gap."""
+        self._clear_doubtful(sequence)
         last = self._running.pop()
         if last is not sequence:
             self._runner.pool.move_row(last.row, sequence.row, last.held)
+            self._clear_doubtful(last)
             last.row = sequence.row
             self._running[last.row] = last
 
@@ -526,6 +570,7 @@ class Engine:
             text=self.model.tokenizer.decode(answer, skip_special_tokens=True),
             token_ids=tuple(answer),
             finish_reason=reason,
+            sampling=sequence.sampler.sampling,
             prompt_tokens=prompt,
             local_tokens=sequence.local_tokens,
             remote_tokens=sequence.remote_tokens,
@@ -579,16 +624,11 @@ def _drop_prefetch(sequence: ActiveSequence) -> None:
         sequence.prefetch.cancel()
 
 
-def _checked(outcome: _Outcome) -> _Logits:
+def _checked(outcome: _Outcome) -> int:
     """Raises what the pass raised."""
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
-
-
-def _sampled(sequence: ActiveSequence, logits: _Logits) -> int:
-    """The token that follows."""
-    return logits.best if sequence.sampler.greedy else sequence.sampler.sample(logits.row)
 
 
 def _averaged(average: float | None, value: float) -> float:
@@ -596,6 +636,8 @@ def _averaged(average: float | None, value: float) -> float:
 
 
 def _failure(sequence: ActiveSequence, stage: str, error: Exception) -> Failure:
+    if isinstance(error, UserError):
+        return Failure(sequence.request, str(error))
     return Failure(sequence.request, f"{stage} failed: {type(error).__name__}: {error}")
 
 

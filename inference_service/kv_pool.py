@@ -6,6 +6,7 @@ so that a sequence enters and leaves the batch without a copy of the others. Run
 one view serves them all, and a row that finishes costs one copy, of the last row into its place.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +27,8 @@ class KVPool:
         self.rows = rows
         self.max_len = max_len
         self.device = device
-        # Zeros, not empty: a masked position counts with weight 0, and 0 * NaN would be NaN.
+        # Zeros, not empty: a masked position counts with weight 0, and 0 * NaN would be NaN. For the same reason what
+        # a sequence leaves behind must be finite: see `is_finite` and `clear`.
         self._memory = torch.zeros(
             (shape.layers, 2, rows, shape.kv_heads, max_len, shape.head_dim), dtype=shape.dtype, device=device
         )
@@ -133,6 +135,20 @@ class KVPool:
         layers, two, heads, _, dim = held.shape
         # Splitting one axis of a strided view in two needs no copy.
         return held.view(layers, two, heads, count, tokens, dim).permute(3, 0, 1, 2, 4, 5)
+
+    def is_finite(self, row: int, start: int, end: int) -> bool:
+        """Whether all keys and values from position `start` to before `end` of `row` are finite.
+
+        Waits for the device.
+        """
+        if start >= end:
+            return True
+        least, greatest = self._memory[:, :, row, :, start:end].aminmax()
+        return math.isfinite(least) and math.isfinite(greatest)
+
+    def clear(self, row: int, start: int, end: int) -> None:
+        """Write zeros to `row`, from position `start` to before `end`."""
+        self._memory[:, :, row, :, start:end] = 0
 
     def move_row(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` positions of row `source` over row `target`."""

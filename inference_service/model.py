@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from cache.protocol import ChunkShape, ModelIdentity
-from core.config import EngineConfig
+from core.config import EngineConfig, SamplingDefaults
 from core.errors import UserError
 from core.model_path import model_folder
 from inference_service.attention_window import AttentionWindow
 from inference_service.default_model import default_model_path
+from inference_service.generation_defaults import GenerationDefaults, read_generation_defaults
 from inference_service.kv_pool import KVPool
 from inference_service.runner import Runner
 
@@ -34,6 +35,8 @@ class LoadedModel:
     max_len: int
     """Longest sequence the engine may hold: `max_model_len`, or the model's own limit where that is less."""
     eos_token_ids: frozenset[int]
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    """How tokens are chosen where a request does not say."""
     packs: bool = False
     """Whether it is known to compute pieces of several sequences in one pass."""
     batches: bool = True
@@ -117,6 +120,11 @@ def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
     text_config = model.config.get_text_config()
     own_limit = getattr(text_config, "max_position_embeddings", None) or config.max_model_len
     eos = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else ()
+    eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)
+    generation = GenerationDefaults()
+    if config.sampling_defaults is SamplingDefaults.MODEL:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        generation = read_generation_defaults(model.generation_config.to_dict(), vocabulary, eos_token_ids)
     return LoadedModel(
         name=name,
         model=model,
@@ -125,7 +133,8 @@ def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
         dtype=dtype,
         identity=ModelIdentity(_weights_digest(model), _tokenizer_digest(tokenizer), _settings(text_config)),
         max_len=min(config.max_model_len, own_limit),
-        eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos),
+        eos_token_ids=eos_token_ids,
+        generation=generation,
     )
 
 

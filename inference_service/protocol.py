@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 
 from cache.protocol import ChunkShape
+from inference_service.generation_defaults import GenerationDefaults
 from inference_service.pieces import Piece
 
 
@@ -18,6 +19,14 @@ class Rows(Protocol):
 
     def chunk_reader(self, row: int, tokens: int) -> Callable[[int, torch.Tensor], None]:
         """What copies chunk i of `row`, which holds `tokens`, to a tensor; meant to be called with rising i."""
+        ...
+
+    def is_finite(self, row: int, start: int, end: int) -> bool:
+        """Whether all keys and values from position `start` to before `end` of `row` are finite."""
+        ...
+
+    def clear(self, row: int, start: int, end: int) -> None:
+        """Write zeros to `row`, from position `start` to before `end`."""
         ...
 
     def move_row(self, source: int, target: int, tokens: int) -> None:
@@ -70,6 +79,11 @@ class ServedModel(Protocol):
 
     @property
     def eos_token_ids(self) -> Collection[int]: ...
+
+    @property
+    def generation(self) -> GenerationDefaults:
+        """How tokens are chosen where a request does not say."""
+        ...
 
     def chunk_shape(self, chunk_tokens: int) -> ChunkShape: ...
 

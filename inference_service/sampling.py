@@ -1,27 +1,404 @@
-"""The next token from logits. The seed is the request's own, so that a moved or repeated request answers the same."""
+"""The next tokens of all sequences of a pass, chosen together on the model's device.
 
+A token is drawn with one uniform number: it is the first token, in the order of ids, at which the cumulated
+probabilities exceed that number. The number comes from the request's own generator, which is keyed by the seed and
+counts the tokens of the answer. So the draw depends on the request's logits alone, and not on what else runs.
+Where those are equal in every batch, so are the answers; in float32 they are, up to rounding. In bfloat16 and float16
+rounding is coarse enough that another batch can change a token, greedy or drawn.
+
+Penalties and filters follow the logits processors of `transformers`, in their order: repetition penalty, forced and
+suppressed tokens, temperature, top-k, top-p, min-p. Of tokens with equal logits a filter keeps all or none.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from core.records import Request
+from core.records import Sampling
+
+LEAST_TEMPERATURE = 1e-5
+"""Below it the largest logit is taken: float32 logits differ by more than such a temperature, or not at all."""
+BLOCK = 256
+"""Tokens whose probabilities are summed before they are cumulated: a search in two levels reads the logits once."""
+ROWS_AT_A_TIME = 8
+"""Rows whose probabilities are computed together on a CPU, so that they stay in its cache."""
+_FEW_CANDIDATES = 64
+"""The largest logits that are sorted first for top-p. Where the nucleus is larger, more are."""
+_DRAWN_AT_ONCE = 64
+
+_Ids = NDArray[np.int64]
 
 
-class Sampler:
-    """Greedy at temperature 0, else a draw from the softmax with a generator seeded by the request."""
+@dataclass(frozen=True)
+class TokenRules:
+    """Token ids that are forbidden or forced at certain places of an answer."""
 
-    def __init__(self, request: Request) -> None:
-        self._temperature = request.temperature
-        self._generator = torch.Generator().manual_seed(request.seed) if request.temperature > 0 else None
+    suppressed: tuple[int, ...] = ()
+    suppressed_first: tuple[int, ...] = ()
+    """Forbidden as the first token of an answer."""
+    forced_last: tuple[int, ...] = ()
+    """One of these is the last token of an answer of full length."""
 
     @property
-    def greedy(self) -> bool:
-        return self._generator is None
+    def names(self) -> tuple[str, ...]:
+        """The rules in force, named as in `generation_config.json`."""
+        rules = {
+            "suppress_tokens": self.suppressed,
+            "begin_suppress_tokens": self.suppressed_first,
+            "forced_eos_token_id": self.forced_last,
+        }
+        return tuple(name for name, tokens in rules.items() if tokens)
 
-    def sample(self, logits: torch.Tensor) -> int:
-        """A token id from `logits` `[vocabulary]`."""
-        if self._generator is None:
-            return int(logits.argmax())
-        # On the CPU in float64 wherever the model runs: one generator, one sequence of draws on every device.
-        scores = logits.double().cpu()
-        # Shifted before the division, by a temperature that is no less than the least normal number: else 0 / 0.
-        probabilities = torch.softmax((scores - scores.max()) / max(self._temperature, 1e-300), dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+class SequenceSampler:
+    """How the tokens of one answer are chosen. The state is a function of the answer so far: asking changes nothing."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        rules: TokenRules = TokenRules(),
+        *,
+        prompt: Sequence[int] = (),
+        most_tokens: int = 1 << 62,
+        end_tokens: Collection[int] = (),
+    ) -> None:
+        """`most_tokens`: that the answer may have; `end_tokens`: those that end it."""
+        self.sampling = sampling
+        self.greedy = sampling.temperature < LEAST_TEMPERATURE
+        self.filtered = not self.greedy and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
+        self.penalised = sampling.repetition_penalty != 1
+        self._rules = rules
+        self._most_tokens = most_tokens
+        self._suppressed = np.asarray(rules.suppressed, dtype=np.int64)
+        self._end = np.asarray(sorted(end_tokens), dtype=np.int64)
+        self._suppressed_first = np.asarray(rules.suppressed_first, dtype=np.int64)
+        self._seen = _Seen(prompt) if self.penalised else None
+        self._uniform = _Uniform(0 if sampling.seed is None else sampling.seed)
+
+    def uniform(self, index: int) -> float:
+        """The number in [0, 1) that token `index` of the answer is drawn with."""
+        return self._uniform[index]
+
+    def seen(self, output: Sequence[int]) -> _Ids:
+        """Token ids of the prompt and of `output`, each at least once."""
+        assert self._seen is not None
+        return self._seen.with_output(output)
+
+    def forbidden(self, index: int) -> _Ids:
+        """Token ids that token `index` of the answer must not be."""
+        parts = [self._suppressed]
+        if index == 0 and self._suppressed_first.size:
+            parts.append(self._suppressed_first)
+        if index < self.sampling.min_new_tokens and not self.forced(index):
+            parts.append(self._end)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def forced(self, index: int) -> tuple[int, ...]:
+        """Token ids of which token `index` of the answer must be one; none where it is free."""
+        return self._rules.forced_last if index == self._most_tokens - 1 else ()
+
+    def constrains(self, index: int) -> bool:
+        """Whether anything is penalised, forbidden or forced at token `index`."""
+        return (
+            self.penalised
+            or self._suppressed.size > 0
+            or (index == 0 and self._suppressed_first.size > 0)
+            or index < self.sampling.min_new_tokens
+            or bool(self.forced(index))
+        )
+
+
+class _Seen:
+    """The ids of a prompt once each, and of the answer as they come, in one array."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        prompt_ids = np.unique(np.asarray(prompt, dtype=np.int64))
+        self._prompt = len(prompt_ids)
+        self._ids = np.empty(self._prompt + 64, dtype=np.int64)
+        self._ids[: self._prompt] = prompt_ids
+        self._output = 0
+
+    def with_output(self, output: Sequence[int]) -> _Ids:
+        end = self._prompt + len(output)
+        if end > len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty(end, dtype=np.int64)])
+        self._ids[self._prompt + self._output : end] = output[self._output :]
+        self._output = len(output)
+        return self._ids[:end]
+
+
+class _Uniform:
+    """Uniform numbers by their index, from Philox (Salmon et al., SC 2011): the seed is the key."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._generator: np.random.Philox | None = None
+        self._drawn: list[float] = []
+
+    def __getitem__(self, index: int) -> float:
+        while index >= len(self._drawn):
+            if self._generator is None:
+                self._generator = np.random.Philox(key=self._seed)
+            bits = self._generator.random_raw(_DRAWN_AT_ONCE)
+            # The 53 bits that a float64 in [0, 1) has.
+            self._drawn += ((bits >> np.uint64(11)) * 2.0**-53).tolist()
+        return self._drawn[index]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token that is wanted: the next one after `output`."""
+
+    sampler: SequenceSampler
+    output: Sequence[int]
+
+    @property
+    def index(self) -> int:
+        return len(self.output)
+
+
+@dataclass
+class _Groups:
+    """Rows of a pass by how their tokens are found."""
+
+    constrained: list[int] = field(default_factory=list)
+    unfiltered: list[int] = field(default_factory=list)
+    filtered: list[int] = field(default_factory=list)
+
+
+class BatchSampler:
+    """Chooses the tokens of a pass, on the device that its logits are on. Holds nothing of a request."""
+
+    def __init__(self) -> None:
+        self._device = torch.device("cpu")
+        self._on_cpu = True
+        self._scratch = torch.empty((2, 0, 0))
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, draws: Sequence[Draw | None]) -> list[int | None]:
+        """A token for each row of `logits` `[rows, vocabulary]`; none where a row's logits are not finite.
+
+        A row's logits are finite if their maximum is: impossible tokens may have minus infinity. A row whose draw is
+        none gives its largest logit. May overwrite `logits`. Waits for the device once, at the end; on a CPU, where
+        that costs nothing, more often.
+        """
+        self._device, self._on_cpu = logits.device, logits.device.type == "cpu"
+        groups = _grouped(draws)
+        if not (groups.constrained or groups.unfiltered or groups.filtered):
+            tokens, greatest = largest(logits)
+            return _known(tokens, greatest.isfinite())
+        logits = logits.float().contiguous()
+        finite = logits.amax(-1).isfinite()
+        if groups.constrained:
+            self._constrain(logits, [(row, draw) for row in groups.constrained if (draw := draws[row]) is not None])
+        sampled = len(groups.unfiltered) + len(groups.filtered)
+        tokens = torch.zeros(len(logits), dtype=torch.long, device=self._device)
+        if sampled < len(logits):
+            tokens = largest(logits)[0]
+        for rows, choose in ((groups.unfiltered, self._unfiltered), (groups.filtered, self._filtered)):
+            if not rows:
+                continue
+            chosen = [draw for row in rows if (draw := draws[row]) is not None]
+            if len(rows) == len(logits):
+                tokens = choose(logits, chosen)
+            else:
+                index = self._there(rows, torch.long)
+                tokens.index_copy_(0, index, choose(logits[index], chosen))
+        return _known(tokens, finite)
+
+    def _constrain(self, logits: torch.Tensor, draws: Sequence[tuple[int, Draw]]) -> None:
+        """Penalise, forbid and force tokens of the given rows, in place."""
+        vocabulary = logits.shape[1]
+        flat = logits.view(-1)
+        penalised = [(row, draw.sampler.seen(draw.output), draw) for row, draw in draws if draw.sampler.penalised]
+        if penalised:
+            ids, counts = _flat_ids(((row, seen) for row, seen, _ in penalised), vocabulary)
+            penalties = np.repeat([draw.sampler.sampling.repetition_penalty for *_, draw in penalised], counts)
+            index, penalty = self._there(ids, torch.long), self._there(penalties, torch.float32)
+            scores = flat[index]
+            # An id that is there twice is penalised once: both write the same value.
+            flat[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
+        for row, draw in draws:
+            if forced := draw.sampler.forced(draw.index):
+                logits[row] = -torch.inf
+                logits[row, list(forced)] = 0.0
+        ids, _ = _flat_ids(((row, draw.sampler.forbidden(draw.index)) for row, draw in draws), vocabulary)
+        if ids.size:
+            flat[self._there(ids, torch.long)] = -torch.inf
+
+    def _unfiltered(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """A token of each row, drawn from the soft-max of its logits over its temperature."""
+        temperature, uniform = self._temperatures(draws), self._uniforms(draws)
+        parts = self._slices(len(logits))
+        mass = torch.cat([_by_block(self._probabilities(logits[part], temperature[part]), torch.sum) for part in parts])
+        cumulated = mass.cumsum(-1, dtype=torch.float64)
+        target = uniform * cumulated[:, -1:]
+        block = _first_above(cumulated, target)
+        before = torch.where(block > 0, cumulated.gather(1, (block - 1).clamp_(min=0)), 0.0)
+        share = ((target - before) / mass.gather(1, block)).clamp_(0.0, 1.0)
+        # Within the block again from the logits: float32 sums of the block and of its parts differ in the last bits.
+        ids, scores = _gathered(logits, block)
+        within = torch.softmax(scores.double() / temperature, -1).cumsum_(-1)
+        return ids.gather(1, _first_above(within, share * within[:, -1:]))[:, 0]
+
+    def _filtered(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+        """A token of each row, drawn from those that top-k, top-p and min-p leave."""
+        logits = logits / self._temperatures(draws)
+        block_max = _by_block(logits, torch.amax)
+        least = self._least_kept(logits, block_max, [draw.sampler.sampling for draw in draws])
+        # All that is kept lies in blocks whose maximum is kept. How many those are is only asked where that is free.
+        count = block_max.shape[1]
+        if self._on_cpu:
+            count = max(1, int((block_max >= least).sum(-1).max()))
+        blocks = block_max.topk(count, sorted=False).indices.sort().values
+        ids, scores = _gathered(logits, blocks)
+        greatest = block_max.amax(-1, keepdim=True)
+        weights = (scores - greatest).double().exp_().masked_fill_(scores < least, 0.0)
+        cumulated = weights.cumsum(-1)
+        return ids.gather(1, _first_above(cumulated, self._uniforms(draws) * cumulated[:, -1:]))[:, 0]
+
+    def _least_kept(self, logits: torch.Tensor, block_max: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+        """`[rows, 1]`: the least logit that top-k, top-p and min-p keep, each after the one before it."""
+        vocabulary = logits.shape[1]
+        top_k = [min(one.top_k, vocabulary) or vocabulary for one in samplings]
+        nucleus = any(one.top_p < 1 and one.top_k == 0 for one in samplings)
+        k = self._there(top_k, torch.long)[:, None]
+        p = self._there([one.top_p for one in samplings], torch.float64)[:, None]
+        min_p = self._there([one.min_p for one in samplings], torch.float32)[:, None]
+        limited = [one.top_k for one in samplings if one.top_k]
+        unlimited = (k == vocabulary) & (p >= 1)
+        # Of a row without top-k the probabilities are shares of the whole vocabulary's mass.
+        whole = self._peaks(logits) if nucleus else torch.ones((len(logits), 1), device=self._device)
+        width = min(vocabulary, max(limited, default=0) or _FEW_CANDIDATES)
+        if nucleus and not self._on_cpu:
+            width = vocabulary
+        while True:
+            values = _greatest(logits, block_max, width)
+            weights = (values - values[:, :1]).double().exp_()
+            cumulated = weights.cumsum(-1)
+            total = torch.where(k < vocabulary, cumulated.gather(1, k.clamp(max=width) - 1), 1 / whole.double())
+            place = torch.arange(width, device=self._device)
+            kept = ((cumulated - weights) / total < p) & (place < k)
+            count = kept.sum(-1, keepdim=True)
+            if width == vocabulary or not self._on_cpu or not nucleus:
+                break
+            if bool(((count < width) | (k <= width) | unlimited).all()):
+                break
+            width = min(vocabulary, 16 * width)
+        least = values.gather(1, (count - 1).clamp_(min=0))
+        least = torch.where(unlimited, -torch.inf, least)
+        return torch.maximum(least, values[:, :1] + min_p.log())
+
+    def _peaks(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[rows, 1]`: the probability of the likeliest token."""
+        parts = self._slices(len(logits))
+        return torch.cat([torch.softmax(logits[part], -1).amax(-1, keepdim=True) for part in parts])
+
+    def _probabilities(self, logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        """The soft-max of a few rows, in memory that the next call uses again."""
+        rows, vocabulary = logits.shape
+        if self._scratch.shape[1] < rows or self._scratch.shape[2] != vocabulary:
+            self._scratch = torch.empty((2, rows, vocabulary), device=self._device)
+        scaled, probabilities = self._scratch[:, :rows]
+        torch.div(logits, temperature, out=scaled)
+        return torch.softmax(scaled, -1, out=probabilities)
+
+    def _slices(self, rows: int) -> list[slice]:
+        size = ROWS_AT_A_TIME if self._on_cpu else rows
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+    def _temperatures(self, draws: Sequence[Draw]) -> torch.Tensor:
+        return self._there([draw.sampler.sampling.temperature for draw in draws], torch.float32)[:, None]
+
+    def _uniforms(self, draws: Sequence[Draw]) -> torch.Tensor:
+        return self._there([draw.sampler.uniform(draw.index) for draw in draws], torch.float64)[:, None]
+
+    def _there(self, values: Sequence[float] | NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+        """`values` on the device. From pinned memory, so that the host does not wait for what the device computes."""
+        here = torch.as_tensor(values, dtype=dtype)
+        return here if self._on_cpu else here.pin_memory().to(self._device, non_blocking=True)
+
+
+def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first token of the largest logit of each row, and that logit; `[rows]` of each. NaN is the largest."""
+    if logits.shape[1] <= 4 * BLOCK:
+        greatest, tokens = logits.max(-1)
+        return tokens, greatest
+    # In two levels: a maximum with its index is ten times slower than one without, on a CPU.
+    block_max = _by_block(logits, torch.amax)
+    block = block_max.argmax(-1, keepdim=True)
+    ids, scores = _gathered(logits, block)
+    within = scores.argmax(-1, keepdim=True)
+    return ids.gather(1, within)[:, 0], block_max.gather(1, block)[:, 0]
+
+
+def _grouped(draws: Sequence[Draw | None]) -> _Groups:
+    groups = _Groups()
+    for row, draw in enumerate(draws):
+        if draw is None:
+            continue
+        if draw.sampler.constrains(draw.index):
+            groups.constrained.append(row)
+        if draw.sampler.filtered:
+            groups.filtered.append(row)
+        elif not draw.sampler.greedy:
+            groups.unfiltered.append(row)
+    return groups
+
+
+def _known(tokens: torch.Tensor, finite: torch.Tensor) -> list[int | None]:
+    """The one moment at which the host waits: tokens and flags in one copy."""
+    return [None if token < 0 else token for token in torch.where(finite, tokens, -1).tolist()]
+
+
+def _by_block(values: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """`[rows, vocabulary]` reduced to `[rows, blocks]`; the last block may be shorter."""
+    vocabulary = values.shape[1]
+    whole = vocabulary - vocabulary % BLOCK
+    parts = []
+    if whole:
+        parts.append(reduce(torch.unflatten(values[:, :whole], 1, (-1, BLOCK)), -1))
+    if whole < vocabulary:
+        parts.append(reduce(values[:, whole:], -1, keepdim=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _gathered(logits: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token ids of the given blocks `[rows, n]` of each row, and their logits; `[rows, n * BLOCK]` of each.
+
+    Beyond the end of the vocabulary the logits are minus infinity.
+    """
+    vocabulary = logits.shape[1]
+    ids = (blocks[..., None] * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(1)
+    if vocabulary % BLOCK == 0:
+        return ids, logits.gather(1, ids)
+    return ids, logits.gather(1, ids.clamp(max=vocabulary - 1)).masked_fill_(ids >= vocabulary, -torch.inf)
+
+
+def _greatest(logits: torch.Tensor, block_max: torch.Tensor, count: int) -> torch.Tensor:
+    """`[rows, count]`: the largest logits of each row, in falling order."""
+    if 4 * count > block_max.shape[1]:
+        return logits.topk(count).values
+    # They lie in the `count` blocks with the largest maxima.
+    return _gathered(logits, block_max.topk(count, sorted=False).indices)[1].topk(count).values
+
+
+def _first_above(cumulated: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`[rows, 1]`: where `cumulated` `[rows, n]` first exceeds `target` `[rows, 1]`.
+
+    At the latest where it first reaches its last value: what follows there has no mass.
+    """
+    above = torch.searchsorted(cumulated, target, right=True)
+    end = torch.searchsorted(cumulated, cumulated[:, -1:].contiguous())
+    # Of a row that is not finite any place will do, within its length.
+    return torch.minimum(above, end).clamp_(max=cumulated.shape[1] - 1)
+
+
+def _flat_ids(rows: Iterable[tuple[int, _Ids]], vocabulary: int) -> tuple[_Ids, list[int]]:
+    """Places of token ids in the flattened logits, and how many each row has. Ids beyond the logits are left out."""
+    parts = [row * vocabulary + ids[ids < vocabulary] for row, ids in rows]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64), [len(part) for part in parts]

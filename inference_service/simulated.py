@@ -18,6 +18,7 @@ from core.config import EngineConfig
 from core.errors import UserError
 from inference_service.default_model import byte_tokenizer
 from inference_service.device_profile import DeviceProfile
+from inference_service.generation_defaults import GenerationDefaults
 from inference_service.pieces import Piece, leading_rows
 
 MOST_LATE_MS = 10.0
@@ -63,6 +64,12 @@ class NoRows:
 
     def chunk_reader(self, row: int, tokens: int) -> Callable[[int, torch.Tensor], None]:
         raise _nothing_to_reuse()
+
+    def is_finite(self, row: int, start: int, end: int) -> bool:
+        return True
+
+    def clear(self, row: int, start: int, end: int) -> None:
+        pass
 
     def move_row(self, source: int, target: int, tokens: int) -> None:
         pass
@@ -116,6 +123,7 @@ class SimulatedModel:
         self.vocab_size = max(profile.vocab_size, len(self.tokenizer))
         self.eos_token_ids: frozenset[int] = frozenset()
         """None: every answer has the length that was asked for."""
+        self.generation = GenerationDefaults()
         self._timeline = Timeline(clock or SystemClock(), wait)
 
     def chunk_shape(self, chunk_tokens: int) -> ChunkShape:

@@ -174,6 +174,7 @@ class InferenceSlot:
             text=done.text,
             token_ids=done.token_ids,
             finish_reason=done.finish_reason,
+            sampling=done.sampling,
             slot=self.index,
             device=str(model.device),
             engine=self._engine_name,

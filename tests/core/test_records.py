@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.records import MAX_RECORD_BYTES, MAX_RESULT_BYTES, DeadLetter, FinishReason, Request, Response
+from core.records import MAX_RECORD_BYTES, MAX_RESULT_BYTES, DeadLetter, FinishReason, Request, Response, Sampling
 
 REQUEST = {
     "request_id": "r1",
@@ -74,8 +74,13 @@ def test_a_request_is_read_as_it_was_written() -> None:
 
 def test_what_is_left_out_has_its_default() -> None:
     request = Request.from_json(request_json())
-    assert (request.temperature, request.seed, request.deadline_ms, request.priority) == (0.0, 0, None, 0)
+    assert (request.temperature, request.seed, request.deadline_ms, request.priority) == (None, None, None, 0)
     assert json.loads(request.to_json()) == REQUEST
+
+
+@pytest.mark.parametrize("field", ["temperature", "seed"])
+def test_null_is_not_given(field: str) -> None:
+    assert Request.from_json(request_json(**{field: None})) == Request.from_json(request_json())
 
 
 prompts = st.one_of(
@@ -228,6 +233,20 @@ def test_no_bytes_raise_anything_but_a_user_error(raw: bytes) -> None:
 def test_a_response_survives_the_wire() -> None:
     response = Response(**RESPONSE)
     assert Response.model_validate_json(response.to_json()) == response
+
+
+def test_a_response_says_how_it_was_sampled_and_an_old_one_does_not() -> None:
+    sampling = Sampling(temperature=0.7, top_k=20, seed=5, token_rules=("suppress_tokens",))
+    said = Response(**RESPONSE, sampling=sampling)
+    assert json.loads(said.to_json())["sampling"] == {
+        "temperature": 0.7,
+        "top_k": 20,
+        "seed": 5,
+        "token_rules": ["suppress_tokens"],
+    }
+    assert Response.model_validate_json(said.to_json()) == said
+    assert json.loads(Response(**RESPONSE, sampling=Sampling()).to_json())["sampling"] == {}
+    assert Response(**RESPONSE).sampling is None
 
 
 @pytest.mark.parametrize("field", ["prompt_tokens", "local_tokens", "remote_tokens", "computed_tokens"])
