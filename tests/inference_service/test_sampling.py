@@ -2,16 +2,20 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from engine_helpers import CHUNK, MemoryCache, answers, ask, make_engine, plain_answer, tokens_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from core.records import Sampling
 from inference_service.generation_defaults import seed_of
 from inference_service.model import LoadedModel
-from inference_service.sampling import BatchSampler, Draw, SequenceSampler
+from inference_service.sampling import BLOCK, BatchSampler, Draw, SequenceSampler, TokenRules, largest
 
 PROMPT = tokens_of(11, 19)
 SEEDS = [6571135640840770423, 6148575346284461587, 7878416158528451816]
@@ -89,3 +93,173 @@ def test_impossible_tokens_are_never_drawn() -> None:
 def test_the_largest_seed_is_taken() -> None:
     even = [0.0] * 64
     assert draw(even, 50, temperature=1.0, seed=2**63 - 1) != draw(even, 50, temperature=1.0, seed=1)
+
+
+# Against the processors of `transformers`.
+
+SAMPLINGS = st.builds(
+    dict,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 0, 1, 3, 70]),
+    top_p=st.sampled_from([1.0, 0.9, 0.4, 0.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.7]),
+    repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
+    min_new_tokens=st.sampled_from([0, 2]),
+)
+RULES = st.builds(
+    TokenRules,
+    suppressed=st.sampled_from([(), (3, 8, 200)]),
+    suppressed_first=st.sampled_from([(), (5, 9)]),
+    forced_last=st.sampled_from([(), (7,), (6, 11)]),
+)
+NO_RULES = TokenRules()
+END = (2, 4)
+MOST_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a pass, with what `transformers` draws it from."""
+
+    draw: Draw
+    logits: torch.Tensor
+    """`[vocabulary]`, as the model gives them."""
+    expected: torch.Tensor
+    """`[vocabulary]` after the processors; minus infinity where a token is filtered out."""
+
+
+class _Model:
+    """What the choice of processors asks a model for."""
+
+    config = hf.GPT2Config()
+    _merge_criteria_processor_list = staticmethod(lambda processors, others: processors)
+
+
+def made_row(
+    vocabulary: int,
+    *,
+    seed: int,
+    sampling: Sampling,
+    spread: float = 1.0,
+    rules: TokenRules = NO_RULES,
+    output: int = 0,
+) -> Row:
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(vocabulary, generator=generator)
+    prompt, answer = (torch.randint(0, vocabulary, (count,), generator=generator).tolist() for count in (9, output))
+    sampler = SequenceSampler(sampling, rules, prompt=prompt, most_tokens=MOST_TOKENS, end_tokens=END)
+    config = hf.GenerationConfig(
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or None,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p or 1e-9,
+        min_p=sampling.min_p or None,
+        repetition_penalty=sampling.repetition_penalty,
+        min_new_tokens=sampling.min_new_tokens,
+        suppress_tokens=list(rules.suppressed) or None,
+        begin_suppress_tokens=list(rules.suppressed_first) or None,
+        forced_eos_token_id=list(rules.forced_last) or None,
+        max_length=len(prompt) + MOST_TOKENS,
+    )
+    config._eos_token_tensor = torch.tensor(END)
+    processors = hf.GPT2LMHeadModel._get_logits_processor(
+        _Model(), config, input_ids_seq_length=len(prompt), device="cpu"
+    )
+    expected = processors(torch.tensor([prompt + answer]), logits[None].clone())[0]
+    return Row(Draw(sampler, answer), logits, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 1 << 30), st.sampled_from([0.1, 3.0]), SAMPLINGS, RULES, st.integers(0, 4)),
+        min_size=1,
+        max_size=6,
+    ),
+    vocabulary=st.sampled_from([258, 5 * BLOCK, 9 * BLOCK + 17]),
+)
+def test_every_token_is_drawn_as_transformers_would(rows: list[Any], vocabulary: int) -> None:
+    """A greedy one is the largest, another the one where the cumulated probabilities exceed the uniform number."""
+    made = [
+        made_row(
+            vocabulary, seed=seed, sampling=Sampling(**sampling, seed=seed), spread=spread, rules=rules, output=output
+        )
+        for seed, spread, sampling, rules, output in rows
+    ]
+    found = BatchSampler().sample(torch.stack([row.logits for row in made]), [row.draw for row in made])
+    for token, row in zip(found, made, strict=True):
+        assert token is not None
+        assert row.expected[token] > -torch.inf
+        if row.draw.sampler.greedy:
+            assert token == int(row.expected.argmax())
+        else:
+            cumulated = torch.softmax(row.expected.double(), -1).cumsum(-1)
+            uniform = row.draw.sampler.uniform(row.draw.index)
+            before = float(cumulated[token - 1]) if token else 0.0
+            assert before - 1e-5 <= uniform <= float(cumulated[token]) + 1e-5
+    # Each alone, and in another order and company: the same.
+    for token, row in zip(found, made, strict=True):
+        assert BatchSampler().sample(row.logits[None].clone(), [row.draw]) == [token]
+    turned = [*reversed(made), made_row(vocabulary, seed=1, sampling=Sampling(temperature=1.0, top_k=200))]
+    again = BatchSampler().sample(torch.stack([row.logits for row in turned]), [row.draw for row in turned])
+    assert again[:-1] == found[::-1]
+
+
+@pytest.mark.parametrize("vocabulary", [5, 4 * BLOCK + 1, 152_064])
+def test_the_largest_is_the_first_of_equals(vocabulary: int) -> None:
+    logits = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(1)).round()
+    logits[2] = 0.0
+    tokens, greatest = largest(logits)
+    assert tokens.tolist() == [row.tolist().index(max(row.tolist())) for row in logits]
+    assert greatest.tolist() == logits.max(-1).values.tolist()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
+def test_no_number_draws_a_token_without_probability(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a large vocabulary, with nothing at its beginning, its end and at whole blocks between."""
+    vocabulary = 152_064 + 5
+    logits = torch.full((4, vocabulary), -torch.inf)
+    possible = torch.arange(3 * BLOCK + 7, vocabulary - BLOCK, 1 + 2 * BLOCK)
+    logits[:, possible] = torch.randn(4, len(possible), generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(SequenceSampler, "uniform", lambda self, index: uniform)
+    samplings = [
+        Sampling(temperature=t, top_p=p, seed=0) for t, p in ((1.0, 1.0), (50.0, 1.0), (1.0, 0.9), (1e-5, 1.0))
+    ]
+    draws = [Draw(SequenceSampler(sampling), ()) for sampling in samplings]
+    tokens = BatchSampler().sample(logits.clone(), draws)
+    assert set(tokens) <= set(possible.tolist())
+    if uniform == 0.0:
+        assert tokens[:2] == [int(possible[0])] * 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_that_is_not_finite_has_no_token_and_changes_no_other(value: float, dtype: torch.dtype) -> None:
+    samplings = [
+        Sampling(),
+        Sampling(temperature=1.0, seed=3),
+        Sampling(temperature=1.0, top_p=0.5, seed=3),
+        Sampling(temperature=0.5, top_k=4, seed=3),
+        Sampling(repetition_penalty=1.2),
+    ]
+    rules = TokenRules(forced_last=(7,))
+    for vocabulary in (258, 9 * BLOCK):
+        logits = torch.randn(len(samplings), vocabulary, generator=torch.Generator().manual_seed(4)).to(dtype)
+        draws = [Draw(SequenceSampler(one, prompt=(1, 2)), ()) for one in samplings]
+        draws.append(Draw(SequenceSampler(Sampling(), rules, most_tokens=1), ()))
+        clean = torch.cat([logits, logits[:1]])
+        right = BatchSampler().sample(clean.clone(), draws)
+        assert right[-1] == 7
+        for row in range(len(draws)):
+            for bad in ([100], list(range(vocabulary))):
+                poisoned = clean.clone()
+                poisoned[row, bad] = value
+                found = BatchSampler().sample(poisoned, draws)
+                assert found == [None if index == row else token for index, token in enumerate(right)]
+
+
+def test_impossible_tokens_do_not_make_a_row_fail() -> None:
+    logits = torch.full((2, 300), -torch.inf)
+    logits[0, 9] = 1.0
+    draws = [Draw(SequenceSampler(Sampling()), ())] * 2
+    assert BatchSampler().sample(logits, draws) == [9, None]
