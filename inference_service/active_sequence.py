@@ -30,6 +30,8 @@ class ActiveSequence:
     began_ms: float = 0.0
     began_with: int = 1
     first_token_ms: float | None = None
+    computed_ms: float = 0.0
+    """Wall time at which its latest pass had been computed: its token is there, whatever the step goes on to do."""
     local_tokens: int = 0
     remote_tokens: int = 0
     capacity_chunks: int = 0

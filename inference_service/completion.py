@@ -29,7 +29,10 @@ class Completion:
     arrived_ms: float
     began_ms: float
     first_token_ms: float | None
+    last_token_ms: float | None
+    """When the pass had been computed that gave the first token, and the last one; none without a token."""
     finished_ms: float
+    """When the answer was complete: at the end of a step, which may have computed more after the last token."""
 
 
 @dataclass(frozen=True)

@@ -354,6 +354,7 @@ class Engine:
         try:
             logits = self._runner.forward(pieces)
             tokens = self._sampler.sample(logits, [sequence.draw for sequence in sequences])
+            computed_ms = self._clock.wall_ms()
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -370,6 +371,7 @@ class Engine:
             return [failed] if len(sequences) == 1 else [self._forward([sequence])[0] for sequence in sequences]
         for sequence, piece in zip(sequences, pieces, strict=True):
             sequence.held = piece.end
+            sequence.computed_ms = computed_ms
         return [self._not_finite() if token is None else token for token in tokens]
 
     def _append(self, sequence: ActiveSequence, outcome: _Outcome, rows: int, done: list[Completion | Failure]) -> None:
@@ -391,7 +393,7 @@ class Engine:
             if sequence.missing:
                 return
             self._prefilling.remove(sequence)
-            sequence.first_token_ms = self._clock.wall_ms()
+            sequence.first_token_ms = sequence.computed_ms
             sequence.output.append(token)
             self._store(sequence)
             reason = self._finish_reason(sequence)
@@ -583,6 +585,7 @@ class Engine:
             arrived_ms=sequence.arrived_ms,
             began_ms=sequence.began_ms,
             first_token_ms=sequence.first_token_ms,
+            last_token_ms=sequence.computed_ms if sequence.output else None,
             finished_ms=self._clock.wall_ms(),
         )
 

@@ -145,8 +145,10 @@ class SlotMetrics:
         self._output_tokens.inc(record.output_tokens)
         for latency in LATENCIES:
             if (took_ms := latency.read_ms(record)) is not None:
-                self._histograms[latency.name].observe(took_ms / 1e3)
-                self._windows[latency.name].add(took_ms / 1e3)
+                # It is negative where the client's clock is ahead, and Prometheus takes a sum that falls for a restart.
+                took_s = max(0.0, took_ms) / 1e3
+                self._histograms[latency.name].observe(took_s)
+                self._windows[latency.name].add(took_s)
 
     def serves(self, serves: bool) -> None:
         """Whether there is a process that is ready. A new one's counts begin with nothing."""

@@ -165,8 +165,9 @@ class InferenceSlot:
     def _response(self, done: Completion, batch_id: str, batch_size: int) -> Response:
         request, model = done.request, self._engine.model
         tpot_ms = None
-        if done.first_token_ms is not None and done.decode_steps > 0:
-            tpot_ms = (done.finished_ms - done.first_token_ms) / done.decode_steps
+        if done.first_token_ms is not None and done.last_token_ms is not None and done.decode_steps > 0:
+            tpot_ms = (done.last_token_ms - done.first_token_ms) / done.decode_steps
+        ended_ms = done.finished_ms if done.last_token_ms is None else done.last_token_ms
         return Response(
             request_id=request.request_id,
             session_id=request.session_id,
@@ -193,7 +194,7 @@ class InferenceSlot:
             wait_ms=max(0.0, done.began_ms - done.arrived_ms),
             ttft_ms=None if done.first_token_ms is None else done.first_token_ms - request.created_at_ms,
             tpot_ms=tpot_ms,
-            inference_ms=max(0.0, done.finished_ms - done.began_ms),
+            inference_ms=max(0.0, ended_ms - done.began_ms),
             e2e_ms=done.finished_ms - request.created_at_ms,
             cache_capacity_chunks=done.cache_capacity_chunks,
             cache_used_chunks=done.cache_used_chunks,

@@ -61,6 +61,21 @@ def test_a_prompt_that_comes_meanwhile_shares_the_pass_of_what_runs() -> None:
     assert clock.monotonic_ms() - before_ms == pytest.approx(PROFILE.pass_ms([20], [(30, 0)]))
 
 
+def test_a_token_s_time_is_that_of_its_pass_and_not_of_its_step() -> None:
+    """The step goes on with a piece of a long prompt, in a pass of its own, before the answer leaves."""
+    clock = ManualClock()
+    config = EngineConfig(max_running=2, max_model_len=MAX_LEN, step_prefill_tokens=16)
+    engine = Engine(simulated(clock), config, None, CHUNK, clock)
+    engine.submit(ask("a", tokens_of(1, 10), 2), 0.0)
+    engine.step()
+    engine.submit(ask("long", tokens_of(2, 50), 2), 0.0)
+    (one,) = answers(engine.step()).values()
+    first_ms = PROFILE.prefill_ms(10, 0)
+    last_ms = first_ms + PROFILE.decode_ms([10])
+    assert (one.first_token_ms, one.last_token_ms) == (pytest.approx(first_ms), pytest.approx(last_ms))
+    assert one.finished_ms == clock.monotonic_ms() > last_ms
+
+
 def test_a_deadline_passes_in_the_device_s_time() -> None:
     clock = ManualClock()
     engine = engine_over(simulated(clock), clock)

@@ -110,6 +110,19 @@ def test_a_dead_letter_is_counted_by_its_cause(metrics: SlotMetrics, reason: str
     assert samples(metrics)[f"dead_letters_total cause={cause} stage=inference"] == 1
 
 
+def test_a_clients_clock_that_is_ahead_makes_no_sum_fall(metrics: SlotMetrics, clock: ManualClock) -> None:
+    metrics.answered(response(e2e_ms=1000.0, ttft_ms=900.0))
+    before = samples(metrics)
+    metrics.answered(response(e2e_ms=-600_000.0, ttft_ms=-600_100.0))
+    clock.advance(2000)  # percentiles are computed once a second
+    after = samples(metrics)
+    for name, sum_s in (("e2e", 1.0), ("ttft", 0.9)):
+        assert before[f"{name}_seconds_sum"] == after[f"{name}_seconds_sum"] == pytest.approx(sum_s)
+        assert after[f"{name}_seconds_count"] == 2
+        assert after[f"{name}_seconds_bucket le=0.05"] == 1
+    assert after["e2e_p50_seconds"] == pytest.approx(0.5)
+
+
 def test_a_record_that_is_no_request_is_counted_as_such(metrics: SlotMetrics) -> None:
     metrics.answered(letter("prompt: missing; add it", stage="decode"))
     assert samples(metrics)["dead_letters_total cause=invalid stage=decode"] == 1

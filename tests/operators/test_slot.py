@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from transformers import Qwen2Config
 from core.clock import SystemClock
 from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig
 from core.records import DeadLetter, Response
+from inference_service.completion import Completion, Failure
+from inference_service.engine import Engine
 from inference_service.figures import EngineFigures
 from operators.envelope import Answer, Envelope, Source
 from operators.slots.slot import InferenceSlot
@@ -112,6 +115,33 @@ def test_requests_that_step_together_leave_each_by_itself(slot: InferenceSlot) -
     assert first.batch_id != second.batch_id
     assert began_ms <= first.completed_at_ms <= second.completed_at_ms <= SystemClock().wall_ms()
     assert second.e2e_ms == second.completed_at_ms - second.created_at_ms
+
+
+def test_times_end_with_the_last_token_and_not_with_the_step(
+    slot: InferenceSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Engine.step
+
+    def slow_step(engine: Engine) -> list[Completion | Failure]:
+        """A step that goes on for a second after its passes."""
+        return [
+            replace(
+                one, first_token_ms=one.began_ms + 10, last_token_ms=one.began_ms + 30, finished_ms=one.began_ms + 1030
+            )
+            for one in step(engine)
+            if isinstance(one, Completion)
+        ]
+
+    monkeypatch.setattr(Engine, "step", slow_step)
+    slot.submit(envelope(1, max_new_tokens=5))
+    answers: list[Answer] = []
+    while slot.unfinished:
+        answers += slot.step()
+    (one,) = responses_of(answers)
+    assert one.tpot_ms == pytest.approx(20 / 4)
+    assert one.inference_ms == pytest.approx(30)
+    assert one.ttft_ms is not None
+    assert one.e2e_ms - one.ttft_ms == pytest.approx(1020)
 
 
 def test_a_request_that_cannot_be_answered_is_done_with_when_it_is_handed_in(slot: InferenceSlot) -> None:
