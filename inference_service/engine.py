@@ -23,6 +23,7 @@ from core.records import FinishReason, Request
 from inference_service.active_sequence import ActiveSequence
 from inference_service.completion import Completion, Failure, timed_out
 from inference_service.figures import EngineFigures
+from inference_service.host_memory import keep_freed_memory
 from inference_service.model import LoadedModel, load_model
 from inference_service.packed_linear import pack_linears
 from inference_service.pieces import Piece
@@ -647,5 +648,7 @@ def _failure(sequence: ActiveSequence, stage: str, error: Exception) -> Failure:
 def load_checked_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
     """A loaded model that the pool is known to run as the model alone would. Raises `UserError`."""
     model = load_model(config, slot)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     pack_linears(model.model)
     return checked(model)
