@@ -48,15 +48,16 @@ def with_poison(seed: int, count: int, place: int) -> list[int]:
     return tokens
 
 
-_alone: dict[tuple[bool, tuple[int, ...], float], tuple[int, ...]] = {}
+_alone: dict[tuple[bool, tuple[int, ...], float], tuple[int, ...] | None] = {}
 
 
-def alone(model: LoadedModel, tokens: Sequence[int], temperature: float) -> tuple[int, ...]:
-    """The answer of a fresh engine."""
+def alone(model: LoadedModel, tokens: Sequence[int], temperature: float) -> tuple[int, ...] | None:
+    """The answer of a fresh engine; none where the model itself answers with the poison, and goes on from there."""
     key = (model.packs, tuple(tokens), temperature)
     if key not in _alone:
         one = ask("alone", tokens, 5, temperature=temperature, seed=7)
-        _alone[key] = answers(make_engine(model).run([one]))["alone"].token_ids
+        (found,) = make_engine(model).run([one])
+        _alone[key] = found.token_ids if isinstance(found, Completion) else None
     return _alone[key]
 
 
@@ -65,7 +66,7 @@ def unfinished_rows_are_finite(engine: Engine) -> bool:
     return bool(engine._runner.pool._memory.isfinite().all())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 1 << 30), rows=st.integers(1, 4), budget=st.sampled_from([0, 5, 16]), cached=st.booleans())
 def test_only_the_poisoned_fail(poisoned: LoadedModel, seed: int, rows: int, budget: int, cached: bool) -> None:
     """Over random mixes: prompts share prefixes and come in pieces, and rows are used again."""
