@@ -137,7 +137,7 @@ class Fetcher:
         return chunks
 
     def close(self) -> None:
-        """End the thread and drop what has come. Idempotent."""
+        """End the thread. What has come stays until it is taken or cancelled. Idempotent."""
         with self._changed:
             self._closing = True
             waiting, self._queue = self._queue, []
