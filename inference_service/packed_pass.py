@@ -16,6 +16,8 @@ from inference_service.attention_window import AttentionWindow
 from inference_service.kv_pool import KVPool
 from inference_service.pieces import Piece
 
+_NO_LENGTH = 1 << 24
+"""Tokens, more than any sequence has."""
 Masks = tuple[int, torch.Tensor | None]
 """First position of a row that is read, and the mask over what follows. None: all of it, each token up to itself."""
 
@@ -91,7 +93,8 @@ class PackedPass:
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+        """No length holds for all sequences. A model that computes with this one fails the self-test."""
+        return _NO_LENGTH
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return 0
@@ -116,16 +119,20 @@ class PackedPass:
             first, row_mask = self._row_masks[window]
             keys, values = self._pool.read_rows(self._layer, self._rows, self._row_length)
             single = query[0, :, : self._rows].transpose(0, 1)[:, :, None]
-            output, _ = compute(single, keys[:, :, first:], values[:, :, first:], row_mask)
+            output, _ = compute(single, *_from(first, keys, values), row_mask)
             outputs.append(output.transpose(0, 1))
         for (piece, tokens), (first, span_mask) in zip(self._spans, self._span_masks[window], strict=True):
             keys, values = self._pool.read(self._layer, piece.row, piece.end)
-            output, _ = compute(query[:, :, tokens], keys[:, :, first:], values[:, :, first:], span_mask)
+            output, _ = compute(query[:, :, tokens], *_from(first, keys, values), span_mask)
             outputs.append(output)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def note_mask(self, mask: torch.Tensor, mask_function: Callable[..., Any], local_size: int | None) -> None:
         """A mask that a model makes although it is given one is not looked at either."""
+
+
+def _from(first: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (keys[:, :, first:], values[:, :, first:]) if first else (keys, values)
 
 
 def _span_mask(window: AttentionWindow, piece: Piece, positions: torch.Tensor, additive: torch.dtype | None) -> Masks:

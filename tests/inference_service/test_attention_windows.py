@@ -12,6 +12,7 @@ from engine_helpers import (
     CHUNK,
     EOS_ID,
     LAYERS_OF_TWO,
+    MAX_LEN,
     MemoryCache,
     answers,
     ask,
@@ -28,6 +29,7 @@ from core.errors import UserError
 from inference_service import attention_window, support
 from inference_service.attention_window import FULL, AttentionWindow
 from inference_service.model import LoadedModel
+from inference_service.model import _settings as settings_of
 from inference_service.support import check_logits
 
 WINDOW = 12
@@ -81,6 +83,21 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[AttentionWindow, ...]]] = {
             attention_chunk_size=WINDOW,
             intermediate_size_mlp=64,
             layer_types=["chunked_attention", "full_attention"],
+            attn_temperature_tuning=False,
+            **EXPERTS,
+        ),
+        (CHUNKED, FULL),
+    ),
+    # Layers without rope scale queries by the position that they count themselves, for rows of equal lengths.
+    "llama4, scaled by position": (
+        lambda: tiny(
+            hf.Llama4TextConfig,
+            head_dim=16,
+            attention_chunk_size=WINDOW,
+            intermediate_size_mlp=64,
+            layer_types=["chunked_attention", "full_attention"],
+            no_rope_layers=[1, 0],
+            floor_scale=20,
             **EXPERTS,
         ),
         (CHUNKED, FULL),
@@ -88,6 +105,10 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[AttentionWindow, ...]]] = {
     # Its layers mask by themselves, for rows of equal lengths.
     "gpt-neo, local attention": (lambda: hf.GPTNeoConfig(**NEO, window_size=WINDOW), ()),
 }
+
+
+BY_THEMSELVES = {"llama4, scaled by position", "gpt-neo, local attention"}
+"""Models whose rows are computed one by one."""
 
 
 def save_random(path: Path, config: Any) -> Path:
@@ -113,7 +134,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_the_windows_are_those_of_the_models_own_masks(case: tuple[str, Path, LoadedModel]) -> None:
     name, _, model = case
     assert model.windows == MODELS[name][1]
-    assert model.packs == bool(model.windows)
+    assert model.packs == (name not in BY_THEMSELVES)
+    assert model.batches == (name not in BY_THEMSELVES)
 
 
 def test_a_model_with_windows_answers_as_the_model_alone(case: tuple[str, Path, LoadedModel]) -> None:
@@ -229,9 +251,28 @@ def test_a_mask_is_that_of_the_library(size: int, chunked: bool, start: int, cou
     assert attention_window._window_of(function, size, 40) == (window if size < 40 else FULL)
 
 
+def test_a_model_that_counts_positions_itself_takes_no_packed_pass(tmp_path: Path) -> None:
+    """However far away the position is at which that shows."""
+    config = tiny(hf.Llama4TextConfig, head_dim=16, intermediate_size_mlp=64, no_rope_layers=[1, 0], **EXPERTS)
+    model = load_tiny(save_tiny(tmp_path / "counts", config))
+    assert config.floor_scale > MAX_LEN
+    assert not model.packs
+    assert model.batches
+
+
 def test_a_mask_of_another_kind_is_none_of_the_windows() -> None:
     def every_other(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return (key <= query) & (key % 2 == 0)
 
     with pytest.raises(ValueError, match="neither causal, sliding nor chunked"):
         attention_window._window_of(every_other, 4, 40)
+
+
+def test_models_of_other_windows_share_no_chunks() -> None:
+    configs = [
+        mixed(hf.Olmo3Config),
+        mixed(hf.Olmo3Config, sliding_window=WINDOW + 1),
+        tiny(hf.Olmo3Config, layer_types=["full_attention", "sliding_attention"]),
+        tiny(hf.Olmo3Config, layer_types=["full_attention", "full_attention"]),
+    ]
+    assert len({settings_of(config) for config in configs}) == len(configs)
