@@ -4,7 +4,6 @@ Each class is one concern; a job's configuration is made of them. `core.options`
 options of the same names (`max_wait_ms` is `--max-wait-ms`), so that a name never has two spellings.
 """
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Self
@@ -12,6 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from core.machine import usable_cores
 from core.records import MAX_RESULT_BYTES
 
 MIB = 1 << 20
@@ -222,9 +222,10 @@ class SizingConfig(Config):
         return self
 
 
-def _without_credentials(url: str) -> str:
+def _redis_url(url: str) -> str:
     try:
-        named = {"username", "password"} & parse_qs(urlsplit(url).query).keys()
+        parts = urlsplit(url)
+        named = {"username", "password"} & parse_qs(parts.query).keys()
     except ValueError:
         raise ValueError("is no URL; write redis://host:port/db") from None
     if "@" in url or named:
@@ -232,10 +233,14 @@ def _without_credentials(url: str) -> str:
             "names a user or a password, which others may see there; set INFERTUNER_REDIS_USERNAME and "
             "INFERTUNER_REDIS_PASSWORD instead, or give --redis-credentials-file"
         )
+    database = parts.path.strip("/")
+    # The client would take database 0 for any other word.
+    if parts.scheme in ("redis", "rediss") and database and not (database.isascii() and database.isdigit()):
+        raise ValueError(f"names the database {database!r}, which is no number; write redis://host:port/0")
     return url
 
 
-RedisUrl = Annotated[str, AfterValidator(_without_credentials)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 """Where a Redis is, and nothing of who asks."""
 
 
@@ -316,7 +321,11 @@ class EngineConfig(Config):
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: one GPU a slot if there are, else cpu"
     )
-    dtype: str = Field(default="float32", pattern=f"^({'|'.join(DTYPES)})$", description="of weights and key/value")
+    dtype: str = Field(
+        default="auto",
+        pattern=f"^({'|'.join(('auto', *DTYPES))})$",
+        description="of weights and key/value; auto: the checkpoint's on a GPU, float32 on a CPU",
+    )
     sampling_defaults: SamplingDefaults = Field(
         default=SamplingDefaults.MODEL,
         description="where a request does not say: model, as its generation_config.json; neutral, the likeliest token",
@@ -334,7 +343,13 @@ class EngineConfig(Config):
         ge=0,
         description="continuous: longest that a prompt above step_prefill_tokens holds running ones; 0: no limit",
     )
-    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of one slot; 0: cores / parallelism")
+    threads: int = Field(
+        default=0, ge=0, le=1024, description="CPU threads of one slot; 0: cores that it may use / parallelism"
+    )
+    allow_special_tokens: bool = Field(
+        default=False,
+        description="special tokens that the text of a request spells are those tokens; else they are text",
+    )
     request_timeout_ms: float = Field(
         default=600_000.0,
         ge=0,
@@ -555,8 +570,8 @@ class JobConfig(Config):
 
     @property
     def threads_per_slot(self) -> int:
-        """CPU threads of one slot: as set, or the machine's cores shared out evenly."""
-        return self.engine.threads or max(1, (os.cpu_count() or 1) // self.parallelism)
+        """CPU threads of one slot: as set, or the cores that this process may use, shared out evenly."""
+        return self.engine.threads or max(1, usable_cores() // self.parallelism)
 
     @model_validator(mode="after")
     def _budget_holds_the_least(self) -> Self:

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -33,6 +34,13 @@ RECORD_OVERHEAD_BYTES = 32 << 10
 """More than the other fields of an answer, its key and Kafka's own share of its record take together."""
 MAX_REASON_CHARACTERS = 4096
 """A reason may quote what the record holds, or an error of a library; it is cut here."""
+
+
+def _milliseconds(time_ms: float) -> float:
+    """Refuses Unix times in seconds, of 2001 to 5138: in milliseconds they are in the first years after 1970."""
+    if 1e9 <= time_ms < 1e11:
+        raise ValueError(f"{time_ms:.0f} is a Unix time in seconds; give milliseconds")
+    return time_ms
 
 
 class FinishReason(StrEnum):
@@ -64,7 +72,9 @@ class Request(BaseModel):
     session_id: Identifier
     user_id: Identifier
     max_new_tokens: int = Field(ge=1, le=1 << 20)
-    created_at_ms: float = Field(ge=0, le=1e15, description="Unix time at which the client made the request")
+    created_at_ms: Annotated[float, AfterValidator(_milliseconds)] = Field(
+        ge=0, le=1e15, description="Unix time at which the client made the request"
+    )
     prompt: str | None = Field(default=None, min_length=1)
     messages: tuple[Message, ...] | None = Field(default=None, min_length=1, fail_fast=True)
     prompt_token_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1, fail_fast=True)

@@ -1,7 +1,6 @@
 """Where, when and with what a run was made: what a reader needs to judge its numbers, or to repeat them."""
 
 import datetime
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from core.machine import usable_cores
 from experiments.config import ROOT
 from experiments.records import Provenance
 
@@ -33,7 +33,7 @@ def _machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
 

@@ -123,6 +123,8 @@ def test_the_help_tells_every_option_and_its_default() -> None:
         (["--device", "gpu"], "--device: "),
         (["--max-wait-ms", "nan"], "--max-wait-ms: "),
         (["--fluid-window-ms", "inf"], "--fluid-window-ms: "),
+        (["--redis-url", "redis://h:6379/x"], "--redis-url: names the database 'x', which is no number; "),
+        (["--redis-url", "rediss://h:6379/1/2"], "--redis-url: names the database '1/2', which is no number; "),
         (["--redis-namespace", "a b"], "--redis-namespace: "),
         (["--model="], "--model: "),
         (["--slot-restarts", "2"], "--slot-restarts is not above --max-attempts: "),
@@ -197,4 +199,4 @@ class Grid(BaseModel):
 
 def test_a_field_stands_in_for_those_of_its_name_within() -> None:
     config = parse(["--dtype", "a,b", "--model", "m"], Grid)
-    assert (config.dtype, config.job.engine.dtype, config.job.engine.model) == ("a,b", "float32", "m")
+    assert (config.dtype, config.job.engine.dtype, config.job.engine.model) == ("a,b", "auto", "m")

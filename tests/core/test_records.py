@@ -72,6 +72,13 @@ def test_a_request_is_read_as_it_was_written() -> None:
     assert Request.from_json(request.to_json().encode()) == request
 
 
+@pytest.mark.parametrize("seconds", [1_000_000_000, 1_767_225_600, 1_767_225_600.25])
+def test_a_time_in_seconds_is_told_from_one_in_milliseconds(seconds: float) -> None:
+    line = refusal(request_json(created_at_ms=seconds))
+    assert line == f"created_at_ms: {seconds:.0f} is a Unix time in seconds; give milliseconds"
+    assert Request.from_json(request_json(created_at_ms=1000 * seconds)).created_at_ms == 1000 * seconds
+
+
 def test_what_is_left_out_has_its_default() -> None:
     request = Request.from_json(request_json())
     assert (request.temperature, request.seed, request.deadline_ms, request.priority) == (None, None, None, 0)
