@@ -22,6 +22,7 @@ from core.errors import UserError
 from core.records import FinishReason, Request
 from inference_service.active_sequence import ActiveSequence
 from inference_service.completion import Completion, Failure, timed_out
+from inference_service.detokenize import answer_text
 from inference_service.figures import EngineFigures
 from inference_service.host_memory import keep_freed_memory
 from inference_service.model import LoadedModel, load_model
@@ -570,7 +571,7 @@ class Engine:
         steps = max(0, len(sequence.output) - 1)
         return Completion(
             request=sequence.request,
-            text=self.model.tokenizer.decode(answer, skip_special_tokens=True),
+            text=answer_text(self.model.tokenizer, sequence.prompt, answer),
             token_ids=tuple(answer),
             finish_reason=reason,
             sampling=sequence.sampler.sampling,
@@ -651,4 +652,7 @@ def load_checked_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
     if model.device.type == "cpu":
         keep_freed_memory()
     pack_linears(model.model)
-    return checked(model)
+    model = checked(model)
+    # Made now and not by the first request: that takes a second where the vocabulary is large.
+    logger.info("%s takes the texts of messages as %s", model.name, model.prompt_encoder.content_form)
+    return model

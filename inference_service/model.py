@@ -2,24 +2,31 @@
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from cache.protocol import ChunkShape, ModelIdentity
-from core.config import EngineConfig, SamplingDefaults
+from core.config import DTYPES, EngineConfig, SamplingDefaults
 from core.errors import UserError
 from core.model_path import model_folder
 from inference_service.attention_window import AttentionWindow
 from inference_service.default_model import default_model_path
 from inference_service.generation_defaults import GenerationDefaults, read_generation_defaults
 from inference_service.kv_pool import KVPool
+from inference_service.memory import check_memory, no_room_for_rows, weight_bytes
+from inference_service.prompt_encoder import PromptEncoder
 from inference_service.runner import Runner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,9 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     """How tokens are chosen where a request does not say."""
+    own_limit: str | None = None
+    """What limits `max_len` where `max_model_len` cannot raise it."""
+    allow_special_tokens: bool = False
     packs: bool = False
     """Whether it is known to compute pieces of several sequences in one pass."""
     batches: bool = True
@@ -48,20 +58,39 @@ class LoadedModel:
     def vocab_size(self) -> int:
         return int(self.model.get_input_embeddings().num_embeddings)
 
+    @cached_property
+    def prompt_encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.tokenizer, self.name, self.allow_special_tokens)
+
     def chunk_shape(self, chunk_tokens: int) -> ChunkShape:
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return ChunkShape(config.num_hidden_layers, heads, chunk_tokens, head_dim, self.dtype)
+        return chunk_shape(self.model.config.get_text_config(), chunk_tokens, self.dtype)
 
     def make_runner(self, rows: int, chunk_tokens: int) -> Runner:
-        """A runner over a pool of `rows` rows."""
-        return Runner(self, KVPool(self.chunk_shape(chunk_tokens), rows, self.max_len, self.device))
+        """A runner over a pool of `rows` rows. Raises `UserError` where the device has no memory for it."""
+        shape = self.chunk_shape(chunk_tokens)
+        try:
+            return Runner(self, KVPool(shape, rows, self.max_len, self.device))
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError as error:  # of either device's allocator
+            raise no_room_for_rows(self.name, rows * row_bytes(shape, self.max_len), self.device) from error
 
     def wait_for_device(self) -> None:
         """On a GPU the copies into a pool may still be under way when the call that asked for them is back."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def chunk_shape(config: Any, chunk_tokens: int, dtype: torch.dtype) -> ChunkShape:
+    """Keys and values of `chunk_tokens` tokens, of a model with this (text) configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return ChunkShape(config.num_hidden_layers, heads, chunk_tokens, head_dim, dtype)
+
+
+def row_bytes(shape: ChunkShape, max_len: int) -> int:
+    """Memory of one row of `max_len` tokens in a pool for chunks of this shape."""
+    return shape.size_bytes * max_len // shape.chunk_tokens
 
 
 def resolve_device(device: str, slot: int) -> torch.device:
@@ -94,33 +123,47 @@ def resolve_model(model: str) -> tuple[str, str]:
     return model, model
 
 
+def resolve_dtype(dtype: str, device: torch.device, model_config: Any) -> torch.dtype:
+    """The dtype named, or for `auto` the checkpoint's on a GPU and float32 on a CPU."""
+    if dtype == "auto":
+        own = getattr(model_config.get_text_config(), "dtype", None) or getattr(model_config, "dtype", None)
+        name = str(own).removeprefix("torch.")
+        dtype = name if device.type == "cuda" and name in DTYPES else "float32"
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
+
+
 def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
     """Load weights and tokenizer. Raises `UserError` in one line where that is not possible."""
     device = resolve_device(config.device, slot)
     source, name = resolve_model(config.model)
-    dtype: torch.dtype = getattr(torch, config.dtype)
     try:
-        model_config = AutoConfig.from_pretrained(source)
+        # Without a word on code of the model's own, the library would ask on stdin whether to run it.
+        model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if getattr(model_config, "is_encoder_decoder", False):
             raise UserError(f"model: {name!r} is an encoder-decoder; the engine runs decoder-only causal models")
+        if find_adapter_config_file(source):
+            raise UserError(
+                f"model: beside the weights of {name!r} is an adapter (adapter_config.json), which would not be used; "
+                "merge it into the weights and save those, or move it away"
+            )
+        dtype = resolve_dtype(config.dtype, device, model_config)
+        text_config = model_config.get_text_config()
+        max_len, own_limit = _longest(text_config, config.max_model_len, name)
+        if hasattr(text_config, "num_attention_heads"):  # others are refused once they are loaded
+            pool = config.max_running * row_bytes(chunk_shape(text_config, 1, dtype), max_len)
+            check_memory(name, weight_bytes(source, dtype), pool, dtype, device)
         tokenizer = _load_tokenizer(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
     except UserError:
         raise
     except Exception as error:  # the library and the readers of its file formats raise errors of every kind
-        reason = " ".join(str(error).split())[:300]
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-        raise UserError(f"model: cannot load {config.model!r}{offline}: {reason}") from error
+        raise UserError(f"model: cannot load {config.model!r}{_why(config.model, error)}") from error
     model, loading = loaded
-    if loading["missing_keys"]:
-        # The library fills them with random numbers and only warns.
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise UserError(f"model: the weights of {name!r} are incomplete: {missing} missing; save the model again")
+    _check_weights(name, loading)
     model = model.to(device).eval().requires_grad_(False)
-    text_config = model.config.get_text_config()
-    own_limit = getattr(text_config, "max_position_embeddings", None) or config.max_model_len
-    eos = model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else ()
-    eos_token_ids = frozenset([eos] if isinstance(eos, int) else eos)
+    eos_token_ids = _end_tokens(model, tokenizer)
     generation = GenerationDefaults()
     if config.sampling_defaults is SamplingDefaults.MODEL:
         vocabulary = model.get_input_embeddings().num_embeddings
@@ -131,11 +174,68 @@ def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
         tokenizer=tokenizer,
         device=device,
         dtype=dtype,
-        identity=ModelIdentity(_weights_digest(model), _tokenizer_digest(tokenizer), _settings(text_config)),
-        max_len=min(config.max_model_len, own_limit),
+        identity=ModelIdentity(
+            _weights_digest(model), _tokenizer_digest(tokenizer), _settings(model.config.get_text_config())
+        ),
+        max_len=max_len,
         eos_token_ids=eos_token_ids,
+        own_limit=own_limit,
+        allow_special_tokens=config.allow_special_tokens,
         generation=generation,
     )
+
+
+def _why(asked: str, error: Exception) -> str:
+    """The rest of a line that begins with what cannot be loaded."""
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return ": it has Python code of its own (auto_map), which is not run; choose a model that transformers has"
+    is_on_hub = asked != "default" and model_folder(asked) is None
+    offline = " (HF_HUB_OFFLINE is set)" if is_on_hub and os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    return f"{offline}: {reason[:300]}"
+
+
+def _longest(config: Any, max_model_len: int, name: str) -> tuple[int, str | None]:
+    """The longest sequence in tokens, and what limits it where `max_model_len` cannot raise it."""
+    own = getattr(config, "max_position_embeddings", None)
+    if own is None or own > max_model_len:
+        return max_model_len, None
+    limit = "max_position_embeddings"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "yarn" and rope.get("original_max_position_embeddings"):
+        reach = int(rope.get("factor", 1.0) * rope["original_max_position_embeddings"])
+        if reach > own:
+            limit += f", which its config.json may raise to the {reach} of its YaRN"
+    if own < max_model_len:
+        logger.warning("--max-model-len %d is cut to %d for %r: its own limit (%s)", max_model_len, own, name, limit)
+    return own, limit
+
+
+def _check_weights(name: str, loading: Any) -> None:
+    """The library fills weights that are missing with random numbers, drops those that are left over, and only warns.
+
+    What it drops on purpose, such as buffers of older versions, it does not list.
+    """
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"model: the weights of {name!r} are incomplete: {', '.join(missing[:3])} missing; save the model again"
+        )
+    if left := sorted(loading["unexpected_keys"]):
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise UserError(
+            f"model: the weights of {name!r} hold {', '.join(left[:3])}{more}, which its config.json has no place for; "
+            "mend that, or save the model again"
+        )
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer: by the generation configuration, the model's configuration or the tokenizer."""
+    configs = (model.generation_config, model.config, model.config.get_text_config(), tokenizer)
+    found: set[int] = set()
+    for config in configs:
+        ids = getattr(config, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    return frozenset(found)
 
 
 def _load_tokenizer(source: str) -> Any:
@@ -143,7 +243,7 @@ def _load_tokenizer(source: str) -> Any:
     # A generic tokenizer is whole in tokenizer.json. For some architectures (Qwen2) AutoTokenizer would put their usual
     # normalisation and special tokens in the place of what was saved.
     loader: Any = PreTrainedTokenizerFast if declared == "TokenizersBackend" else AutoTokenizer
-    tokenizer = loader.from_pretrained(source)
+    tokenizer = loader.from_pretrained(source, trust_remote_code=False)
     # Where the files are missing, the library makes one without a vocabulary and says nothing.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"model: there is no tokenizer in {source!r}; save one beside the weights")

@@ -8,6 +8,7 @@ import torch
 from cache.protocol import ChunkShape
 from inference_service.generation_defaults import GenerationDefaults
 from inference_service.pieces import Piece
+from inference_service.prompt_encoder import PromptEncoder
 
 
 class Rows(Protocol):
@@ -73,6 +74,14 @@ class ServedModel(Protocol):
     def max_len(self) -> int:
         """Longest sequence, prompt and answer, in tokens."""
         ...
+
+    @property
+    def own_limit(self) -> str | None:
+        """What limits `max_len` where `max_model_len` cannot raise it."""
+        ...
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder: ...
 
     @property
     def vocab_size(self) -> int: ...

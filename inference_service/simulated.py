@@ -20,6 +20,7 @@ from inference_service.default_model import byte_tokenizer
 from inference_service.device_profile import DeviceProfile
 from inference_service.generation_defaults import GenerationDefaults
 from inference_service.pieces import Piece, leading_rows
+from inference_service.prompt_encoder import PromptEncoder
 
 MOST_LATE_MS = 10.0
 """Longest delay of waking that is taken off later waits: a process that stood still must not catch up at once."""
@@ -110,7 +111,14 @@ class SimulatedModel:
     """A model as the engine sees it, of which only the shape and the times are there."""
 
     def __init__(
-        self, profile: DeviceProfile, slot: int, max_len: int, clock: Clock | None = None, wait: Wait = sleep_ms
+        self,
+        profile: DeviceProfile,
+        slot: int,
+        max_len: int,
+        clock: Clock | None = None,
+        wait: Wait = sleep_ms,
+        *,
+        allow_special_tokens: bool = False,
     ) -> None:
         """`max_len`: longest sequence, in tokens; `wait` and `clock` must agree on what a millisecond is."""
         self.profile = profile
@@ -118,12 +126,14 @@ class SimulatedModel:
         self.device = f"simulated:{slot}"
         self.dtype: torch.dtype = getattr(torch, profile.dtype)
         self.max_len = max_len
+        self.own_limit = "max_model_len of its profile" if max_len >= profile.max_model_len else None
         self.tokenizer: Any = byte_tokenizer()
         # Nothing is looked up in a table, so a prompt may have any token of the model's or of the tokenizer's.
         self.vocab_size = max(profile.vocab_size, len(self.tokenizer))
         self.eos_token_ids: frozenset[int] = frozenset()
         """None: every answer has the length that was asked for."""
         self.generation = GenerationDefaults()
+        self.prompt_encoder = PromptEncoder(self.tokenizer, self.name, allow_special_tokens)
         self._timeline = Timeline(clock or SystemClock(), wait)
 
     def chunk_shape(self, chunk_tokens: int) -> ChunkShape:
@@ -144,7 +154,8 @@ def load_simulated(config: EngineConfig, slot: int = 0) -> SimulatedModel:
     if config.profile is None:
         raise UserError("--profile: missing for the simulated engine; name a file that benchmarks/engine.py wrote")
     profile = DeviceProfile.read(config.profile)
-    return SimulatedModel(profile, slot, min(config.max_model_len, profile.max_model_len))
+    max_len = min(config.max_model_len, profile.max_model_len)
+    return SimulatedModel(profile, slot, max_len, allow_special_tokens=config.allow_special_tokens)
 
 
 def _nothing_to_reuse() -> UserError:

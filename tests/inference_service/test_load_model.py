@@ -8,7 +8,7 @@ import pytest
 import torch
 from engine_helpers import EOS_ID, LAYERS_OF_TWO, load_tiny, save_tiny
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
 from core.config import EngineConfig
 from core.errors import UserError
@@ -20,6 +20,10 @@ def refusal(path: Path | str) -> str:
         load_model(EngineConfig(model=str(path), device="cpu"))
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def rewrite(file: Path, **settings: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
 @pytest.fixture
@@ -46,6 +50,47 @@ def test_incomplete_weights_are_refused_and_not_made_up(saved: Path) -> None:
         "model: the weights of 'copy' are incomplete: model.layers.1.self_attn.k_proj.weight missing; "
         "save the model again"
     )
+
+
+def test_weights_that_the_configuration_has_no_place_for_are_refused(saved: Path) -> None:
+    rewrite(saved / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
+    line = refusal(saved)
+    assert line.startswith("model: the weights of 'copy' hold model.layers.1.input_layernorm.weight, ")
+    assert line.endswith(" and 9 more, which its config.json has no place for; mend that, or save the model again")
+
+
+def test_buffers_of_older_versions_are_no_weights_left_over(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    assert load_tiny(saved).max_len > 0
+
+
+def test_an_adapter_beside_the_weights_is_refused(saved: Path) -> None:
+    (saved / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "base"}))
+    assert refusal(saved) == (
+        "model: beside the weights of 'copy' is an adapter (adapter_config.json), which would not be used; merge it "
+        "into the weights and save those, or move it away"
+    )
+
+
+def test_code_of_a_models_own_is_refused_without_a_question(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(saved / "config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    assert refusal(saved) == (
+        f"model: cannot load {str(saved)!r}: it has Python code of its own (auto_map), which is not run; choose a "
+        "model that transformers has"
+    )
+    assert capsys.readouterr().out == ""
+
+
+def test_being_offline_is_named_where_it_matters(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("not\nfound")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    assert refusal(saved) == f"model: cannot load {str(saved)!r}: not found"
+    assert refusal("some/model") == "model: cannot load 'some/model' (HF_HUB_OFFLINE is set): not found"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])
@@ -88,15 +133,35 @@ def test_the_row_is_as_long_as_the_model_allows(saved: Path) -> None:
     assert load_tiny(saved, max_model_len=10_000).max_len == 256
 
 
-def test_end_tokens_come_from_the_generation_configuration(saved: Path) -> None:
+def test_a_sequence_that_is_cut_to_the_models_own_limit_is_told_of(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (load_tiny(saved, max_model_len=40).own_limit, caplog.messages) == (None, [])
+    assert (load_tiny(saved, max_model_len=256).own_limit, caplog.messages) == ("max_position_embeddings", [])
+    assert load_tiny(saved, max_model_len=300).own_limit == "max_position_embeddings"
+    assert caplog.messages == ["--max-model-len 300 is cut to 256 for 'copy': its own limit (max_position_embeddings)"]
+
+
+def test_the_reach_of_yarn_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    config = Qwen2Config(**LAYERS_OF_TWO | {"max_position_embeddings": 64, "rope_parameters": yarn})
+    model = load_tiny(save_tiny(tmp_path / "yarn", config), max_model_len=256)
+    limit = "max_position_embeddings, which its config.json may raise to the 256 of its YaRN"
+    assert (model.max_len, model.own_limit) == (64, limit)
+    assert caplog.messages == [f"--max-model-len 256 is cut to 64 for 'yarn': its own limit ({limit})"]
+
+
+def test_end_tokens_are_those_of_all_that_name_some(saved: Path) -> None:
     assert load_tiny(saved).eos_token_ids == {EOS_ID}
-    settings = json.loads((saved / "generation_config.json").read_text())
-    for value, found in (([1, 2], {1, 2}), (3, {3}), (None, set())):
-        (saved / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": value}))
-        if value is None:
-            config = json.loads((saved / "config.json").read_text())
-            (saved / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
-        assert load_tiny(saved).eos_token_ids == found
+    rewrite(saved / "generation_config.json", eos_token_id=[1, 2])
+    rewrite(saved / "config.json", eos_token_id=3)
+    assert load_tiny(saved).eos_token_ids == {1, 2, 3, EOS_ID}
+    # Often it is the tokenizer alone that knows of the end of a turn.
+    rewrite(saved / "generation_config.json", eos_token_id=None)
+    rewrite(saved / "config.json", eos_token_id=None)
+    assert load_tiny(saved).eos_token_ids == {EOS_ID}
+    rewrite(saved / "tokenizer_config.json", eos_token=None)
+    assert load_tiny(saved).eos_token_ids == set()
 
 
 def test_the_chunk_shape_is_that_of_the_attention(tiny_paths: dict[str, Path]) -> None:

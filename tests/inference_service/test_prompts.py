@@ -21,6 +21,10 @@ def bytes_of(model: LoadedModel, tokens: list[int]) -> bytes:
     return model.tokenizer.decode(tokens).encode()
 
 
+def chat(*turns: tuple[str, str]) -> tuple[Message, ...]:
+    return tuple(Message(role=role, content=content) for role, content in turns)  # type: ignore[arg-type]
+
+
 def refusal(request: Request, model: LoadedModel) -> str:
     with pytest.raises(UserError) as caught:
         prompt_tokens(request, model)
@@ -78,17 +82,26 @@ def test_the_longest_prompt_leaves_room_for_one_token(qwen2: LoadedModel) -> Non
     assert refusal(ask("r", [1] * 65), qwen2).startswith("prompt_token_ids: 65 tokens leave no room")
 
 
+def test_a_limit_of_the_models_own_is_not_blamed_on_an_option(qwen2: LoadedModel) -> None:
+    limited = dataclasses.replace(qwen2, own_limit="max_position_embeddings")
+    assert refusal(ask("r", [1] * 64), limited) == (
+        "prompt_token_ids: 64 tokens leave no room for an answer in the 64 that the model itself holds "
+        "(max_position_embeddings); shorten it"
+    )
+
+
 def test_tokens_outside_the_vocabulary_are_refused(other_tokenizer: LoadedModel) -> None:
     assert refusal(ask("r", [3, 258, 2]), other_tokenizer) == (
         "prompt_token_ids: token 258 is outside the vocabulary of 258 tokens"
     )
     other_tokenizer.tokenizer.add_tokens(["<|new|>"], special_tokens=True)
-    assert refusal(said(prompt="a<|new|>"), other_tokenizer).startswith("prompt: token 258 is outside")
-    messages = (Message(role="user", content="<|new|>"),)
-    assert refusal(said(messages=messages), other_tokenizer).startswith("messages: token 258 is outside")
+    allowing = dataclasses.replace(other_tokenizer, allow_special_tokens=True)
+    assert refusal(said(prompt="a<|new|>"), allowing).startswith("prompt: token 258 is outside")
+    assert refusal(said(messages=chat(("user", "<|new|>"))), allowing).startswith("messages: token 258 is outside")
+    assert bytes_of(other_tokenizer, prompt_tokens(said(prompt="a<|new|>"), other_tokenizer)) == b"a<|new|>"
 
 
 def test_a_prompt_without_a_token_is_refused(other_tokenizer: LoadedModel) -> None:
-    other_tokenizer.tokenizer.chat_template = "{# nothing #}"
-    line = refusal(said(messages=(Message(role="user", content="Hi"),)), other_tokenizer)
+    other_tokenizer.tokenizer.chat_template = "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
+    line = refusal(said(messages=chat(("user", " "))), other_tokenizer)
     assert line == "messages: no token in it; send some text"
