@@ -213,7 +213,7 @@ def measure(config: BatchingBenchmarkConfig, console: Console) -> Report:
             jobs[variant] = cleanup.enter_context(running(config.flink, found, variant, job_of(variant, engine)))
         ready = jobs[CONTINUOUS].slots[0]
         device = {"threads": config.engine.threads, "device": ready.device}
-        where = conditions_of(device, {"name": ready.model, "dtype": config.engine.dtype}, redis_url=None)
+        where = conditions_of(device, {"name": ready.model, "dtype": ready.dtype}, redis_url=None)
         for job in bar.track(jobs.values(), description="warming up"):
             job.offer(load(config.model_copy(update={"requests": 8}), WARM_SEED), backlog=True)
         for round_ in bar.track(range(config.rounds), description="rounds"):

@@ -160,7 +160,7 @@ def measure(config: PlacementBenchmarkConfig, console: Console) -> Report:
             jobs[placement] = cleanup.enter_context(running(config.flink, found, placement, job))
         ready = jobs[Placement.SESSION].slots[0]
         device = {"threads": config.engine.threads, "device": ready.device}
-        where = conditions_of(device, {"name": ready.model, "dtype": config.engine.dtype}, found.redis_url)
+        where = conditions_of(device, {"name": ready.model, "dtype": ready.dtype}, found.redis_url)
         few = config.model_copy(update={"sessions": WARM_SESSIONS, "skew": 0.5})
         for placement in bar.track(PLACEMENTS, description="warming up"):
             jobs[placement].offer(SkewedSessions(few, WARM_SEED), backlog=True)

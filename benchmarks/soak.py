@@ -87,7 +87,7 @@ def measure(config: SoakConfig, console: Console) -> Report:
         under_test = cleanup.enter_context(running(config.flink, found, "soak", job))
         ready = under_test.slots[0]
         device = {"device": ready.device, "threads": ready.threads}
-        where = conditions_of(device, {"name": ready.model, "dtype": config.engine.dtype}, found.redis_url)
+        where = conditions_of(device, {"name": ready.model, "dtype": ready.dtype}, found.redis_url)
         neighbours = Neighbours(ours_s=CpuSeconds(config.flink.stack_dir).total_s)
         sampler = cleanup.enter_context(MemorySampler(stack, config.sample_every_s))
         problems = under_load(config, under_test, load, ledger, console)

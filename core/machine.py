@@ -6,10 +6,9 @@ control groups (cgroup v1 and v2) that the process is in, and of each group abov
 
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import psutil
 
 ROOT = Path("/")
 
@@ -26,7 +25,10 @@ def usable_cores(root: Path = ROOT) -> int:
 def free_memory_bytes(root: Path = ROOT) -> int:
     """Memory that this process can still get: the machine's available memory, within the limit of each group."""
     free = [room for group in _groups(root, "memory") if (room := _room_bytes(group)) is not None]
-    return max(0, min([psutil.virtual_memory().available, *free]))
+    machine = dict(line.split()[:2] for line in _lines(root / "proc/meminfo"))
+    if (available_kib := _number(machine.get("MemAvailable:"))) is not None:
+        free.append(1024 * available_kib)
+    return max(0, min(free, default=sys.maxsize))
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

@@ -35,6 +35,8 @@ class ReadySlot(Config, extra="allow"):
     device: str
     model: str
     engine: str
+    dtype: str | None = None
+    """Of weights, keys and values; none where it does not say."""
     threads: int | None = None
     """CPU threads that it computes with; none where it does not say."""
 

@@ -164,14 +164,14 @@ class _Marked:
 
     def respelled(self, text: str, plain_text: PlainText) -> str:
         """`text` without marks; special tokens that no message spells are spelled as `plain_text` knows them."""
-        # A template may have taken one of the two marks away. Without the other one it is the template's own.
-        token = self.controls.pattern
-        parts = re.compile(f"{self.open}({token}){self.close}?|({token}){self.close}|({token})")
 
         def respell(found: re.Match[str]) -> str:
-            return found[1] or found[2] or plain_text.as_control(found[3])
+            # A template may have taken one of the two marks away. Without both the token is the template's own.
+            begins, ends = found.span()
+            spelled = (begins > 0 and text[begins - 1] == self.open) or text.startswith(self.close, ends)
+            return found[0] if spelled else plain_text.as_control(found[0])
 
-        return self.without_marks(parts.sub(respell, text))
+        return self.without_marks(self.controls.sub(respell, text))
 
 
 def _unused_characters(messages: Sequence[Message], count: int) -> list[str]:

@@ -65,6 +65,8 @@ class Ready(BaseModel):
     device: str
     engine: str
     model: str
+    dtype: str
+    """Of weights, keys and values."""
     threads: int
     chunk_bytes: int
     load_s: float

@@ -85,6 +85,7 @@ class InferenceSlot:
             device=str(model.device),
             engine=self._engine_name,
             model=model.name,
+            dtype=str(self._engine.chunk_shape.dtype).removeprefix("torch."),
             threads=self.threads,
             chunk_bytes=self._engine.chunk_shape.size_bytes,
             load_s=round(self._load_s, 3),

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import psutil
 import pytest
 
 from core.config import EngineConfig, JobConfig
@@ -13,9 +12,9 @@ GIB = 1 << 30
 
 
 @pytest.fixture(autouse=True)
-def _large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def _large_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 100 * GIB}))
+    made(tmp_path, {"proc/meminfo": f"MemTotal: {200 << 20} kB\nMemAvailable: {100 << 20} kB\nHugePages_Total: 0"})
 
 
 def made(root: Path, files: dict[str, object]) -> Path:

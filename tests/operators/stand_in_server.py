@@ -55,7 +55,9 @@ class StandInSlot:
         self._steps = 0
         self._waiting: list[Envelope] = []
         self._running: dict[Source, tuple[Envelope, int]] = {}
-        self.ready = Ready(slot=slot, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
+        self.ready = Ready(
+            slot=slot, device="cpu", engine="e", model="m", dtype="float32", threads=1, chunk_bytes=1, load_s=0.0
+        )
 
     @property
     def unfinished(self) -> int:

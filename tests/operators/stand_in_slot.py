@@ -123,7 +123,9 @@ class StandInSlot(GatedSlot):
 
     def __init__(self, index: int) -> None:
         super().__init__()
-        self.ready = Ready(slot=index, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
+        self.ready = Ready(
+            slot=index, device="cpu", engine="e", model="m", dtype="float32", threads=1, chunk_bytes=1, load_s=0.0
+        )
         self.most_running = 0
         self.groups: list[list[int]] = []
         self.taken: list[Envelope] = []

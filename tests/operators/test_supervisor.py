@@ -283,7 +283,7 @@ def test_a_slot_ends_in_the_midst_of_work(start: Start) -> None:
         slot.receive()
 
 
-READY = Ready(slot=0, device="cpu", engine="e", model="m", threads=1, chunk_bytes=1, load_s=0.0)
+READY = Ready(slot=0, device="cpu", engine="e", model="m", dtype="float32", threads=1, chunk_bytes=1, load_s=0.0)
 
 
 class Script(Process):
