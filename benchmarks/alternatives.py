@@ -12,7 +12,6 @@ Two loads: requests that share nothing, and conversations of several turns under
 something to reuse. All answers are greedy, and each is compared with ours.
 """
 
-import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from benchmarks.reuse_probe import WrongMeasurementError
 from core.config import Config, JobConfig
 from core.errors import UserError, exit_on_user_error
+from core.machine import usable_cores
 from core.model_path import with_model_found
 from experiments.config import Command
 from workloads.catalogue import make_workload
@@ -86,7 +86,7 @@ def _layouts(text: object) -> object:
 
 def _of_the_cores() -> tuple[Layout, ...]:
     """One process with all cores, one for each core, and one that leaves the others idle."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return tuple(dict.fromkeys((Layout(1, cores), Layout(cores, 1), Layout(1, 1))))
 
 

@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import math
-import os
 import platform
 import shlex
 import statistics
@@ -34,6 +33,7 @@ from transformers import Qwen2Config
 
 from benchmarks.ceilings import Ceilings, Fit, Work, fit, free_bytes, synchronize
 from benchmarks.random_models import SHAPES, RandomModel, build, costs_of, make_runner, shape_bytes
+from core.machine import usable_cores
 from inference_service.pieces import Piece
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,7 +250,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, dict
     """The report, and a profile for each shape. Raises `UsageError` for a shape that has no room."""
     device, dtype = device_of(options.device), getattr(torch, options.dtype)
     if device.type == "cpu":
-        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(options.threads or usable_cores())
     report = conditions(options, device)
     profiles: dict[str, dict[str, Any]] = {}
     for shape in options.shape:
@@ -326,7 +326,7 @@ def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, A
     machine: dict[str, Any] = {
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "device": str(device),
     }

@@ -10,7 +10,6 @@ those of the first: differences over the standard deviation of the logits, KL di
 is the same. `raw` shows what the measurement itself comes to.
 """
 
-import os
 import statistics
 import tempfile
 import time
@@ -34,6 +33,7 @@ from cache.codec import decode, encode, record_bytes
 from cache.manager import TwoLevelCache, open_cache
 from core.config import CacheConfig, Config, RedisUrl, RemoteCodec, RemoteConfig, SizingConfig
 from core.errors import UserError, exit_on_user_error
+from core.machine import usable_cores
 from inference_service.engine import load_checked_model
 from inference_service.model import LoadedModel
 from inference_service.pieces import Piece
@@ -210,7 +210,7 @@ def measure(config: Int8Config, console: Console) -> Report:
             f"--prompt-tokens: {config.prompt_tokens} is not a multiple of the {chunk_tokens} tokens of a chunk, "
             f"{SPEED_CHUNKS} at least; change it"
         )
-    torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.engine.threads or usable_cores())
     model = load_checked_model(config.engine)
     if config.prompt_tokens + config.positions > model.max_len:
         raise UserError(

@@ -11,7 +11,6 @@ stops when the last chunk has reached Redis. Every answer and every count of reu
 that is not what its name says ends the run.
 """
 
-import os
 import tempfile
 from collections import defaultdict
 from contextlib import ExitStack
@@ -30,6 +29,7 @@ from benchmarks.report import Neighbours, Report, conditions, median_noise, rati
 from benchmarks.reuse_probe import TTFTS, ReuseProbe, held_tokens
 from core.config import CacheConfig, Config, EngineConfig, RedisUrl
 from core.errors import UserError, exit_on_user_error
+from core.machine import usable_cores
 from inference_service.engine import load_checked_model
 
 
@@ -96,7 +96,7 @@ def measure(config: KvReuseConfig, console: Console) -> Report:
     chunk_tokens = CacheConfig().chunk_tokens
     if odd := [length for length in config.prompts if length % chunk_tokens or length < chunk_tokens]:
         raise UserError(f"--prompts: {odd[0]} is not a multiple of the {chunk_tokens} tokens of a chunk; change it")
-    torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.engine.threads or usable_cores())
     unique_tokens = config.unique_prompt_tokens + config.unique_output_tokens
     # The end of a sequence is not awaited: every answer has the length that was asked for.
     model = replace(load_checked_model(config.engine), eos_token_ids=frozenset())

@@ -9,7 +9,6 @@ two tokens of the requests that decode all the time. The engine asks Redis for e
 the cost: it would soon leave alone a Redis this slow.
 """
 
-import os
 import statistics
 import tempfile
 import time
@@ -35,6 +34,7 @@ from cache.manager import TwoLevelCache, open_cache
 from cache.protocol import Lease, Prefetch
 from core.config import CacheConfig, Config, EngineConfig, RemoteConfig, SizingConfig
 from core.errors import UserError, exit_on_user_error
+from core.machine import usable_cores
 from core.records import Request
 from inference_service.completion import Completion, Failure
 from inference_service.engine import Engine, load_checked_model
@@ -209,7 +209,7 @@ def measure(config: RedisStallConfig, console: Console) -> Report:
     """Run everything. Raises `UserError`, and `WrongMeasurementError` if a measurement is not what it claims."""
     if config.prompt_tokens % CacheConfig().chunk_tokens:
         raise UserError(f"--prompt-tokens: give a multiple of the {CacheConfig().chunk_tokens} tokens of a chunk")
-    torch.set_num_threads(config.engine.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.engine.threads or usable_cores())
     # The end of a sequence is not awaited: every answer has the length that was asked for.
     model = replace(load_checked_model(config.engine), eos_token_ids=frozenset())
     samples: dict[str, list[float]] = defaultdict(list)
