@@ -32,7 +32,7 @@ from benchmarks.command import carry_out, progress, stated
 from benchmarks.report import Report, conditions_of, device_facts, model_facts, ratios, spread
 from benchmarks.reuse_probe import WrongMeasurementError
 from core.clock import SystemClock
-from core.config import Config, EngineConfig
+from core.config import Config, EngineConfig, SamplingDefaults
 from core.errors import UserError, exit_on_user_error
 from core.records import Request
 from inference_service.completion import Completion
@@ -169,7 +169,13 @@ def measure(config: VllmCpuConfig, console: Console) -> Report:
 
 def _measure_one(name: str, cores: Sequence[int], config: VllmCpuConfig, console: Console) -> Report:
     path = default_model_path() if name == "default" else large_model_path()
-    engine = EngineConfig(model=str(path), device="cpu", max_running=ROWS, max_model_len=MAX_LEN)
+    engine = EngineConfig(
+        model=str(path),
+        device="cpu",
+        max_running=ROWS,
+        max_model_len=MAX_LEN,
+        sampling_defaults=SamplingDefaults.NEUTRAL,
+    )
     prefix, samples, equal = PREFIXES[name], defaultdict[str, list[float]](list), list[bool]()
     generator = torch.Generator().manual_seed(config.seed)
     with VllmProcess(path, MAX_LEN, ROWS, cores) as vllm:

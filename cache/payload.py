@@ -59,20 +59,25 @@ class Payload(Protocol):
 
 
 class RawPayload:
-    """The tensor as it is, without a copy in either direction."""
+    """The tensor as it is, without a copy in either direction. Values that are not finite are refused."""
 
     def __init__(self, shape: ChunkShape) -> None:
         self._shape = shape
         self.size_bytes = payload_bytes(shape, RemoteCodec.RAW)
 
     def pack(self, chunk: torch.Tensor) -> memoryview:
+        if not _is_finite(chunk):
+            raise UnfitChunkError("the chunk is not finite")
         return payload_view(chunk)
 
     def memory(self) -> torch.Tensor:
         return torch.empty(self.size_bytes, dtype=torch.uint8)
 
     def unpack(self, memory: torch.Tensor) -> torch.Tensor:
-        return memory.view(self._shape.dtype).view(self._shape.size)
+        chunk = memory.view(self._shape.dtype).view(self._shape.size)
+        if not _is_finite(chunk):
+            raise RecordError("the chunk is not finite")
+        return chunk
 
 
 class Int8Payload:
@@ -114,6 +119,8 @@ class Int8Payload:
         # False for NaN, which both of them are where one scale is.
         if not (least.item() > 0 and greatest.item() <= self._greatest_scale):
             raise RecordError("a scale is not a positive number of the chunk's dtype")
+        if codes.amin().item() < -_GREATEST_CODE:
+            raise RecordError("a code is out of range")
         chunk = torch.empty(self._shape.size, dtype=self._shape.dtype)
         for part, scales in enumerate(self._by_part(all_scales)):
             torch.mul(codes[:, part], scales, out=chunk[:, part])
@@ -147,6 +154,13 @@ def _scale_sizes(shape: ChunkShape) -> Sequence[tuple[int, int, int, int]]:
     """Of keys and of values, with 1 where a scale is of all that is there."""
     layers, _, heads, tokens, dim = shape.size
     return (layers, heads, 1, dim), (layers, heads, tokens, 1)
+
+
+def _is_finite(chunk: torch.Tensor) -> bool:
+    """True if the chunk holds neither NaN nor infinity, in one pass over it."""
+    least, greatest = torch.aminmax(chunk)
+    # Both are NaN where one value is.
+    return math.isfinite(least.item()) and math.isfinite(greatest.item())
 
 
 def payload_view(tensor: torch.Tensor) -> memoryview:

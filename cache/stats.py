@@ -24,11 +24,11 @@ class CacheStats:
     remote_timeouts: int
     """Look-ups that Redis did not answer within the deadline."""
     remote_corrupt: int
-    """Records that were damaged, foreign or of another version; each was a miss, and its key is deleted."""
+    """Records that were damaged, foreign, not finite or of another version; each was a miss, and its key is deleted."""
     write_dropped: int
     """Chunks that were not written to Redis: the queue was full, Redis away, or the chunk unfit."""
     write_unfit: int
-    """Those of them that the codec has no code for, as they were not finite."""
+    """Those of them that were not finite."""
     bytes_read: int
     """Whole records that came from Redis."""
     bytes_written: int

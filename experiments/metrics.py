@@ -1,7 +1,7 @@
 """The numbers that result files share: one pure function a metric, formulas and units in docs/metrics.md.
 
-They take the frame of `frame`: a row a response, the columns those of `core.records.Response`. A metric that nothing
-is known about (no response, no token) is not a number, an empty cell in the CSV.
+They take the frame of `frame`: a row a response, the columns those of `core.records.Response` that hold
+one value. A metric that nothing is known about (no response, no token) is not a number, an empty cell in the CSV.
 """
 
 import math
@@ -21,8 +21,9 @@ PARTS = ("transit", "wait", "prefill", "decode", "leaving")
 
 def frame(responses: Sequence[Response]) -> pd.DataFrame:
     """A row a response, in the order of their completion; the columns exist without rows too."""
-    columns = [name for name in Response.model_fields if name != "token_ids"]
-    rows = [response.model_dump(mode="json", exclude={"token_ids"}) for response in responses]
+    left_out = {"token_ids", "sampling"}
+    columns = [name for name in Response.model_fields if name not in left_out]
+    rows = [response.model_dump(mode="json", exclude=left_out) for response in responses]
     return pd.DataFrame(rows, columns=columns).sort_values("completed_at_ms", ignore_index=True)
 
 

@@ -177,6 +177,7 @@ class BatchSampler:
         self._device = torch.device("cpu")
         self._on_cpu = True
         self._scratch = torch.empty((2, 0, 0))
+        self._scratch_vocabulary = 0
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, draws: Sequence[Draw | None]) -> list[int | None]:
@@ -189,26 +190,30 @@ class BatchSampler:
         self._device, self._on_cpu = logits.device, logits.device.type == "cpu"
         groups = _grouped(draws)
         if not (groups.constrained or groups.unfiltered or groups.filtered):
-            tokens, greatest = largest(logits)
-            return _known(tokens, greatest.isfinite())
+            return _known(*largest(logits))
         logits = logits.float().contiguous()
-        finite = logits.amax(-1).isfinite()
+        given = None
         if groups.constrained:
+            # A constraint can hide a value that is not finite.
+            given = logits.amax(-1)
             self._constrain(logits, [(row, draw) for row in groups.constrained if (draw := draws[row]) is not None])
         sampled = len(groups.unfiltered) + len(groups.filtered)
         tokens = torch.zeros(len(logits), dtype=torch.long, device=self._device)
+        witness = torch.zeros(len(logits), device=self._device)
         if sampled < len(logits):
-            tokens = largest(logits)[0]
+            tokens, witness = largest(logits)
         for rows, choose in ((groups.unfiltered, self._unfiltered), (groups.filtered, self._filtered)):
             if not rows:
                 continue
             chosen = [draw for row in rows if (draw := draws[row]) is not None]
             if len(rows) == len(logits):
-                tokens = choose(logits, chosen)
+                tokens, witness = choose(logits, chosen)
             else:
                 index = self._there(rows, torch.long)
-                tokens.index_copy_(0, index, choose(logits[index], chosen))
-        return _known(tokens, finite)
+                found, of_found = choose(logits[index], chosen)
+                tokens.index_copy_(0, index, found)
+                witness.index_copy_(0, index, of_found)
+        return _known(tokens, witness if given is None else witness + 0 * given)
 
     def _constrain(self, logits: torch.Tensor, draws: Sequence[tuple[int, Draw]]) -> None:
         """Penalise, forbid and force tokens of the given rows, in place."""
@@ -230,12 +235,16 @@ class BatchSampler:
         if ids.size:
             flat[self._there(ids, torch.long)] = -torch.inf
 
-    def _unfiltered(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """A token of each row, drawn from the soft-max of its logits over its temperature."""
+    def _unfiltered(self, logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token of each row, drawn from the soft-max of its logits over its temperature.
+
+        The second tensor is finite where the row is; `[rows]` of each.
+        """
         temperature, uniform = self._temperatures(draws), self._uniforms(draws)
-        parts = self._slices(len(logits))
-        mass = torch.cat([_by_block(self._probabilities(logits[part], temperature[part]), torch.sum) for part in parts])
-        cumulated = mass.cumsum(-1, dtype=torch.float64)
+        log_mass = self._log_mass(logits, temperature)
+        greatest = log_mass.amax(-1, keepdim=True)
+        mass = (log_mass - greatest).double().exp_()
+        cumulated = mass.cumsum(-1)
         target = uniform * cumulated[:, -1:]
         block = _first_above(cumulated, target)
         before = torch.where(block > 0, cumulated.gather(1, (block - 1).clamp_(min=0)), 0.0)
@@ -243,10 +252,13 @@ class BatchSampler:
         # Within the block again from the logits: float32 sums of the block and of its parts differ in the last bits.
         ids, scores = _gathered(logits, block)
         within = torch.softmax(scores.double() / temperature, -1).cumsum_(-1)
-        return ids.gather(1, _first_above(within, share * within[:, -1:]))[:, 0]
+        return ids.gather(1, _first_above(within, share * within[:, -1:]))[:, 0], greatest[:, 0]
 
-    def _filtered(self, logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-        """A token of each row, drawn from those that top-k, top-p and min-p leave."""
+    def _filtered(self, logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token of each row, drawn from those that top-k, top-p and min-p leave.
+
+        The second tensor is finite where the row is; `[rows]` of each.
+        """
         logits = logits / self._temperatures(draws)
         block_max = _by_block(logits, torch.amax)
         least = self._least_kept(logits, block_max, [draw.sampler.sampling for draw in draws])
@@ -259,7 +271,8 @@ class BatchSampler:
         greatest = block_max.amax(-1, keepdim=True)
         weights = (scores - greatest).double().exp_().masked_fill_(scores < least, 0.0)
         cumulated = weights.cumsum(-1)
-        return ids.gather(1, _first_above(cumulated, self._uniforms(draws) * cumulated[:, -1:]))[:, 0]
+        tokens = ids.gather(1, _first_above(cumulated, self._uniforms(draws) * cumulated[:, -1:]))
+        return tokens[:, 0], greatest[:, 0]
 
     def _least_kept(self, logits: torch.Tensor, block_max: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
         """`[rows, 1]`: the least logit that top-k, top-p and min-p keep, each after the one before it."""
@@ -271,8 +284,11 @@ class BatchSampler:
         min_p = self._there([one.min_p for one in samplings], torch.float32)[:, None]
         limited = [one.top_k for one in samplings if one.top_k]
         unlimited = (k == vocabulary) & (p >= 1)
-        # Of a row without top-k the probabilities are shares of the whole vocabulary's mass.
-        whole = self._peaks(logits) if nucleus else torch.ones((len(logits), 1), device=self._device)
+        # Without top-k the probabilities of a row are shares of the mass of the whole vocabulary.
+        whole = torch.ones((len(logits), 1), dtype=torch.float64, device=self._device)
+        if nucleus:
+            log_mass = self._log_mass(logits, torch.ones((len(logits), 1), device=self._device))
+            whole = (log_mass - block_max.amax(-1, keepdim=True)).double().exp_().sum(-1, keepdim=True)
         width = min(vocabulary, max(limited, default=0) or _FEW_CANDIDATES)
         if nucleus and not self._on_cpu:
             width = vocabulary
@@ -280,7 +296,7 @@ class BatchSampler:
             values = _greatest(logits, block_max, width)
             weights = (values - values[:, :1]).double().exp_()
             cumulated = weights.cumsum(-1)
-            total = torch.where(k < vocabulary, cumulated.gather(1, k.clamp(max=width) - 1), 1 / whole.double())
+            total = torch.where(k < vocabulary, cumulated.gather(1, k.clamp(max=width) - 1), whole)
             place = torch.arange(width, device=self._device)
             kept = ((cumulated - weights) / total < p) & (place < k)
             count = kept.sum(-1, keepdim=True)
@@ -293,19 +309,35 @@ class BatchSampler:
         least = torch.where(unlimited, -torch.inf, least)
         return torch.maximum(least, values[:, :1] + min_p.log())
 
-    def _peaks(self, logits: torch.Tensor) -> torch.Tensor:
-        """`[rows, 1]`: the probability of the likeliest token."""
-        parts = self._slices(len(logits))
-        return torch.cat([torch.softmax(logits[part], -1).amax(-1, keepdim=True) for part in parts])
+    def _log_mass(self, logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        """`[rows, blocks]`: the logarithm of the sum of `exp(logit / temperature)` over each block.
 
-    def _probabilities(self, logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        """The soft-max of a few rows, in memory that the next call uses again."""
+        A block without a possible token has minus infinity, one that holds NaN or infinity has NaN. Each block is
+        reduced by itself, so that the result does not depend on the other rows.
+        """
+        parts = self._slices(len(logits))
+        return torch.cat([self._log_mass_of_few(logits[part], temperature[part]) for part in parts])
+
+    def _log_mass_of_few(self, logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        """`_log_mass` of rows that fit into a CPU's cache, in memory that the next call uses again."""
         rows, vocabulary = logits.shape
-        if self._scratch.shape[1] < rows or self._scratch.shape[2] != vocabulary:
-            self._scratch = torch.empty((2, rows, vocabulary), device=self._device)
-        scaled, probabilities = self._scratch[:, :rows]
-        torch.div(logits, temperature, out=scaled)
-        return torch.softmax(scaled, -1, out=probabilities)
+        blocks = -(-vocabulary // BLOCK)
+        if self._scratch.shape[1] < rows or self._scratch_vocabulary != vocabulary:
+            self._scratch = torch.full((2, rows, blocks * BLOCK), -torch.inf, device=self._device)
+            self._scratch_vocabulary = vocabulary
+        torch.div(logits, temperature, out=self._scratch[0, :rows, :vocabulary])
+        scaled, shares = self._scratch[:, :rows].view(2, rows, blocks, BLOCK)
+        # One pass over the logits: a block's mass is exp(logit) / share of any of its tokens, so of its first.
+        torch.softmax(scaled, -1, out=shares)
+        first = shares[..., 0]
+        usable = first >= torch.finfo(torch.float32).tiny
+        log_mass: torch.Tensor = scaled[..., 0] - first.log()
+        if self._on_cpu and bool(usable.all()):
+            return log_mass
+        # The likeliest token of a block has a share that never underflows. It takes two more passes.
+        most = scaled.amax(-1)
+        by_most = torch.where(most == -torch.inf, most, most - shares.amax(-1).log())
+        return torch.where(usable, log_mass, by_most)
 
     def _slices(self, rows: int) -> list[slice]:
         size = ROWS_AT_A_TIME if self._on_cpu else rows
@@ -350,9 +382,9 @@ def _grouped(draws: Sequence[Draw | None]) -> _Groups:
     return groups
 
 
-def _known(tokens: torch.Tensor, finite: torch.Tensor) -> list[int | None]:
-    """The one moment at which the host waits: tokens and flags in one copy."""
-    return [None if token < 0 else token for token in torch.where(finite, tokens, -1).tolist()]
+def _known(tokens: torch.Tensor, witness: torch.Tensor) -> list[int | None]:
+    """The tokens whose `witness` is finite. The host waits for the device here only: tokens and flags in one copy."""
+    return [None if token < 0 else token for token in torch.where(witness.isfinite(), tokens, -1).tolist()]
 
 
 def _by_block(values: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:

@@ -3,6 +3,9 @@
 The pool holds keys and values of one shape in every layer, for all positions, and each layer attends to all of them, to
 a sliding window or to a chunk. The configuration tells of most models that need something else; a self-test against the
 model's own forward pass finds the rest.
+
+Passes and model have the same logits up to rounding. In float32 this gives the same answer in every batch. In bfloat16
+and float16 rounding is coarser, and an answer may depend on the batch.
 """
 
 import logging
@@ -31,7 +34,7 @@ _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 
 def checked(model: LoadedModel) -> LoadedModel:
-    """The model with the largest passes that are known to give its own logits.
+    """The model with the largest passes that are known to give its own logits, up to rounding in its dtype.
 
     Raises `UserError` that names the layer or setting which the pool cannot hold exactly.
     """

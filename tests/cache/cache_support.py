@@ -42,7 +42,12 @@ def stamp(tokens: list[int], index: int, salt: str = "", shape: ChunkShape = SHA
     """The one right tensor of chunk `index`: its bytes follow from all tokens up to its end, and the salt."""
     seed = repr((salt, tuple(tokens[: (index + 1) * shape.chunk_tokens]))).encode()
     data = hashlib.shake_128(seed).digest(shape.size_bytes)
-    return torch.frombuffer(bytearray(data), dtype=shape.dtype).view(shape.size)
+    return finite(torch.frombuffer(bytearray(data), dtype=shape.dtype).view(shape.size))
+
+
+def finite(chunk: torch.Tensor) -> torch.Tensor:
+    """The bits of `chunk`, but 1 where they are no finite number: no other chunk is kept."""
+    return torch.where(chunk.isfinite(), chunk, torch.ones((), dtype=chunk.dtype))
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

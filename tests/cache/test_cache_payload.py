@@ -149,6 +149,16 @@ def test_a_scale_that_none_is_made_with_is_refused_under_a_right_checksum(dtype,
         decode(bytearray(record), shape, FINGERPRINT, HASH, INT8)
 
 
+@pytest.mark.parametrize("index", [0, math.prod(SHAPE.size) - 1])
+def test_a_code_that_none_is_made_with_is_refused_under_a_right_checksum(index):
+    """Its product with the greatest scale would not be finite."""
+    payload = bytearray(encode(torch.full(SHAPE.size, 3e38), SHAPE, b"", b"", INT8)[HEADER_BYTES:])
+    payload[len(payload) - math.prod(SHAPE.size) + index] = 0x80
+    record = encode_header(SHAPE, FINGERPRINT, HASH, bytes(payload), INT8) + payload
+    with pytest.raises(RecordError, match="code"):
+        decode(bytearray(record), SHAPE, FINGERPRINT, HASH, INT8)
+
+
 @pytest.mark.parametrize("codecs", [(RemoteCodec.RAW, INT8), (INT8, RemoteCodec.RAW)])
 def test_a_record_of_the_other_codec_is_refused_whatever_its_size(codecs):
     written, asked = codecs

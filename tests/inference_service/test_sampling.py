@@ -189,6 +189,11 @@ def test_every_token_is_drawn_as_transformers_would(rows: list[Any], vocabulary:
     found = BatchSampler().sample(torch.stack([row.logits for row in made]), [row.draw for row in made])
     for token, row in zip(found, made, strict=True):
         assert token is not None
+        forced = row.draw.sampler.forced(row.draw.index)
+        if len(forced) > 1:
+            # Their logits are equal: a filter keeps all of them, and that of `transformers` may drop some.
+            assert token in forced
+            continue
         assert row.expected[token] > -torch.inf
         if row.draw.sampler.greedy:
             assert token == int(row.expected.argmax())
@@ -203,6 +208,30 @@ def test_every_token_is_drawn_as_transformers_would(rows: list[Any], vocabulary:
     turned = [*reversed(made), made_row(vocabulary, seed=1, sampling=Sampling(temperature=1.0, top_k=200))]
     again = BatchSampler().sample(torch.stack([row.logits for row in turned]), [row.draw for row in turned])
     assert again[:-1] == found[::-1]
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize("vocabulary", [258, 9 * BLOCK + 17, 152_064])
+def test_the_mass_of_a_block_is_right_and_has_the_same_bits_in_any_batch(vocabulary: int, temperature: float) -> None:
+    """At the lowest temperature, and where tokens are impossible, first tokens of blocks have no share that is left."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 4 * torch.randn(9, vocabulary, generator=generator)
+    logits[1, : 2 * BLOCK] = -torch.inf
+    logits[2, ::BLOCK] = -torch.inf
+    temperatures = torch.full((len(logits), 1), temperature)
+    found = BatchSampler()._log_mass(logits, temperatures)
+    padded = torch.nn.functional.pad(logits / temperatures, (0, -vocabulary % BLOCK), value=-torch.inf)
+    expected = torch.logsumexp(padded.double().unflatten(1, (-1, BLOCK)), -1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            for rows in ([4], [8, 4, 1], [2, 0, 3, 4, 5, 6, 7, 8, 1]):
+                again = BatchSampler()._log_mass(logits[rows], temperatures[rows])
+                assert torch.equal(again, found[rows])
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 4 * BLOCK + 1, 152_064])
