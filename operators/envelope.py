@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from cache.stats import CacheStats
-from core.records import DeadLetter, Request, Response
+from core.records import DeadLetter, Request
 from inference_service.figures import EngineFigures
+from operators.written_response import WrittenResponse
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,10 @@ class Source:
     topic: str
     partition: int
     offset: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A third of the cost of what a dataclass does by itself: each request crosses to the slot's process and back.
+        return Source, (self.topic, self.partition, self.offset)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,9 @@ class Envelope:
     """Or when it was handed in again after a restart of the job."""
     attempts: int = 0
     """Deaths of the slot's process in the midst of the request."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Envelope, (self.slot, self.raw, self.source, self.decoded_at_ms, self.attempts)
 
     @property
     def request(self) -> Request:
@@ -106,8 +115,8 @@ class Answer:
     """What came of the request that stood at `source`."""
 
     source: Source
-    record: Response | DeadLetter
+    record: WrittenResponse | DeadLetter
 
     def leaving(self, at_ms: float) -> "Answer":
-        """The same, on its way out at this time (wall time)."""
+        """The same answer, which leaves at this time (wall time)."""
         return self if isinstance(self.record, DeadLetter) else Answer(self.source, self.record.leaving(at_ms))

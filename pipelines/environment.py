@@ -4,7 +4,7 @@ from pyflink.common import Configuration
 from pyflink.datastream import StreamExecutionEnvironment
 from pyflink.java_gateway import get_gateway
 
-from core.config import JobConfig
+from core.config import Batching, JobConfig
 from core.errors import UserError
 from pipelines.connectors import connector_jars
 
@@ -12,10 +12,11 @@ MAX_PARALLELISM = 128
 """Number of key groups. Fixed, as it decides which key leads to which subtask."""
 
 _SETTINGS = {
-    # Elements and timers wait for the end of a bundle: with the defaults (1000 ms, 1000 elements) for a second. A
-    # bundle of one leaves at once, at a price in records per second that benchmarks/pipeline.py tells.
-    "python.fn-execution.bundle.time": "10",
-    "python.fn-execution.bundle.size": "1",
+    # Elements and timers wait for the end of a bundle, and each bundle costs milliseconds of CPU time. A bundle may end
+    # once this time has passed since the end of the one before it. So it is short under light load, and under heavy
+    # load it takes what came while the one before it was computed. A second Python operator in the same task would
+    # spoil that: the time that one spends on a bundle would end the other's after its first element.
+    "python.fn-execution.bundle.time": "2",
     # Managed memory is what lets the Python operators of a slot share one worker process.
     "python.fn-execution.memory.managed": "true",
     "execution.buffer-timeout.interval": "0 ms",
@@ -37,6 +38,7 @@ def make_environment(config: JobConfig) -> StreamExecutionEnvironment:
     settings = Configuration()
     for key, value in _SETTINGS.items():
         settings.set_string(key, value)
+    settings.set_string("python.fn-execution.bundle.size", str(bundle_records(config)))
     settings.set_string("execution.checkpointing.interval", f"{config.checkpoint_interval_ms} ms")
     restarts = config.supervision.job_restarts
     settings.set_string("restart-strategy.type", "exponential-delay" if restarts else "none")
@@ -51,6 +53,18 @@ def make_environment(config: JobConfig) -> StreamExecutionEnvironment:
     env.set_parallelism(config.parallelism)
     env.set_max_parallelism(MAX_PARALLELISM)
     return env
+
+
+def bundle_records(config: JobConfig) -> int:
+    """Maximum number of elements in a bundle.
+
+    Where the slot has all that it may have, each element of a bundle waits for an answer. Until the bundle ends no
+    checkpoint passes and no answer leaves. Half the rows of the engine are answered in half the time of a request.
+    A micro-batch is computed while its last request is taken in.
+    """
+    if config.batching.batching is Batching.MICRO:
+        return 1
+    return max(1, config.engine.max_running // 2)
 
 
 def subtask_of_key(key: int, parallelism: int) -> int:

@@ -1,12 +1,20 @@
 """The graph that all jobs share: Kafka -> decode -> slots of the sessions -> inference -> Kafka."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
 from pyflink.common import Types
-from pyflink.datastream import DataStream, StreamExecutionEnvironment
+from pyflink.datastream import (
+    DataStream,
+    KeyedProcessFunction,
+    KeyedStream,
+    ProcessFunction,
+    StreamExecutionEnvironment,
+)
+from pyflink.java_gateway import get_gateway
 from pyflink.table import StreamTableEnvironment
 from pyflink.util.exceptions import JavaException
 
@@ -17,7 +25,7 @@ from core.options import Parser, add_options, from_options, set_own_defaults
 from core.stack_trace import root_cause
 from operators.flink.decode import DecodeFunction
 from operators.flink.inference import inference_function
-from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY
+from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, KEYED, READY
 from operators.placement import key_of_each_slot
 from operators.slots.check import check_before_start
 from pipelines.connectors import (
@@ -33,15 +41,31 @@ from pipelines.state_ids import name_states
 from pipelines.user_errors import end_on_user_errors
 
 
-def build(env: StreamExecutionEnvironment, config: JobConfig, begin: Mapping[int, int]) -> DataStream:
+@dataclass(frozen=True)
+class Functions:
+    """The Python functions of the graph. A benchmark puts others in their place."""
+
+    decode: Callable[[JobConfig, Sequence[int]], ProcessFunction] = DecodeFunction
+    """Of rows of `kafka_source`, to rows of `KEYED`. The sequence holds the Flink key of each slot."""
+    infer: Callable[[JobConfig], KeyedProcessFunction] = inference_function
+
+
+def build(
+    env: StreamExecutionEnvironment, config: JobConfig, begin: Mapping[int, int], functions: Functions
+) -> DataStream:
     """The job's graph, sinks attached; the stream of responses. `begin` is as for `kafka_source`."""
     tables = StreamTableEnvironment.create(env)
     keys = key_of_each_slot(lambda key: subtask_of_key(key, config.parallelism), config.parallelism)
 
-    decoded = kafka_source(tables, config, begin).process(DecodeFunction(config)).name("decode").uid("decode")
+    decoded = (
+        kafka_source(tables, config, begin)
+        .process(functions.decode(config, keys), output_type=KEYED)
+        .name("decode")
+        .uid("decode")
+    )
     responses = (
-        decoded.key_by(lambda element: keys[element.slot], key_type=Types.INT())
-        .process(inference_function(config), output_type=KEY_VALUE)
+        keyed_in_java(decoded)
+        .process(functions.infer(config), output_type=KEY_VALUE)
         .name("inference")
         .uid("inference")
     )
@@ -66,7 +90,19 @@ def build(env: StreamExecutionEnvironment, config: JobConfig, begin: Mapping[int
     return responses
 
 
-def run(prog: str, description: str, own_defaults: Mapping[str, Any]) -> None:
+def keyed_in_java(rows: DataStream) -> KeyedStream:
+    """Rows of `(key, value)`, keyed by their first field; values reach the next function.
+
+    `DataStream.key_by` would do the same by one more Python operator: another way to the worker and back.
+    """
+    gateway = get_gateway()
+    selector = gateway.jvm.org.apache.flink.streaming.api.functions.python.KeyByKeySelector()
+    key_type, value_type = KEYED.get_field_types()
+    keyed = rows._j_data_stream.keyBy(selector, Types.ROW([key_type]).get_java_type_info())
+    return KeyedStream(keyed, value_type, rows)
+
+
+def run(prog: str, description: str, own_defaults: Mapping[str, Any], functions: Functions = Functions()) -> None:
     """Submit the job that the command line states. Raises `UserError` for what it could not start with."""
     parser = Parser(prog=prog, description=description)
     add_options(parser, JobConfig)
@@ -78,7 +114,7 @@ def run(prog: str, description: str, own_defaults: Mapping[str, Any]) -> None:
     begin = resume_offsets(config)
     with refusals_in_a_line():
         env = make_environment(config)
-        build(env, config, begin)
+        build(env, config, begin, functions)
         env.execute(config.job_name)
 
 

@@ -30,8 +30,8 @@ class ContinuousFunction(SlotFunction):
 
     def _open(self, runtime_context: RuntimeContext) -> None:
         super()._open(runtime_context)
-        most = self._config.batching.max_in_flight
-        self._pump = self._opened.enter_context(closing(Pump(self._slot, most, self._clock)))
+        most, rows = self._config.batching.max_in_flight, self._config.engine.max_running
+        self._pump = self._opened.enter_context(closing(Pump(self._slot, most, self._clock, rows)))
         self._in_flight: MapState = runtime_context.get_map_state(
             MapStateDescriptor("in-flight", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
         )

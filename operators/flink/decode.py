@@ -1,6 +1,6 @@
 """Decode: what comes from Kafka to envelopes, dead letters and calls to warm up."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -15,7 +15,7 @@ from operators.decoding import Decoder
 from operators.delivery.deduplicator import Deduplicator
 from operators.delivery.kafka_journal import KafkaJournal
 from operators.envelope import Source, WarmUp
-from operators.flink.rows import DEAD_LETTERS, WARM_UP, dead_letter_row
+from operators.flink.rows import DEAD_LETTERS, WARM_UP, dead_letter_row, element_row
 from operators.flink.user_errors import UserErrors
 from operators.metrics.slot_metrics import slot_metrics
 from operators.placement import BalancedPlacement, Placing, SessionAffinity
@@ -24,8 +24,11 @@ from operators.placement import BalancedPlacement, Placing, SessionAffinity
 class DecodeFunction(ProcessFunction):
     """Rows of `(value, partition, offset)` in; envelopes and calls to warm up out, dead letters to the side."""
 
-    def __init__(self, config: JobConfig, make_journal: Callable[[KafkaConfig], KafkaJournal] = KafkaJournal) -> None:
+    def __init__(
+        self, config: JobConfig, keys: Sequence[int], make_journal: Callable[[KafkaConfig], KafkaJournal] = KafkaJournal
+    ) -> None:
         self._config = config
+        self._keys = keys
         self._make_journal = make_journal
         self._opened = ExitStack()
         """Closed in the reverse order. Flink closes what it could not open, too."""
@@ -60,7 +63,7 @@ class DecodeFunction(ProcessFunction):
     def _process(self, value: Row) -> Iterator[Any]:
         raw, partition, offset = value
         if partition == WARM_UP:
-            yield WarmUp(offset)
+            yield element_row(self._keys[offset], WarmUp(offset))
             return
         source = Source(self._config.kafka.requests_topic, partition, offset)
         decoded = self._decoder.decode(None if raw is None else bytes(raw), source)
@@ -70,4 +73,4 @@ class DecodeFunction(ProcessFunction):
         elif decoded is None:
             self._metrics.duplicates.inc()
         else:
-            yield decoded
+            yield element_row(self._keys[decoded.slot], decoded)

@@ -1,15 +1,19 @@
 """The rows that enter and leave the operators: strings `key` and `value`, for the topic that their stream leads to."""
 
+import pickle
 from typing import Any
 
 from pyflink.common import Row, Types
 from pyflink.datastream import OutputTag
 
-from core.records import DeadLetter, Response
+from core.records import DeadLetter
 from operators.delivery.journal import Record
-from operators.envelope import Answer
+from operators.envelope import Answer, Envelope, WarmUp
+from operators.envelope_state import from_state, to_state
 
 KEY_VALUE = Types.ROW_NAMED(["key", "value"], [Types.STRING(), Types.STRING()])
+KEYED = Types.ROW_NAMED(["key", "element"], [Types.INT(), Types.PRIMITIVE_ARRAY(Types.BYTE())])
+"""On the way to inference: the key that leads to the slot, and an element as `element_row` packs it."""
 DEAD_LETTERS = OutputTag("dead-letters", KEY_VALUE)
 READY = OutputTag("ready", KEY_VALUE)
 USER_ERRORS = OutputTag("user-errors", Types.STRING())
@@ -18,11 +22,23 @@ WARM_UP = -1
 """The partition of a row that calls a slot to warm up; the slot stands in place of the offset."""
 
 
+def element_row(key: int, element: Envelope | WarmUp) -> Row:
+    """Pickled here: Flink's own type for objects takes them through cloudpickle, which costs ten times as much."""
+    plain = element.slot if isinstance(element, WarmUp) else to_state(element)
+    return Row(key, pickle.dumps(plain, pickle.HIGHEST_PROTOCOL))
+
+
+def element_of(packed: bytes) -> Envelope | WarmUp:
+    """What `element_row` packed."""
+    plain = pickle.loads(packed)
+    return WarmUp(plain) if isinstance(plain, int) else from_state(plain)
+
+
 def answer_row(answer: Answer) -> Any:
     record = answer.record
-    if isinstance(record, Response):
-        return Row(record.request_id, record.to_json())
-    return DEAD_LETTERS, dead_letter_row(record)
+    if isinstance(record, DeadLetter):
+        return DEAD_LETTERS, dead_letter_row(record)
+    return Row(record.request_id, record.to_json())
 
 
 def dead_letter_row(letter: DeadLetter) -> Row:

@@ -14,7 +14,7 @@ from core.config import JobConfig, KafkaConfig
 from operators.delivery.answered_log import AnsweredLog
 from operators.delivery.kafka_journal import KafkaJournal
 from operators.envelope import Envelope, WarmUp
-from operators.flink.rows import READY, written_row
+from operators.flink.rows import READY, element_of, written_row
 from operators.flink.user_errors import UserErrors
 from operators.metrics.endpoint import MetricsEndpoint
 from operators.metrics.slot_metrics import SlotMetrics, slot_metrics
@@ -76,8 +76,8 @@ class SlotFunction(KeyedProcessFunction):
     def close(self) -> None:
         self._opened.close()
 
-    def process_element(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        return self._errors.told(lambda: self._process(value, ctx))
+    def process_element(self, value: bytes, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
+        return self._errors.told(lambda: self._process(element_of(value), ctx))
 
     def on_timer(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         return self._errors.told(lambda: self._ring(timestamp, ctx))
@@ -124,7 +124,9 @@ class SlotFunction(KeyedProcessFunction):
 
         A checkpoint holds requests of before in this operator's state and, under back pressure, on their way to it.
         """
-        return replace(envelope, decoded_at_ms=max(envelope.decoded_at_ms, self._opened_ms))
+        if envelope.decoded_at_ms >= self._opened_ms:
+            return envelope
+        return replace(envelope, decoded_at_ms=self._opened_ms)
 
     @abstractmethod
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:

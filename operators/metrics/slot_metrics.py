@@ -5,7 +5,7 @@ sign of life of the slot's process. They begin anew with every process there, an
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from core.clock import Clock, SystemClock
-from core.records import DeadLetter, Response
+from core.records import DeadLetter, FinishReason
 from operators.envelope import Queue, SlotFigures
 from operators.metrics.sliding_window import PERCENTS, SlidingWindow
+from operators.written_response import WrittenResponse
 
 PREFIX = "infertuner"
 LONG_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -32,7 +33,7 @@ class Latency:
     name: str
     help: str
     buckets_s: tuple[float, ...]
-    read_ms: Callable[[Response], float | None]
+    read_ms: Callable[[WrittenResponse], float | None]
 
 
 LATENCIES = (
@@ -107,9 +108,12 @@ class SlotMetrics:
         self.queue: Callable[[], Queue] = Queue
         """Set by whoever has the requests."""
 
-        self._requests = self._counter("requests", "Answered requests", "finish_reason")
+        # To look a counter up by its labels costs more than to count, and each answer counts in several.
+        self._requests = self._by_label("requests", "Answered requests", "finish_reason", FinishReason)
         self._letters = self._counter("dead_letters", "Requests that became dead letters", "stage", "cause")
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests", "source")
+        self._prompt_tokens = self._by_label(
+            "prompt_tokens", "Prompt tokens of answered requests", "source", ("local", "remote", "computed")
+        )
         self._output_tokens = self._counter("output_tokens", "Tokens of answers").labels(self._slot)
         self.restarts = self._counter("slot_restarts", "Restarts of the slot's process").labels(self._slot)
         self.retries = self._counter(
@@ -134,14 +138,14 @@ class SlotMetrics:
             found[whole] = partial(_whole, read, 1000 if seconds else 1)
         return found
 
-    def answered(self, record: Response | DeadLetter) -> None:
+    def answered(self, record: WrittenResponse | DeadLetter) -> None:
         """An answer or a dead letter leaves."""
         if isinstance(record, DeadLetter):
             self._letters.labels(self._slot, record.stage, cause_of(record)).inc()
             return
-        self._requests.labels(self._slot, record.finish_reason).inc()
-        for source in ("local", "remote", "computed"):
-            self._prompt_tokens.labels(self._slot, source).inc(getattr(record, f"{source}_tokens"))
+        self._requests[record.finish_reason].inc()
+        for source, counter in self._prompt_tokens.items():
+            counter.inc(getattr(record, f"{source}_tokens"))
         self._output_tokens.inc(record.output_tokens)
         for latency in LATENCIES:
             if (took_ms := latency.read_ms(record)) is not None:
@@ -213,6 +217,11 @@ class SlotMetrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, ["slot", *labels], namespace=PREFIX, registry=self.registry)
+
+    def _by_label(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Any]:
+        """A counter for each value of one more label."""
+        counter = self._counter(name, text, label)
+        return {value: counter.labels(self._slot, value) for value in values}
 
     def _histogram(self, latency: Latency) -> Any:
         made = Histogram(

@@ -22,6 +22,7 @@ from typing import Any
 from core.config import JobConfig
 from core.errors import UserError
 from operators.envelope import Answer, Envelope, Group, Ready, SlotFigures, Source
+from operators.slots.line import Line
 
 SERVER = "operators.slots.server"
 END_TIMEOUT_S = 10.0
@@ -88,7 +89,7 @@ class SlotProcess:
         # Should it stop in the midst of a message, nobody may wait for the rest of it for ever.
         longest = struct.pack("@ll", int(config.supervision.engine_timeout_s) + 1, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, longest)
-        self._connection = Connection(os.dup(self._socket.fileno()))
+        self._line = Line(Connection(os.dup(self._socket.fileno())))
         self._outbox: SimpleQueue[Any] = SimpleQueue()
         with theirs:
             try:
@@ -100,7 +101,7 @@ class SlotProcess:
                     env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
                 )
             except OSError as error:
-                self._connection.close()
+                self._line.close()
                 self._socket.close()
                 raise SlotDiedError(f"could not be started: {error}") from error
         self._sender = threading.Thread(target=self._write, name="to-slot", daemon=True)
@@ -122,9 +123,9 @@ class SlotProcess:
         until_s = time.monotonic() + timeout_s
         while True:
             try:
-                if not self._connection.poll(max(0.0, until_s - time.monotonic())):
+                if not self._line.speaks(max(0.0, until_s - time.monotonic())):
                     return None
-                said = self._connection.recv()
+                said = self._line.receive()
             except (EOFError, OSError):
                 raise self._died() from None
             if isinstance(said, Refused):
@@ -154,13 +155,20 @@ class SlotProcess:
         self.end()
         self._outbox.put(None)
         self._sender.join()
-        self._connection.close()
+        self._line.close()
         self._socket.close()
 
     def _write(self) -> None:
-        with suppress(OSError):
-            while (what := self._outbox.get()) is not None:
-                self._connection.send(what)
+        """Send `Start`, and then whatever has come meanwhile as a list of orders."""
+        with suppress(EOFError):
+            self._line.send(self._outbox.get())
+            while True:
+                orders = [self._outbox.get()]
+                while not self._outbox.empty():
+                    orders.append(self._outbox.get())
+                if None in orders:
+                    return
+                self._line.send(orders)
 
     def _has_ended(self) -> bool:
         """Whether it has, within `END_TIMEOUT_S`."""

@@ -6,6 +6,7 @@ between two steps, so that a request joins the running batch one step after its 
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Protocol
 
 from core.clock import Clock
@@ -33,11 +34,17 @@ class Pump:
     All calls come from one thread. If the slot fails, every call raises `RuntimeError`.
     """
 
-    def __init__(self, slot: Serving, max_in_flight: int, clock: Clock) -> None:
+    def __init__(self, slot: Serving, max_in_flight: int, clock: Clock, rows: int = 1) -> None:
+        """`rows`: sequences that the slot runs together. It has at least as many requests while there are some."""
         self._slot = slot
         self._max_in_flight = max_in_flight
+        # Room for one request at a time would make the stream and the slot wait for each other at each request.
+        self._resume_at = max_in_flight - max(1, (max_in_flight - rows) // 2)
+        self._is_full = False
         self._clock = clock
         self._changed = threading.Condition()
+        self._awaited: Callable[[], object] = lambda: False
+        """What the stream's side waits for. It is not woken for anything else: each wake-up costs a thread switch."""
         self._finished: dict[int, list[Answer]] = defaultdict(list)
         self._retried: dict[int, dict[Source, Envelope]] = defaultdict(dict)
         self._owners: dict[Source, int] = {}
@@ -66,17 +73,23 @@ class Pump:
         return self._outstanding[owner]
 
     def wait_for_room(self, timeout_s: float) -> bool:
-        """Whether fewer than the most allowed are unanswered, within `timeout_s`."""
+        """Whether fewer than the most allowed are unanswered, within `timeout_s`.
+
+        Once all are taken, there is room again when half of what the slot does not run has been answered.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self.in_flight < self._max_in_flight or self._error, timeout_s)
+            self._is_full = self._is_full or self.in_flight >= self._max_in_flight
+            if self._is_full:
+                self._wait_for(lambda: self.in_flight <= self._resume_at, timeout_s)
+                self._is_full = self.in_flight > self._resume_at
             self._require_alive()
-            return self.in_flight < self._max_in_flight
+            return not self._is_full
 
     def take(self, owner: int, timeout_s: float = 0.0) -> list[Answer]:
         """What has finished of `owner`'s and leaves now; waits for a first one up to `timeout_s`."""
         with self._changed:
             if timeout_s > 0:
-                self._changed.wait_for(lambda: self._finished[owner] or self._error, timeout_s)
+                self._wait_for(lambda: self._finished[owner], timeout_s)
             self._require_alive()
             finished = self._finished.pop(owner, [])
             for answer in finished:
@@ -105,11 +118,18 @@ class Pump:
                             self._finished[self._owners.pop(one.source)].append(one)
                         else:
                             self._retried[self._owners[one.envelope.source]][one.envelope.source] = one.envelope
-                    self._changed.notify_all()
+                    if self._awaited():
+                        self._changed.notify_all()
         except BaseException as error:  # it is raised again where the stream calls
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
+
+    def _wait_for(self, awaited: Callable[[], object], timeout_s: float) -> None:
+        """Wait until `awaited` holds or the slot has failed. The lock must be held."""
+        self._awaited = awaited
+        self._changed.wait_for(lambda: self._error or awaited(), timeout_s)
+        self._awaited = lambda: False
 
     def _require_alive(self) -> None:
         if self._error is not None:

@@ -9,19 +9,18 @@ import logging
 import logging.config
 import signal
 import sys
-import threading
 import traceback
 from contextlib import ExitStack, closing
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from core.clock import Clock, SystemClock
 from core.config import Batching, JobConfig
 from core.errors import UserError
 from operators.boards.load_board import LoadBoard, LoadReport
 from operators.envelope import Group
+from operators.slots.line import HungUpError, Line
 from operators.slots.process import Beat, Began, Broken, Refused, Start
 from operators.slots.slot import InferenceSlot
 
@@ -29,35 +28,6 @@ PR_SET_PDEATHSIG = 1
 """Of Linux' prctl: the signal for a process whose parent has ended."""
 BEAT_S = 0.5
 """Time between two signs of life."""
-
-
-class HungUpError(EOFError):
-    """The worker has ended."""
-
-
-class Line:
-    """The way to the worker; any thread may send. Raises `HungUpError` once the worker has ended."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._sending = threading.Lock()
-
-    def send(self, what: Any) -> None:
-        with self._sending:
-            try:
-                self._connection.send(what)
-            except ConnectionError as error:
-                raise HungUpError from error
-
-    def receive(self) -> Any:
-        try:
-            return self._connection.recv()
-        except (EOFError, ConnectionError) as error:
-            raise HungUpError from error
-
-    def speaks(self, timeout_s: float) -> bool:
-        """Whether something has come, or the other side has ended, within `timeout_s`."""
-        return self._connection.poll(timeout_s)
 
 
 class LogOnLine(QueueHandler):
@@ -90,11 +60,11 @@ def serve(line: Line, slot: InferenceSlot, pulse: Pulse) -> None:
     while True:
         pulse.beat(slot)
         if line.speaks(0.0 if slot.unfinished else BEAT_S):
-            order = line.receive()
-            if isinstance(order, Group):
-                line.send(slot.answer(order.envelopes))
-            elif (refused := slot.submit(order)) is not None:
-                line.send([refused])
+            for order in line.receive():
+                if isinstance(order, Group):
+                    line.send(slot.answer(order.envelopes))
+                elif (refused := slot.submit(order)) is not None:
+                    line.send([refused])
         elif slot.unfinished and (answers := slot.step()):
             line.send(answers)
 

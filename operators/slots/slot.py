@@ -20,6 +20,7 @@ from inference_service.protocol import ServedModel
 from inference_service.simulated import load_simulated
 from operators.boards.budget_board import BudgetShare
 from operators.envelope import Answer, Envelope, Ready, SlotFigures, Source
+from operators.written_response import WrittenResponse
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class InferenceSlot:
             return envelope.unanswered(
                 f"answer: {response.output_tokens} tokens make a record above {MAX_RESULT_BYTES} bytes; ask for fewer"
             )
-        return Answer(envelope.source, response)
+        return Answer(envelope.source, WrittenResponse.of(response))
 
     def _response(self, done: Completion, batch_id: str, batch_size: int) -> Response:
         request, model = done.request, self._engine.model

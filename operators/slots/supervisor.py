@@ -15,7 +15,7 @@ from typing import Protocol
 
 from core.clock import Clock
 from core.config import Batching, JobConfig
-from core.records import Response
+from core.records import DeadLetter
 from operators.envelope import Answer, Envelope, Group, Queue, Ready
 from operators.metrics.slot_metrics import SlotMetrics
 from operators.slots.custody import Custody, Retry
@@ -199,7 +199,7 @@ class Supervisor:
                 for answer in said:
                     self._custody.answered(answer.source)
                 self._give()
-            if any(isinstance(answer.record, Response) for answer in said):
+            if not all(isinstance(answer.record, DeadLetter) for answer in said):
                 self._deaths = 0
             return list(said)
         return []

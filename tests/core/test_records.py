@@ -284,6 +284,23 @@ def test_a_response_is_written_in_ascii(text: str) -> None:
     assert json.loads(written)["text"] == text
 
 
+@pytest.mark.parametrize("text", ["x", "\ud800"])
+def test_a_response_is_written_without_what_it_is_told_to_leave_out(text: str) -> None:
+    response = Response(**{**RESPONSE, "text": text})
+    written, whole = (json.loads(response.to_json(without)) for without in ({"e2e_ms", "text"}, set()))
+    assert list(whole) == list(Response.model_fields)
+    assert written == {name: value for name, value in whole.items() if name not in {"e2e_ms", "text"}}
+
+
+@given(text=st.text(), e2e_ms=st.floats(-1e15, 1e15), sampled=st.booleans())
+def test_a_lone_surrogate_changes_nothing_else_of_what_is_written(text: str, e2e_ms: float, sampled: bool) -> None:
+    sampling = Sampling(temperature=0.7, seed=5) if sampled else None
+    plain, lone = (
+        Response(**{**RESPONSE, "text": text + end, "e2e_ms": e2e_ms}, sampling=sampling) for end in ("", "\udfff")
+    )
+    assert json.loads(lone.to_json()) == json.loads(plain.to_json()) | {"text": text + "\udfff"}
+
+
 def test_an_answer_is_too_long_exactly_if_its_topic_could_refuse_it() -> None:
     def answer(tokens: int, text: str) -> Response:
         return Response(**{**RESPONSE, "text": text, "token_ids": (1,) * tokens, "output_tokens": tokens})

@@ -16,6 +16,7 @@ from core.errors import UserError
 from core.records import Response
 from inference_service.figures import EngineFigures
 from operators.envelope import Answer, Envelope, Ready, SlotFigures, Source
+from operators.written_response import WrittenResponse
 
 logger = logging.getLogger("stand-in")
 STEP_S = 0.002
@@ -93,7 +94,7 @@ class StandInSlot:
         done = [envelope for envelope, steps in self._running.values() if steps >= envelope.request.max_new_tokens]
         for envelope in done:
             del self._running[envelope.source]
-        return [Answer(envelope.source, response(envelope, self.ready.slot)) for envelope in done]
+        return [Answer(envelope.source, WrittenResponse.of(response(envelope, self.ready.slot))) for envelope in done]
 
     def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
         answers = [answer for envelope in batch if (answer := self.submit(envelope)) is not None]

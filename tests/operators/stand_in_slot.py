@@ -13,6 +13,7 @@ from operators.envelope import Answer, Envelope, Ready, Source
 from operators.metrics.slot_metrics import SlotMetrics
 from operators.slots.custody import Retry
 from operators.slots.pump import Pump
+from operators.written_response import WrittenResponse
 
 WAIT_S = 20.0
 """Never reached unless something is wrong."""
@@ -115,7 +116,8 @@ class GatedSlot:
         return set(self._running) if self.answers_at_once else self._let_go & set(self._running)
 
     def _answer(self, envelope: Envelope) -> Answer:
-        return Answer(envelope.source, self.responses.get(envelope.source.offset) or letter(envelope))
+        response = self.responses.get(envelope.source.offset)
+        return Answer(envelope.source, letter(envelope) if response is None else WrittenResponse.of(response))
 
 
 class StandInSlot(GatedSlot):

@@ -14,13 +14,14 @@ from core.records import Response
 from operators.envelope import Answer, WarmUp
 from operators.envelope_state import from_state
 from operators.flink.continuous import FULL_POLL_S, POLL_S, ContinuousFunction
-from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY
+from operators.flink.rows import DEAD_LETTERS, READY
 from operators.flink.slot_function import END_OF_INPUT
 from operators.metrics.slot_metrics import slot_metrics
 from operators.slots.pump import Pump
 from tests.experiments.experiment_samples import response
 from tests.operators.memory_journal import MemoryJournal
 from tests.operators.operator_harness import OperatorHarness, Output
+from tests.operators.slot_harness import SlotHarness
 from tests.operators.stand_in_slot import StandInSlots, envelope, no_waits
 
 KEY = 7
@@ -35,11 +36,7 @@ def slots() -> StandInSlots:
 @pytest.fixture
 def harness(slots: StandInSlots) -> Iterator[OperatorHarness]:
     clock = ManualClock(1000.0)
-    made = OperatorHarness(
-        lambda: ContinuousFunction(CONFIG, slots.make, lambda: clock, lambda _: MemoryJournal()),
-        clock,
-        output_type=KEY_VALUE,
-    )
+    made = SlotHarness(lambda: ContinuousFunction(CONFIG, slots.make, lambda: clock, lambda _: MemoryJournal()), clock)
     yield made
     made.close()
     assert slots.last.closed

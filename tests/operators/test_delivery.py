@@ -23,7 +23,7 @@ from core.config import BatchingConfig, EngineConfig, JobConfig
 from operators.envelope import Envelope, WarmUp
 from operators.flink.continuous import ContinuousFunction
 from operators.flink.micro_batch import MicroBatchFunction
-from operators.flink.rows import KEY_VALUE, READY
+from operators.flink.rows import READY
 from operators.flink.slot_function import SPARE_TIMER_MS, SlotFunction
 from operators.placement import key_of_each_slot
 from tests.experiments.experiment_samples import response
@@ -31,6 +31,7 @@ from tests.operators.flink.key_groups import subtask_of
 from tests.operators.flink.snapshot import NOTHING, Snapshot
 from tests.operators.memory_journal import MemoryJournal
 from tests.operators.operator_harness import OperatorHarness, Output
+from tests.operators.slot_harness import SlotHarness
 from tests.operators.stand_in_slot import StandInSlots, envelope, no_waits
 
 MAX_IN_FLIGHT, BATCH_SIZE, MAX_WAIT_MS = 3, 2, 100
@@ -170,12 +171,11 @@ class Delivery(RuleBasedStateMachine):
         batching = BatchingConfig(max_in_flight=MAX_IN_FLIGHT, batch_size=BATCH_SIZE, max_wait_ms=MAX_WAIT_MS)
         config = JobConfig(parallelism=parallelism, engine=EngineConfig(max_running=2), batching=batching)
         clock, slots = ManualClock(self.now_ms), self.slots
-        return OperatorHarness(
+        return SlotHarness(
             lambda: self.function(config, slots.make, lambda: clock, lambda _: MemoryJournal()),
             clock,
             parallelism=parallelism,
             subtask=index,
-            output_type=KEY_VALUE,
         )
 
     def _take_in(self, offset: int) -> None:

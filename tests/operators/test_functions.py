@@ -10,16 +10,19 @@ from pyflink.datastream import TimeDomain
 
 from core.clock import ManualClock
 from core.config import Batching, BatchingConfig, JobConfig
+from core.records import Response
+from core.session_home import home_slot
 from operators.envelope import Envelope, Source, WarmUp
 from operators.envelope_state import from_state
 from operators.flink.decode import DecodeFunction
 from operators.flink.inference import inference_function
 from operators.flink.micro_batch import MicroBatchFunction
-from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY, WARM_UP
+from operators.flink.rows import DEAD_LETTERS, KEYED, READY, WARM_UP, element_of
 from operators.flink.slot_function import END_OF_INPUT
 from tests.experiments.experiment_samples import response
 from tests.operators.memory_journal import MemoryJournal
 from tests.operators.operator_harness import OperatorHarness, Output
+from tests.operators.slot_harness import SlotHarness
 from tests.operators.stand_in_slot import StandInSlots, envelope
 
 KEY = 7
@@ -35,11 +38,7 @@ def slots() -> StandInSlots:
 @pytest.fixture
 def harness(slots: StandInSlots) -> Iterator[OperatorHarness]:
     clock = ManualClock(1000.0)
-    made = OperatorHarness(
-        lambda: MicroBatchFunction(CONFIG, slots.make, lambda: clock, lambda _: MemoryJournal()),
-        clock,
-        output_type=KEY_VALUE,
-    )
+    made = SlotHarness(lambda: MicroBatchFunction(CONFIG, slots.make, lambda: clock, lambda _: MemoryJournal()), clock)
     yield made
     made.close()
     assert slots.last.closed
@@ -129,8 +128,8 @@ def test_responses_leave_as_the_slot_stamped_them_and_not_to_the_side(
     harness.process(envelope(1), KEY)
     slots.last.responses[1] = response(request_id="good")
     (output,) = harness.end_input()
-    assert output.tag is None
-    assert tuple(output.value) == ("good", response(request_id="good").to_json())
+    assert (output.tag, output.value.key) == (None, "good")
+    assert Response.model_validate_json(output.value.value) == response(request_id="good")
 
 
 def test_a_call_to_warm_up_is_answered_by_the_ready_record(harness: OperatorHarness) -> None:
@@ -140,18 +139,24 @@ def test_a_call_to_warm_up_is_answered_by_the_ready_record(harness: OperatorHarn
 
 
 def test_a_record_becomes_an_envelope_or_a_dead_letter_or_a_call_to_warm_up() -> None:
-    harness = OperatorHarness(lambda: DecodeFunction(CONFIG, lambda _: MemoryJournal()))
+    keys = (11, 12, 13)
+    config = CONFIG.model_copy(update={"parallelism": len(keys)})
+    harness = OperatorHarness(lambda: DecodeFunction(config, keys, lambda _: MemoryJournal()), output_type=KEYED)
     request = {"request_id": "r", "session_id": "s", "user_id": "u", "created_at_ms": 1, "max_new_tokens": 1}
     raw = json.dumps(request | {"prompt": "p"}).encode()
     (good,) = harness.process(Row(raw, 2, 5))
-    assert (good.tag, type(good.value), good.value.raw) == (None, Envelope, raw)
-    assert good.value.source == Source(CONFIG.kafka.requests_topic, 2, 5)
+    sent = element_of(good.value.element)
+    assert isinstance(sent, Envelope)
+    assert (good.tag, sent.slot, sent.raw) == (None, home_slot("s", len(keys)), raw)
+    assert sent.source == Source(CONFIG.kafka.requests_topic, 2, 5)
+    assert good.value.key == keys[sent.slot]
     for bad in (b"no request", None):
         (letter,) = harness.process(Row(bad, 2, 6))
         assert letter.tag == DEAD_LETTERS.tag_id
         assert (json.loads(letter.value.value)["partition"], json.loads(letter.value.value)["offset"]) == (2, 6)
-    (call,) = harness.process(Row(None, WARM_UP, 3))
-    assert (call.tag, call.value) == (None, WarmUp(3))
+    for slot, key in enumerate(keys):
+        (call,) = harness.process(Row(None, WARM_UP, slot))
+        assert (call.tag, call.value.key, element_of(call.value.element)) == (None, key, WarmUp(slot))
     harness.close()
 
 

@@ -7,6 +7,7 @@ import time
 import urllib.request
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cache.stats import CacheStats
 from core.clock import ManualClock
 from core.config import JobConfig, MetricsConfig
-from core.records import DeadLetter
+from core.records import DeadLetter, FinishReason
 from inference_service.completion import timed_out
 from inference_service.figures import EngineFigures
 from operators.envelope import Queue, SlotFigures
@@ -27,7 +28,8 @@ from operators.metrics.endpoint import MetricsEndpoint
 from operators.metrics.sliding_window import MOST, SPAN_MS, SlidingWindow
 from operators.metrics.slot_metrics import SlotMetrics, cause_of
 from operators.slots.custody import Custody
-from tests.experiments.experiment_samples import response
+from operators.written_response import WrittenResponse
+from tests.experiments import experiment_samples
 from tests.operators.test_slot import envelope
 
 WAIT_S = 20.0
@@ -64,6 +66,10 @@ def changed(before: dict[str, float], after: dict[str, float]) -> dict[str, floa
     return {name: value for name, value in after.items() if before.get(name) != value and not math.isnan(value)}
 
 
+def response(**fields: Any) -> WrittenResponse:
+    return WrittenResponse.of(experiment_samples.response(**fields))
+
+
 def letter(reason: str, stage: str = "inference") -> DeadLetter:
     return DeadLetter.of(b"", reason, stage=stage, topic="t", partition=0, offset=1)
 
@@ -75,9 +81,10 @@ def figures(resident_bytes: int = 1 << 20, cache: dict[str, int] | None = None, 
 
 def test_an_answer_is_counted_by_why_it_ended_and_its_tokens_by_where_they_came_from(metrics: SlotMetrics) -> None:
     before = samples(metrics)
-    answer = response(local_tokens=64, remote_tokens=32, computed_tokens=5, output_tokens=7)
-    metrics.answered(answer)
-    metrics.answered(answer.model_copy(update={"finish_reason": "stop"}))
+    for reason in ("length", "stop"):
+        metrics.answered(
+            response(local_tokens=64, remote_tokens=32, computed_tokens=5, output_tokens=7, finish_reason=reason)
+        )
     found = changed(before, samples(metrics))
     assert found["requests_total finish_reason=length"] == found["requests_total finish_reason=stop"] == 1
     assert [found[f"prompt_tokens_total source={name}"] for name in ("local", "remote", "computed")] == [128, 64, 10]
@@ -259,7 +266,12 @@ def test_the_endpoint_is_served_as_soon_as_its_port_is_free(
         assert endpoint.serving.wait(WAIT_S)
         metrics.answered(response())
         families = {family.name: family for family in text_string_to_metric_families(scraped(port))}
-        assert families["infertuner_requests"].samples[0].value == 1
+        counts = {
+            sample.labels["finish_reason"]: sample.value
+            for sample in families["infertuner_requests"].samples
+            if sample.name == "infertuner_requests_total"
+        }
+        assert counts == {reason: float(reason == "length") for reason in FinishReason}
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert f"metrics are not served at 127.0.0.1:{port}" in caplog.text
     with pytest.raises(OSError, match="refused"):

@@ -11,11 +11,12 @@ from core.records import DeadLetter
 from operators.envelope import Envelope, Source, WarmUp
 from operators.flink.continuous import ContinuousFunction
 from operators.flink.micro_batch import MicroBatchFunction
-from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, READY
+from operators.flink.rows import DEAD_LETTERS, READY
 from operators.flink.slot_function import SlotFunction
 from tests.experiments.experiment_samples import response
 from tests.operators.memory_journal import MemoryJournal, Outcome, Transaction
-from tests.operators.operator_harness import OperatorHarness, Output
+from tests.operators.operator_harness import Output
+from tests.operators.slot_harness import SlotHarness
 from tests.operators.stand_in_slot import StandInSlots, no_waits
 
 KEY = 7
@@ -30,10 +31,8 @@ class Job:
         clock = ManualClock(1000.0)
         self.slots = StandInSlots({number: response(request_id=f"r{number}") for number in range(10)})
         self.journal = MemoryJournal()
-        self.harness = OperatorHarness(
-            lambda: function(CONFIG, self.slots.make, lambda: clock, lambda _: self.journal),
-            clock,
-            output_type=KEY_VALUE,
+        self.harness = SlotHarness(
+            lambda: function(CONFIG, self.slots.make, lambda: clock, lambda _: self.journal), clock
         )
 
     def send(self, number: int) -> Envelope:

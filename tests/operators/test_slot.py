@@ -1,7 +1,6 @@
 """A slot answers every envelope of a batch: with a response, or with a dead letter that says why."""
 
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,6 +16,7 @@ from inference_service.figures import EngineFigures
 from operators.envelope import Answer, Envelope, Source
 from operators.slots.slot import InferenceSlot
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
+from tests.operators.answers import response_of, responses_of
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +48,10 @@ def envelope(number: int, **changes: object) -> Envelope:
     return Envelope(0, raw, Source("t", 0, number), SystemClock().wall_ms())
 
 
-def responses_of(answers: Iterable[Answer]) -> Iterator[Response]:
-    for answer in answers:
-        assert isinstance(answer.record, Response), answer
-        yield answer.record
-
-
 def answered(slot: InferenceSlot, one: Envelope) -> Response:
     (answer,) = slot.answer([one])
     assert answer.source == one.source
-    (response,) = responses_of([answer])
-    return response
+    return response_of(answer)
 
 
 def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
@@ -70,9 +63,8 @@ def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
         envelope(4, max_new_tokens=1),
     ]
     answers = slot.answer(batch)
-    records = [answer.record for answer in answers]
-    letters = {record.request_id: record for record in records if isinstance(record, DeadLetter)}
-    responses = {record.request_id: record for record in records if isinstance(record, Response)}
+    letters = {one.record.request_id: one.record for one in answers if isinstance(one.record, DeadLetter)}
+    responses = {one.record.request_id: response_of(one) for one in answers if one.record.request_id not in letters}
     assert {answer.source: answer.record.request_id for answer in answers} == {
         one.source: one.request.request_id for one in batch
     }

@@ -22,12 +22,12 @@ from transformers import Qwen2Config
 from core.clock import SystemClock
 from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig, SupervisionConfig
 from core.errors import UserError
-from core.records import DeadLetter, Response
 from operators.envelope import Answer, Envelope, Group, Ready
 from operators.slots import process as slot_process
 from operators.slots.process import END_TIMEOUT_S, Beat, Began, Said, SlotDiedError, SlotProcess
 from operators.slots.slot import InferenceSlot
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
+from tests.operators.answers import letter_of, response_of
 from tests.operators.test_slot import envelope
 
 ROOT = Path(__file__).parents[2]
@@ -143,17 +143,7 @@ def prompts(*max_new_tokens: int) -> list[Envelope]:
 
 def tokens(answers: Iterable[Answer]) -> dict[int, tuple[int, ...]]:
     """By the place of the request."""
-    return {answer.source.offset: response(answer).token_ids for answer in answers}
-
-
-def response(answer: Answer) -> Response:
-    assert isinstance(answer.record, Response), answer
-    return answer.record
-
-
-def letter(answer: Answer) -> DeadLetter:
-    assert isinstance(answer.record, DeadLetter), answer
-    return answer.record
+    return {answer.source.offset: response_of(answer).token_ids for answer in answers}
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -172,19 +162,19 @@ def test_requests_sent_one_by_one_come_back_each_by_itself(process: Heard, slot:
         answers += process.receive()
     assert tokens(answers) == tokens(slot.answer(requests))
     assert [len(tokens(answers)[number]) for number in range(3)] == [30, 10, 20]
-    assert len({response(answer).batch_id for answer in answers}) == len(requests)
+    assert len({response_of(answer).batch_id for answer in answers}) == len(requests)
     for request in requests:
         process.send(request)
         (answer,) = process.receive()
         assert tokens([answer]).items() <= tokens(answers).items()
-        assert response(answer).batch_size == 1
+        assert response_of(answer).batch_size == 1
 
 
 def test_a_group_comes_back_whole(process: Heard, slot: InferenceSlot) -> None:
     requests = prompts(3, 12, 1, 7)
     answers = process.answer(requests)
     assert tokens(answers) == tokens(slot.answer(requests))
-    responses = [response(answer) for answer in answers]
+    responses = [response_of(answer) for answer in answers]
     assert {one.batch_size for one in responses} == {len(requests)}
     assert len({one.batch_id for one in responses}) == 1
     assert len({one.completed_at_ms for one in responses}) == 1
@@ -195,16 +185,16 @@ def test_what_the_model_cannot_answer_comes_back_as_a_dead_letter(process: Heard
     process.send(bad)
     (answer,) = process.receive()
     assert answer.source == bad.source
-    assert "'another'" in letter(answer).reason
-    assert (letter(answer).raw, letter(answer).offset) == (bad.raw, 4)
+    assert "'another'" in letter_of(answer).reason
+    assert (letter_of(answer).raw, letter_of(answer).offset) == (bad.raw, 4)
 
 
 def test_a_group_is_answered_though_one_of_it_cannot_be(process: Heard) -> None:
     answers = process.answer([envelope(0), envelope(1, prompt=None, prompt_token_ids=[10**6]), envelope(2)])
     by_place = {answer.source.offset: answer for answer in answers}
     assert sorted(by_place) == [0, 1, 2]
-    assert "vocabulary" in letter(by_place[1]).reason
-    assert response(by_place[0]).token_ids == response(by_place[2]).token_ids
+    assert "vocabulary" in letter_of(by_place[1]).reason
+    assert response_of(by_place[0]).token_ids == response_of(by_place[2]).token_ids
 
 
 def test_the_process_says_what_serves(process: Heard, slot: InferenceSlot) -> None:
@@ -215,7 +205,7 @@ def test_the_process_says_what_serves(process: Heard, slot: InferenceSlot) -> No
 def test_what_the_process_logs_is_in_this_ones_log(process: Heard, caplog: pytest.LogCaptureFixture) -> None:
     process.send(envelope(9, prompt=None, messages=[{"role": "user", "content": "hello"}]))
     (answer,) = process.receive()
-    assert letter(answer).reason.startswith("prompt: TypeError")
+    assert letter_of(answer).reason.startswith("prompt: TypeError")
     (record,) = caplog.records
     assert (record.name, record.levelno, record.process) == (
         "operators.slots.slot",

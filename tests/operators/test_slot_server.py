@@ -11,8 +11,9 @@ import pytest
 from core.clock import ManualClock, SystemClock
 from inference_service.figures import EngineFigures
 from operators.envelope import Answer, Envelope, Group, SlotFigures, Source
+from operators.slots.line import HungUpError, Line
 from operators.slots.process import Beat
-from operators.slots.server import BEAT_S, Line, Pulse, serve
+from operators.slots.server import BEAT_S, Pulse, serve
 from tests.operators.test_pump import WAIT_S, envelope, letter
 
 FIGURES = SlotFigures(EngineFigures(passes=7), None, resident_bytes=1 << 20)
@@ -103,10 +104,10 @@ def server(slot: SteppedSlot) -> Iterator[Server]:
 def test_a_request_joins_between_two_steps_and_leaves_with_the_step_it_finishes_in(
     server: Server, slot: SteppedSlot
 ) -> None:
-    server.connection.send(envelope(1))
+    server.connection.send([envelope(1)])
     assert slot.began.get(timeout=WAIT_S) == [1]
-    server.connection.send(envelope(2))
-    server.connection.send(envelope(3))
+    server.connection.send([envelope(2)])
+    server.connection.send([envelope(3)])
     slot.outcomes.put([])
     assert slot.began.get(timeout=WAIT_S) == [1, 2, 3]
     slot.outcomes.put([2, 3])
@@ -118,45 +119,52 @@ def test_a_request_joins_between_two_steps_and_leaves_with_the_step_it_finishes_
 
 def test_what_the_model_cannot_answer_leaves_though_nothing_runs(server: Server, slot: SteppedSlot) -> None:
     for number in (5, 6):
-        server.connection.send(refused(number))
+        server.connection.send([refused(number)])
         assert server.receive() == [answer(refused(number))]
 
 
 def test_what_the_model_cannot_answer_leaves_before_what_runs(server: Server, slot: SteppedSlot) -> None:
-    server.connection.send(envelope(1))
+    server.connection.send([envelope(1)])
     assert slot.began.get(timeout=WAIT_S) == [1]
-    server.connection.send(refused(2))
+    server.connection.send([refused(2)])
     slot.outcomes.put([])
     assert server.receive() == [answer(refused(2))]
     assert slot.running.keys() == {1}
 
 
+def test_orders_that_come_together_are_taken_in_together(server: Server, slot: SteppedSlot) -> None:
+    server.connection.send([envelope(1), refused(2), envelope(3), Group([envelope(4), envelope(5)])])
+    assert server.receive() == [answer(refused(2))]
+    assert server.receive() == [answer(envelope(5)), answer(envelope(4))]
+    assert slot.began.get(timeout=WAIT_S) == [1, 3]
+
+
 def test_a_group_is_answered_as_a_whole(server: Server) -> None:
-    server.connection.send(Group([envelope(1), envelope(2)]))
+    server.connection.send([Group([envelope(1), envelope(2)])])
     assert server.receive() == [answer(envelope(2)), answer(envelope(1))]
 
 
 @pytest.mark.parametrize("outcome", [[], [1]], ids=["goes on", "has something to say"])
 def test_a_server_that_runs_ends_with_the_other_side(server: Server, slot: SteppedSlot, outcome: list[int]) -> None:
-    server.connection.send(envelope(1))
+    server.connection.send([envelope(1)])
     assert slot.began.get(timeout=WAIT_S) == [1]
     server.connection.close()
     slot.outcomes.put(outcome)
     server.join()
-    assert isinstance(server.error, EOFError | ConnectionError)
+    assert isinstance(server.error, HungUpError)
     assert slot.began.empty()
 
 
 def test_a_server_that_waits_ends_with_the_other_side(server: Server, slot: SteppedSlot) -> None:
     server.connection.close()
     server.join()
-    assert isinstance(server.error, EOFError)
+    assert isinstance(server.error, HungUpError)
     assert slot.began.empty()
 
 
 def test_an_engine_that_raises_ends_the_server(server: Server, slot: SteppedSlot) -> None:
     fault = OSError("device lost")
-    server.connection.send(envelope(1))
+    server.connection.send([envelope(1)])
     slot.outcomes.put(fault)
     server.join()
     assert server.error is fault

@@ -27,6 +27,7 @@ from operators.slots import supervisor
 from operators.slots.custody import Retry
 from operators.slots.process import Beat, Began, Said, SlotDiedError
 from operators.slots.supervisor import Process, Supervisor, backoff_s
+from tests.operators.answers import response_of
 from tests.operators.test_pump import letter
 from tests.operators.test_slot import envelope
 from tests.operators.test_slot_server import FIGURES
@@ -92,10 +93,10 @@ class Outcomes:
                 continue
             number = one.source.offset
             assert number not in self.responses.keys() | self.letters.keys()
-            if isinstance(one.record, Response):
-                self.responses[number] = one.record
-            else:
+            if isinstance(one.record, DeadLetter):
                 self.letters[number] = one.record
+            else:
+                self.responses[number] = response_of(one)
 
     @property
     def processes(self) -> int:

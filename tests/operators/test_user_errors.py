@@ -20,6 +20,7 @@ from operators.metrics.slot_metrics import SlotMetrics
 from tests.operators import saved_state
 from tests.operators.memory_journal import MemoryJournal
 from tests.operators.operator_harness import OperatorHarness, Output
+from tests.operators.slot_harness import SlotHarness
 from tests.operators.stand_in_slot import StandInSlot, StandInSlots, envelope, no_waits
 
 KEY = 7
@@ -38,7 +39,7 @@ def lines(outputs: list[Output]) -> list[str]:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_slot_that_can_not_be_made_is_told_once_and_asked_for_nothing(function: type[SlotFunction]) -> None:
     clock = ManualClock(1000.0)
-    harness = OperatorHarness(lambda: function(CONFIG, refused, lambda: clock, lambda _: MemoryJournal()), clock)
+    harness = SlotHarness(lambda: function(CONFIG, refused, lambda: clock, lambda _: MemoryJournal()), clock)
     with closing(harness):
         assert lines(harness.process(WarmUp(0), KEY)) == ["model: refused"]
         # Of the same bundle: the line has not reached Flink yet.
@@ -50,7 +51,7 @@ def test_a_slot_that_can_not_be_made_is_told_once_and_asked_for_nothing(function
 def test_a_timer_tells_of_it_after_a_restart(function: type[SlotFunction]) -> None:
     clock = ManualClock(1000.0)
     make = [StandInSlots().make, refused]
-    harness = OperatorHarness(lambda: function(CONFIG, make.pop(0), lambda: clock, lambda _: MemoryJournal()), clock)
+    harness = SlotHarness(lambda: function(CONFIG, make.pop(0), lambda: clock, lambda _: MemoryJournal()), clock)
     with closing(harness), no_waits():
         harness.process(envelope(1), KEY)
         snapshot = harness.snapshot()
@@ -62,7 +63,7 @@ def test_a_timer_tells_of_it_after_a_restart(function: type[SlotFunction]) -> No
 def test_what_a_savepoint_holds_of_a_later_release_is_told() -> None:
     slots, clock = StandInSlots(), ManualClock(1000.0)
     config = JobConfig(parallelism=1, batching=BatchingConfig(batching=Batching.MICRO))
-    harness = OperatorHarness(
+    harness = SlotHarness(
         lambda: MicroBatchFunction(config, slots.make, lambda: clock, lambda _: MemoryJournal()), clock
     )
     with closing(harness):
@@ -80,6 +81,6 @@ def test_credentials_that_can_not_be_read_are_told_by_decode_too() -> None:
     def unreadable(_: KafkaConfig) -> MemoryJournal:
         raise UserError("kafka_credentials_file: cannot be read")
 
-    with closing(OperatorHarness(lambda: DecodeFunction(CONFIG, unreadable))) as harness:
+    with closing(OperatorHarness(lambda: DecodeFunction(CONFIG, [0], unreadable))) as harness:
         assert lines(harness.process(Row(None, WARM_UP, 0))) == ["kafka_credentials_file: cannot be read"]
         assert harness.process(Row(json.dumps({}).encode(), 0, 0)) == []

@@ -1,0 +1,59 @@
+"""A response in the form in which it leaves the slot's process.
+
+The slot's process writes the JSON, since Flink's worker is the busier one of the two: it has all records of its slot
+pass through one interpreter. Only the time at which the answer leaves is not known yet.
+"""
+
+from typing import NamedTuple
+
+from core.records import FinishReason, Response
+
+_UNKNOWN = frozenset({"completed_at_ms", "e2e_ms"})
+"""Fields that depend on when the answer leaves."""
+
+
+class WrittenResponse(NamedTuple):
+    """The JSON of a response but for the fields of `_UNKNOWN`, and the fields that metrics read. Times in ms."""
+
+    head: str
+    """The JSON object without its last brace."""
+    request_id: str
+    finish_reason: FinishReason
+    local_tokens: int
+    remote_tokens: int
+    computed_tokens: int
+    output_tokens: int
+    created_at_ms: float
+    completed_at_ms: float
+    ttft_ms: float | None
+    tpot_ms: float | None
+    wait_ms: float
+
+    @classmethod
+    def of(cls, response: Response) -> "WrittenResponse":
+        return cls(
+            response.to_json(without=_UNKNOWN)[:-1],
+            response.request_id,
+            response.finish_reason,
+            response.local_tokens,
+            response.remote_tokens,
+            response.computed_tokens,
+            response.output_tokens,
+            response.created_at_ms,
+            response.completed_at_ms,
+            response.ttft_ms,
+            response.tpot_ms,
+            response.wait_ms,
+        )
+
+    @property
+    def e2e_ms(self) -> float:
+        return self.completed_at_ms - self.created_at_ms
+
+    def leaving(self, at_ms: float) -> "WrittenResponse":
+        """The same response, which leaves at this time (wall time)."""
+        return self._replace(completed_at_ms=at_ms)
+
+    def to_json(self) -> str:
+        """The whole response, as `Response.to_json` writes it but for the order of its fields."""
+        return f'{self.head},"completed_at_ms":{self.completed_at_ms!r},"e2e_ms":{self.e2e_ms!r}}}'
