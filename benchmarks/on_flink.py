@@ -6,17 +6,18 @@ compared round by round: an idle one costs next to nothing.
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, KafkaProducer
 from pydantic import Field
 
+from core.clients import kafka_settings
 from core.clock import SystemClock
-from core.config import Config, JobConfig
+from core.config import Config, JobConfig, KafkaConfig
 from core.errors import UserError
 from core.options import to_options
 from core.records import DeadLetter, Response
@@ -32,6 +33,7 @@ from local_stack.processes import members
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, Producer, connected, offered
 from workloads.timed_request import Workload
 
+PASS_THROUGH = ROOT / "benchmarks" / "pass_through.py"
 PIPELINE = ROOT / "pipelines" / "inference.py"
 POLL_MS = 100
 STATES = ("busy", "backpressured", "idle")
@@ -90,18 +92,19 @@ class Outcome:
     def requests_per_s(self) -> float:
         return len(self.answers) / self.took_s
 
-    @property
-    def drained_per_s(self) -> float:
-        """Answers a second from the moment the last request had been sent: nobody but the job is at work then.
 
-        Raises `UserError` where less than a quarter of the load was left to answer by then.
-        """
-        left = [answer for answer in self.answers if answer.received_ms > self.sent_ms]
-        if 4 * len(left) < len(self.answers):
-            raise UserError(
-                f"--records: of {len(self.answers)} only {len(left)} were unanswered once all had been sent; give more"
-            )
-        return 1000 * len(left) / (left[-1].received_ms - self.sent_ms)
+@dataclass(frozen=True)
+class Drained:
+    """A backlog that became visible to its readers all at once."""
+
+    took_s: float
+    """From that moment until the reader had the last answer."""
+    values: tuple[bytes, ...]
+    """Of the answers, in the order in which they were received."""
+
+    @property
+    def records_per_s(self) -> float:
+        return len(self.values) / self.took_s
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,12 @@ class JobUnderTest:
         self.submitted.require_alive(untouched=True)
         return Outcome(tuple(answers.values()), load.result(), sent_ms)
 
+    def drain(self, workload: Workload) -> Drained:
+        """Offer `workload` all at once, and wait for as many answers. Raises `UserError` as `offer` does."""
+        drained = drain(self.job.kafka, self.reader, workload, self.flink.idle_timeout_s, self.name)
+        self.submitted.require_alive(untouched=True)
+        return drained
+
     def operators(self, records: int) -> "dict[str, OperatorTimes]":
         """Times of Flink's operators since the job began, once they include all of `records` requests.
 
@@ -172,6 +181,39 @@ class JobUnderTest:
                     raise UserError(f"{self.name}: {response.request_id} was answered twice")
                 answers[response.request_id] = Answer(response, received_ms)
         return bool(polled)
+
+
+def drain(kafka: KafkaConfig, reader: KafkaConsumer, workload: Workload, idle_timeout_s: float, name: str) -> Drained:
+    """Send `workload` in one transaction, and read as many answers as there are requests; they are not looked at.
+
+    Before its commit nobody reads any of it, so that the load's own work is no part of what is measured. Raises
+    `UserError` for a dead letter, or where nothing comes for `idle_timeout_s`.
+    """
+    clock = SystemClock()
+    producer = KafkaProducer(
+        **kafka_settings(kafka.brokers, kafka.access), acks="all", transactional_id=f"{name}-{time.time_ns()}"
+    )
+    with closing(producer):
+        producer.init_transactions()
+        producer.begin_transaction()
+        count = 0
+        for timed in workload:
+            request = timed.created(clock.wall_ms())
+            producer.send(kafka.requests_topic, value=request.to_json().encode(), key=request.session_id.encode())
+            count += 1
+        producer.flush()
+        began_s = last_s = time.monotonic()
+        producer.commit_transaction()
+        values: list[bytes] = []
+        while len(values) < count:
+            for partition, records in reader.poll(timeout_ms=POLL_MS).items():
+                last_s = time.monotonic()
+                if partition.topic == kafka.dead_letters_topic:
+                    raise UserError(f"{name}: {DeadLetter.model_validate_json(records[0].value).reason}")
+                values += [record.value for record in records]
+            if time.monotonic() - last_s > idle_timeout_s:
+                raise UserError(f"{name}: {count - len(values)} of {count} requests stay unanswered")
+    return Drained(last_s - began_s, tuple(values))
 
 
 @dataclass(frozen=True)
@@ -209,7 +251,9 @@ def cluster(flink: FlinkConfig, slots: int, *, remote: bool = False) -> Iterator
 
 
 @contextmanager
-def running(flink: FlinkConfig, found: Services, name: str, job: JobConfig) -> Iterator[JobUnderTest]:
+def running(
+    flink: FlinkConfig, found: Services, name: str, job: JobConfig, script: Path = PIPELINE
+) -> Iterator[JobUnderTest]:
     """`job`, its slots ready; in the end it is cancelled, its topics and keys are deleted. Raises `UserError`."""
     space = f"bench-{name}-{time.time_ns() // 1_000_000}"
     job = in_own_space(with_addresses(job, brokers=found.brokers, redis_url=found.redis_url), space)
@@ -218,7 +262,7 @@ def running(flink: FlinkConfig, found: Services, name: str, job: JobConfig) -> I
             cleanup.callback(delete_keys, found.redis_url, space, job.cache.remote.access)
         cleanup.enter_context(fresh_topics(job.kafka, partitions=job.parallelism))
         cleanup.callback(_cancel_named, found, space)
-        submitted = found.flink.submit(PIPELINE, to_options(job))
+        submitted = found.flink.submit(script, to_options(job))
         ready = cleanup.enter_context(reading(job.kafka, [job.kafka.ready_topic]))
         slots = wait_ready(
             ready,

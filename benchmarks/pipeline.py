@@ -13,11 +13,11 @@ to the mean of the two, request by request, with the answer read back from Kafka
 less each time, and that is in the difference too; so the requests are short, and what two bare runs differ by is told.
 
 Zero-time engine: the simulated engine on a device that takes no time. All that is left is the pipeline: its rate in
-one slot and two from when all has been sent, the CPU time of each part, and how busy Flink's threads were.
+one slot and two, the CPU time of each part, and how busy Flink's threads were, beside the same of the job's graph with
+functions that only pass records on, of a consumer loop and of Beam RunInference (`benchmarks/zero_engine.py`).
 """
 
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,17 +29,17 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import zero_engine
 from benchmarks.bare_engine import BareEngine, bare_engine
 from benchmarks.command import carry_out, progress, stated
 from benchmarks.on_flink import PARTS, STATES, CpuSeconds, FlinkConfig, JobUnderTest, cluster, running
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
+from benchmarks.zero_engine import JOBS, OURS, SLOTS, ZeroEngine, ZeroLoads
 from core.clock import SystemClock
 from core.config import CacheConfig, Config, EngineConfig, EngineKind, JobConfig
 from core.errors import UserError, exit_on_user_error
 from core.model_path import with_model_found
 from core.records import Request
-from experiments.services import Services
-from inference_service.device_profile import DeviceProfile
 from workloads.config import Arrivals, IndependentConfig, WorkloadConfig, WorkloadKind
 from workloads.independent import IndependentWorkload
 from workloads.timed_request import Workload
@@ -48,10 +48,7 @@ Samples = dict[str, list[float]]
 
 LIGHT_LOAD = 0.1
 """Share of the time that the engine is busy while added latency is measured."""
-ZERO_SLOTS = (1, 2)
-WARM_RECORDS = 500
-"""Java compiles what runs often: what is measured finds that done."""
-LATENCY_SEED, ZERO_SEED, WARM_SEED, WARM_ZERO_SEED = 1 << 40, 1 << 41, 1 << 42, 1 << 43
+LATENCY_SEED, ZERO_SEED, WARM_SEED = 1 << 40, 1 << 41, 1 << 42
 """Added to the seed, so that no two loads of one job share a request id."""
 
 
@@ -73,7 +70,8 @@ class PipelineConfig(Config):
     prompt_tokens: int = Field(default=128, ge=1, description="mean length of a prompt")
     answer_tokens: int = Field(default=32, ge=1, description="mean length of an answer")
     length_cv: float = Field(default=0.5, ge=0, le=10, description="deviation of both lengths over their mean")
-    records: int = Field(default=4000, ge=100, description="records of the backlog for the zero-time engine")
+    records: int = Field(default=5000, ge=100, description="records of a backlog for the zero-time engine")
+    zero_rounds: int = Field(default=5, ge=1, description="measured rounds of the zero-time engine")
     seed: int = Field(default=0, ge=0, lt=1 << 32, description="of the requests")
     engine: PipelineEngine = PipelineEngine()
     flink: FlinkConfig = FlinkConfig()
@@ -99,19 +97,6 @@ def load(config: PipelineConfig, requests: int, seed: int, rate_per_s: float = 1
     )
 
 
-def zero_load(config: PipelineConfig, slots: int, records: int, seed: int) -> IndependentWorkload:
-    """The smallest requests there are, as many for each slot."""
-    return IndependentWorkload(
-        WorkloadConfig(
-            workload=WorkloadKind.INDEPENDENT,
-            requests=records,
-            seed=config.seed + seed,
-            max_new_tokens=1,
-            independent=IndependentConfig(prompt_tokens=1, answer_tokens=1, even_over=slots),
-        )
-    )
-
-
 def figures_of(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The flat figures: medians over rounds with their quartiles, and percentiles over the paired requests."""
     figures: dict[str, float] = {}
@@ -132,9 +117,7 @@ def figures_of(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
         ("alone_difference", noise),
     ):
         figures |= {f"{name}_p50_ms": percentile(values, 50), f"{name}_p95_ms": percentile(values, 95)}
-    for name, (value, *_) in samples.items():
-        if "_zero_engine_" in name:
-            figures[name] = value
+    figures |= zero_engine.figures_of({name: values for name, values in samples.items() if zero_engine.is_one(name)})
     return {name: round(value, 4) for name, value in figures.items()}
 
 
@@ -154,7 +137,7 @@ def measure(config: PipelineConfig, console: Console) -> Report:
         bare = cleanup.enter_context(bare_engine(job))
         device, model = bare.facts()
         where = conditions_of(device, model, redis_url=None)
-        found = cleanup.enter_context(cluster(config.flink, slots=max(ZERO_SLOTS)))
+        found = cleanup.enter_context(cluster(config.flink, slots=len(JOBS) * max(SLOTS)))
         neighbours = Neighbours(ours_s=cpu.total_s)
         bar = cleanup.enter_context(progress(console))
         with running(config.flink, found, "saturation", job) as pipeline:
@@ -166,9 +149,10 @@ def measure(config: PipelineConfig, console: Console) -> Report:
             latency = added_latency(loads, pipeline, bare, samples)
             for _ in bar.track(latency, total=len(loads), description="added latency"):
                 pass
-        operators = {}
-        for slots in bar.track(ZERO_SLOTS, description="zero-time engine"):
-            operators[f"p{slots}"] = zero_engine(config, found, slots, cpu, samples)
+        zero = ZeroEngine(config.flink, found, ZeroLoads(config.records, config.seed + ZERO_SEED), samples, bar)
+        operators = {f"p{slots}": zero.jobs(slots, config.zero_rounds, cpu) for slots in SLOTS}
+        zero.loop(config.zero_rounds)
+        zero.run_inference(config.zero_rounds)
         busy_percent = neighbours.busy_percent()
     return Report(
         benchmark="pipeline",
@@ -185,7 +169,6 @@ def warm_up(config: PipelineConfig, pipeline: JobUnderTest, bare: BareEngine) ->
     few = load(config, max(2, config.requests // 4), WARM_SEED)
     pipeline.offer(few, backlog=True)
     bare.together(requests_of(few))
-    pipeline.offer(zero_load(config, 1, WARM_RECORDS, WARM_ZERO_SEED), backlog=True)
 
 
 def saturate(config: PipelineConfig, round_: int, pipeline: JobUnderTest, bare: BareEngine, samples: Samples) -> None:
@@ -238,30 +221,6 @@ def added_latency(
         yield
 
 
-def zero_engine(config: PipelineConfig, found: Services, slots: int, cpu: CpuSeconds, samples: Samples) -> list[str]:
-    """The backlog of the smallest requests; the names of Flink's operators, in the order of the samples' numbers."""
-    with tempfile.TemporaryDirectory(prefix="pipeline-") as directory:
-        profile = Path(directory) / "instant.json"
-        profile.write_text(DeviceProfile.instant().model_dump_json())
-        engine = EngineConfig(engine=EngineKind.SIMULATED, profile=profile, threads=1)
-        job = JobConfig(parallelism=slots, engine=engine, cache=CacheConfig(cache=False))
-        with running(config.flink, found, f"zero-p{slots}", job) as pipeline:
-            pipeline.offer(zero_load(config, slots, WARM_RECORDS, WARM_SEED), backlog=True)
-            before, cpu_before = pipeline.operators(WARM_RECORDS), cpu.by_part()
-            outcome = pipeline.offer(zero_load(config, slots, config.records, ZERO_SEED), backlog=True)
-            cpu_after, after = cpu.by_part(), pipeline.operators(WARM_RECORDS + config.records)
-    suffix = f"zero_engine_p{slots}"
-    samples[f"records_per_s_{suffix}"].append(outcome.drained_per_s)
-    samples[f"records_per_s_with_sender_{suffix}"].append(outcome.requests_per_s)
-    for part, seconds in cpu_after.items():
-        per_1000 = 1000 * (seconds - cpu_before.get(part, 0.0)) / config.records
-        samples[f"cpu_s_per_1000_{part}_{suffix}"].append(per_1000)
-    for index, (name, times) in enumerate(after.items()):
-        for state, percent in times.shares(before[name], outcome.took_s).items():
-            samples[f"operator_{index}_{state}_percent_{suffix}"].append(percent)
-    return list(after)
-
-
 def requests_of(workload: Workload) -> list[Request]:
     """For an engine without a schedule: all are created now."""
     now_ms = SystemClock().wall_ms()
@@ -282,19 +241,34 @@ def show(report: Report, console: Console) -> None:
         f"{figures['outside_engine_p50_ms']:.1f} ms, p95 {figures['outside_engine_p95_ms']:.1f} ms; two bare runs "
         f"differ by p50 {figures['alone_difference_p50_ms']:.1f} ms, p95 {figures['alone_difference_p95_ms']:.1f} ms"
     )
-    table = Table("zero-time engine", *(f"{slots} slots" for slots in ZERO_SLOTS))
-    rows = {"records/s": "records_per_s_zero_engine"}
-    rows |= {f"CPU s / 1000: {part}": f"cpu_s_per_1000_{part}_zero_engine" for part in PARTS}
-    for label, name in rows.items():
-        table.add_row(label, *(f"{figures[f'{name}_p{slots}']:.3g}" for slots in ZERO_SLOTS))
-    for index, name in enumerate(report.settings["operators"][f"p{ZERO_SLOTS[0]}"]):
-        cells = [
-            " / ".join(f"{figures[f'operator_{index}_{state}_percent_zero_engine_p{slots}']:.0f}" for state in STATES)
-            for slots in ZERO_SLOTS
-        ]
-        table.add_row(f"{name[:50]}: {' / '.join(STATES)} %", *cells)
-    console.print(table)
+    show_zero_engine(figures, report.settings["operators"], console)
     console.print(f"others kept {figures['neighbours_busy_percent']:.0f} % of the cores busy")
+
+
+def show_zero_engine(
+    figures: Mapping[str, float], operators: Mapping[str, Mapping[str, Sequence[str]]], console: Console
+) -> None:
+    """A column for each job and number of slots, and a line for each alternative."""
+    runs = [(name, f"p{slots}") for slots in SLOTS for name in JOBS]
+    table = Table("zero-time engine", *(f"{name.replace('_', ' ')}, {slots[1:]} slots" for name, slots in runs))
+    table.add_row("records/s", *(f"{figures[f'records_per_s_{name}_{slots}']:.0f}" for name, slots in runs))
+    for part in PARTS:
+        cells = (figures.get(f"cpu_s_per_1000_{part}_{name}_{slots}", 0.0) for name, slots in runs)
+        table.add_row(f"CPU s / 1000: {part}", *(f"{cell:.3g}" for cell in cells))
+    names = operators[runs[0][1]][OURS]
+    for index, operator in enumerate(names):
+        shares = (
+            [f"{figures[f'operator_{index}_{state}_percent_{name}_{slots}']:.0f}" for state in STATES]
+            for name, slots in runs
+        )
+        table.add_row(f"{operator[:40]}: {' / '.join(STATES)} %", *map(" / ".join, shares))
+    console.print(table)
+    for slots in (f"p{slots}" for slots in SLOTS):
+        console.print(f"{slots}: {figures[f'{OURS}_over_pass_through_{slots}']:.2f} of the pass-through job")
+    console.print(
+        f"a consumer loop: {figures['records_per_s_loop']:.0f} records/s; RunInference, without Kafka: "
+        f"{figures['records_per_s_run_inference']:.0f}"
+    )
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from benchmarks.baselines.padded import answer_together
+from benchmarks.baselines.padded import answer_in_no_time, answer_together
 from benchmarks.baselines.worker import Answers, Order, WorkerConfig, run_worker
 from core.clients import kafka_settings
 from core.config import KafkaAccessConfig
@@ -25,7 +25,8 @@ class ConsumerLoop:
         self._order = Order()
         self._consumer: KafkaConsumer = None
         self._producer: KafkaProducer = None
-        answer_together(model, [[1] * (8 + row) for row in range(config.batch)], [4] * config.batch)
+        self._answer_together = answer_in_no_time if config.zero_time else answer_together
+        self._answer_together(model, [[1] * (8 + row) for row in range(config.batch)], [4] * config.batch)
 
     def prepare(self, order: Order) -> None:
         """Connect and read to the end of what is there: nothing yet."""
@@ -37,6 +38,7 @@ class ConsumerLoop:
             **settings,
             group_id=order.requests_topic,
             auto_offset_reset="earliest",
+            isolation_level="read_committed",
             max_poll_records=self._batch,
         )
         self._consumer.assign([TopicPartition(order.requests_topic, number) for number in order.partitions])
@@ -62,7 +64,7 @@ class ConsumerLoop:
 
     def _answer(self, requests: list[Request]) -> None:
         prompts = [prompt_tokens(request, self._model) for request in requests]
-        answers = answer_together(self._model, prompts, [request.max_new_tokens for request in requests])
+        answers = self._answer_together(self._model, prompts, [request.max_new_tokens for request in requests])
         for request, token_ids in zip(requests, answers, strict=True):
             text = self._model.tokenizer.decode(token_ids, skip_special_tokens=True)
             answer = {"request_id": request.request_id, "text": text, "token_ids": token_ids}

@@ -12,7 +12,7 @@ from typing import Any
 
 from apache_beam.ml.inference.base import ModelHandler
 
-from benchmarks.baselines.padded import answer_together
+from benchmarks.baselines.padded import answer_in_no_time, answer_together
 from benchmarks.baselines.worker import Answers
 from inference_service.model import LoadedModel
 
@@ -26,9 +26,10 @@ answers: Answers = {}
 class GenerateHandler(ModelHandler):
     """Beam groups requests up to `batch`; each group is one call of `generate`."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, zero_time: bool = False) -> None:
         super().__init__()
         self._batch = batch
+        self._answer_together = answer_in_no_time if zero_time else answer_together
 
     def load_model(self) -> LoadedModel:
         return models[0]
@@ -36,7 +37,7 @@ class GenerateHandler(ModelHandler):
     def run_inference(
         self, batch: Sequence[Example], model: LoadedModel, inference_args: dict[str, Any] | None = None
     ) -> Iterable[tuple[str, list[int]]]:
-        made = answer_together(model, [prompt for _, prompt, _ in batch], [limit for _, _, limit in batch])
+        made = self._answer_together(model, [prompt for _, prompt, _ in batch], [limit for _, _, limit in batch])
         return [(request_id, answer) for (request_id, _, _), answer in zip(batch, made, strict=True)]
 
     def batch_elements_kwargs(self) -> Mapping[str, Any]:

@@ -22,12 +22,18 @@ END_TIMEOUT_S = 10.0
 class Worker:
     """One process. It is started at once, and ready when `ready` has returned."""
 
-    def __init__(self, module: str, engine: EngineConfig, batch: int, log: Path, timeout_s: float) -> None:
-        """`module` of this package; what the process and its libraries have to say is appended to `log`."""
+    def __init__(
+        self, module: str, engine: EngineConfig, batch: int, log: Path, timeout_s: float, *, zero_time: bool = False
+    ) -> None:
+        """`module` of this package; what the process and its libraries have to say is appended to `log`.
+
+        With `zero_time` it answers without its model.
+        """
         self._module = module
         self._log = log
         self._timeout_s = timeout_s
         command = [sys.executable, "-m", f"{__package__}.{module}", f"--batch={batch}", *to_options(engine)]
+        command += ["--zero-time"] if zero_time else []
         with log.open("a") as errors:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True

@@ -25,6 +25,11 @@ def cut(answer: Sequence[int], limit: int, eos_ids: Collection[int]) -> list[int
     return asked[:end]
 
 
+def answer_in_no_time(model: LoadedModel, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[list[int]]:
+    """One token each, in place of `answer_together`: what is left is what surrounds the model."""
+    return [[0] for _ in prompts]
+
+
 @torch.inference_mode()
 def answer_together(model: LoadedModel, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[list[int]]:
     """Greedy answers of one call of `generate`, which runs until the longest of them is whole."""

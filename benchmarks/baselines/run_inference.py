@@ -23,7 +23,7 @@ class RunInferencePipeline:
     def __init__(self, model: LoadedModel, config: WorkerConfig) -> None:
         generate_handler.models[:] = [model]
         self._model = model
-        self._batch = config.batch
+        self._handler = GenerateHandler(config.batch, config.zero_time)
         self._pipeline = self._built([(str(row), [1] * (8 + row), 4) for row in range(config.batch)])
         self.answer(lambda: False)
 
@@ -45,7 +45,7 @@ class RunInferencePipeline:
         # Without flags of its own Beam would read this process's command line.
         pipeline = beam.Pipeline(runner="DirectRunner", options=PipelineOptions(flags=[]))
         requests = pipeline | beam.Create(examples, reshuffle=False)
-        _ = requests | RunInference(GenerateHandler(self._batch)) | beam.Map(collect)
+        _ = requests | RunInference(self._handler) | beam.Map(collect)
         return pipeline
 
 

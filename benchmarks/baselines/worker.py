@@ -67,6 +67,7 @@ class WorkerConfig(Config):
     """A baseline's process."""
 
     batch: int = Field(default=8, ge=1, le=1024, description="requests that are answered together, at most")
+    zero_time: bool = Field(default=False, description="answer one token at once, without the model")
     engine: EngineConfig = EngineConfig()
 
 

@@ -158,6 +158,21 @@ def test_the_consumer_loop_answers_every_request_under_its_id(
     assert found == plain
 
 
+def test_a_consumer_loop_that_takes_no_time_asks_no_model(
+    model: LoadedModel, requests: tuple[Request, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer_loop, "KafkaConsumer", FakeConsumer)
+    monkeypatch.setattr(consumer_loop, "KafkaProducer", FakeProducer)
+    monkeypatch.setattr(model.model, "generate", None)
+    FakeConsumer.records = [request.to_json().encode() for request in requests]
+    FakeProducer.sent = []
+    loop = ConsumerLoop(model, WorkerConfig(batch=2, zero_time=True))
+    loop.prepare(Order(brokers="b:1", requests_topic="requests", responses_topic="responses", partitions=(0,)))
+    loop.answer(lambda: len(FakeProducer.sent) == len(requests))
+    found = {key.decode(): json.loads(value)["token_ids"] for _, key, value in FakeProducer.sent}
+    assert found == {request.request_id: [0] for request in requests}
+
+
 @pytest.mark.parametrize("module", ["transformers_continuous", "run_inference"])
 def test_processes_share_a_load_and_answer_it_as_the_plain_model(
     module: str, engine: EngineConfig, requests: tuple[Request, ...], plain: Answers, tmp_path: Path

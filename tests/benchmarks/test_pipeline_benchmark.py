@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_job import MadeCpuSeconds, made_answer, made_cluster, made_outcome, made_running
+from made_job import MadeCpuSeconds, MadeJob, made_answer, made_cluster, made_outcome, made_running
 
-from benchmarks import pipeline
-from benchmarks.on_flink import OperatorTimes
-from core.config import JobConfig
+from benchmarks import pipeline, zero_engine
+from benchmarks.baselines.worker import Answers, Order
+from benchmarks.on_flink import Drained, OperatorTimes
+from benchmarks.zero_engine import ZeroLoads
+from core.config import EngineConfig, JobConfig, KafkaConfig
 from core.errors import UserError
 from core.records import Request
 from core.session_home import home_slot
+from workloads.timed_request import Workload
 
 SAMPLES = {
     "pipeline_tokens_per_s": [90.0, 160.0, 85.0],
@@ -71,9 +74,12 @@ def test_loads_of_one_job_share_no_request_and_lengths_vary_within_the_model_s_l
 
 
 def test_the_zero_time_engine_s_records_are_spread_evenly_over_the_slots() -> None:
-    load = list(pipeline.zero_load(pipeline.PipelineConfig(), 2, 100, 0))
-    assert [home_slot(timed.session_id, 2) for timed in load] == [0, 1] * 50
-    assert {(len(timed.prompt_token_ids or ()), timed.max_new_tokens) for timed in load} == {(1, 1)}
+    loads = ZeroLoads(100, seed=7)
+    first, second = list(loads.next(2)), list(loads.next(2))
+    for load in (first, second):
+        assert [home_slot(timed.session_id, 2) for timed in load] == [0, 1] * 50
+        assert {(len(timed.prompt_token_ids or ()), timed.max_new_tokens) for timed in load} == {(1, 1)}
+    assert len({timed.request_id for timed in first + second}) == 200
 
 
 def test_a_load_takes_from_the_first_hand_over_to_the_last_answer_read() -> None:
@@ -86,11 +92,25 @@ def test_a_load_takes_from_the_first_hand_over_to_the_last_answer_read() -> None
     assert [one.e2e_ms for one in outcome.answers] == [500.0, 999.0, 1998.0]
 
 
-def test_the_draining_rate_counts_from_when_all_had_been_sent() -> None:
-    answers = [made_answer(1000.0 + n, 1500.0 * (n + 1)) for n in range(4)]
-    assert made_outcome(*answers, sent_ms=2000.0).drained_per_s == pytest.approx(3 / 4.0)
-    with pytest.raises(UserError, match="--records: of 4 only 0 were unanswered once all had been sent; give more"):
-        made_outcome(*answers, sent_ms=7000.0).drained_per_s  # noqa: B018
+def test_the_draining_rate_counts_all_answers() -> None:
+    assert Drained(2.0, (b"",) * 5).records_per_s == 2.5
+
+
+def test_a_request_that_is_answered_twice_is_told() -> None:
+    answers = [made_answer(0.0, 1.0, request_id=name).response.to_json().encode() for name in ("a", "b", "b")]
+    zero_engine.require_each_once(Drained(1.0, tuple(answers[:2])))
+    with pytest.raises(UserError, match="zero_engine: 3 answers are of 2 requests"):
+        zero_engine.require_each_once(Drained(1.0, tuple(answers)))
+
+
+def test_the_ratio_to_the_pass_through_job_is_the_median_of_each_round_s_own() -> None:
+    ours, passed = [50.0, 90.0, 80.0], [100.0, 100.0, 200.0]
+    figures = zero_engine.figures_of(
+        {"records_per_s_zero_engine_p2": ours, "records_per_s_pass_through_p2": passed, "records_per_s_loop": [7.0]}
+    )
+    assert figures["zero_engine_over_pass_through_p2"] == 0.5
+    assert (figures["records_per_s_zero_engine_p2"], figures["records_per_s_loop"]) == (80.0, 7.0)
+    assert not any(name.endswith("_p1") for name in figures)
 
 
 def test_operator_shares_are_of_the_load_s_time_and_add_up() -> None:
@@ -109,6 +129,52 @@ class MadeBareEngine:
         return [4.0] * len(requests)
 
 
+class MadeWorker:
+    """A baseline's process that is asked in the order that is due."""
+
+    def __init__(
+        self, module: str, engine: EngineConfig, batch: int, log: Path, timeout_s: float, *, zero_time: bool
+    ) -> None:
+        assert zero_time, "it would load a model"
+        self._said: list[str] = []
+
+    def ready(self) -> None:
+        self._said.append("ready")
+
+    def prepare(self, order: Order) -> None:
+        assert order.brokers == "made:9092"
+        self._said.append("prepare")
+
+    def go(self) -> None:
+        self._said.append("go")
+
+    def stop(self) -> None:
+        self._said.append("stop")
+
+    def done(self) -> None:
+        self._said.append("done")
+
+    def close(self) -> None:
+        assert self._said[0] == "ready"
+        assert self._said[1:] == ["prepare", "go", "stop", "done"] * (len(self._said) // 4)
+
+
+class MadeGroup:
+    """Answers a request in 2 ms."""
+
+    def __init__(self, workers: Sequence[MadeWorker]) -> None:
+        pass
+
+    def answer(self, orders: Sequence[Order]) -> tuple[float, Answers]:
+        answers: Answers = {request.request_id: [0] for order in orders for request in order.requests}
+        return 0.002 * len(answers), answers
+
+
+def made_drain(kafka: KafkaConfig, reader: object, workload: Workload, idle_timeout_s: float, name: str) -> Drained:
+    """A record in 4 ms."""
+    return MadeJob(name, JobConfig(kafka=kafka), pace_ms=4.0).drain(workload)
+
+
 def test_a_whole_run_on_a_made_job_writes_a_complete_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +189,15 @@ def test_a_whole_run_on_a_made_job_writes_a_complete_report(
         ("CpuSeconds", MadeCpuSeconds),
     ):
         monkeypatch.setattr(pipeline, name, made)
+    for name, instead in (
+        ("running", made_running),
+        ("drain", made_drain),
+        ("fresh_topics", made_cluster),
+        ("reading", made_cluster),
+        ("Worker", MadeWorker),
+        ("Group", MadeGroup),
+    ):
+        monkeypatch.setattr(zero_engine, name, instead)
     out = tmp_path / "made" / "pipeline.json"
     monkeypatch.setattr(sys, "argv", ["pipeline", f"--out={out}", "--rounds=2", "--requests=8", "--records=500"])
     pipeline.main()
@@ -132,10 +207,13 @@ def test_a_whole_run_on_a_made_job_writes_a_complete_report(
     assert figures["saturation_ratio"] == 0.8
     assert (figures["added_latency_p50_ms"], figures["added_latency_p95_ms"]) == (6.0, 6.0)
     assert figures["records_per_s_zero_engine_p1"] == figures["records_per_s_zero_engine_p2"] == 100.0
+    assert figures["zero_engine_over_pass_through_p1"] == figures["zero_engine_over_pass_through_p2"] == 0.5
+    assert (figures["records_per_s_loop"], figures["records_per_s_run_inference"]) == (250.0, 500.0)
     # A second of each part for 500 records; 4 ms of each record's 10 ms.
     assert figures["cpu_s_per_1000_python_workers_zero_engine_p2"] == 2.0
     assert figures["operator_0_busy_percent_zero_engine_p1"] == 40.0
-    assert report["settings"]["operators"] == {"p1": ["decode", "inference"], "p2": ["decode", "inference"]}
+    operators = {"zero_engine": ["decode", "inference"], "pass_through": ["decode", "inference"]}
+    assert report["settings"]["operators"] == {"p1": operators, "p2": operators}
     assert report["rounds"] == len(report["samples"]["pipeline_tokens_per_s"]) == 2
     assert "ratio 0.800" in capsys.readouterr().out
 
