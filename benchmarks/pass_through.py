@@ -48,6 +48,7 @@ class PassOn(KeyedProcessFunction):
                 device="none",
                 engine="pass-through",
                 model="none",
+                dtype="none",
                 threads=1,
                 chunk_bytes=0,
                 load_s=0.0,

@@ -28,7 +28,7 @@ class StandInSlot:
 
     `kill`, `stop`: the process is, by its signal; `tokenize`: it is killed before the request is in the queue;
     `stall`: the step never ends; `raise NAME`: the engine does. With ` at once` behind it, it happens in the first of
-    them. What begins with `refuse` is refused.
+    them. What begins with `refuse` is refused; `log` is too, and an error is logged.
     A model named `broken` cannot be loaded, one named `refused` is the user's fault, `stalled` takes for ever, `killed`
     kills.
     """
@@ -73,6 +73,12 @@ class StandInSlot:
     def submit(self, envelope: Envelope) -> Answer | None:
         if envelope.request.prompt == "tokenize":
             os.kill(os.getpid(), signal.SIGKILL)
+        if envelope.request.prompt == "log":
+            try:
+                raise TypeError("no prompt")
+            except TypeError:
+                logger.exception("request %r could not be tokenized", envelope.request.request_id)
+            return envelope.unanswered("logged")
         if (envelope.request.prompt or "").startswith("refuse"):
             return envelope.unanswered("refused")
         self._waiting.append(envelope)
