@@ -41,6 +41,7 @@ def _add_options(parser: argparse.ArgumentParser, config: type[BaseModel], taken
         flag = "--" + name.replace("_", "-")
         default = field.get_default(call_default_factory=True)
         help_text = f"{field.description or name} (default: {'none' if default is None else default})"
+        help_text = help_text.replace("%", "%%")  # argparse formats it with its own values
         # Suppressed defaults: only what was given reaches the model, which alone knows the defaults.
         if field.annotation is bool:
             group.add_argument(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from core.config import (
     Batching,
@@ -111,6 +111,17 @@ def test_the_help_tells_every_option_and_its_default() -> None:
     for name, value in flatten(JobConfig()):
         assert f"--{name.replace('_', '-')}" in text
         assert f"(default: {'none' if value is None else value})" in text
+
+
+def test_the_help_may_speak_of_percent() -> None:
+    class Load(BaseModel):
+        """Of a benchmark."""
+
+        rate: int = Field(default=1, description="requests at 10 % load (few)")
+
+    parser = Parser(prog="job")
+    add_options(parser, Load)
+    assert "requests at 10 % load (few) (default: 1)" in " ".join(parser.format_help().split())
 
 
 @pytest.mark.parametrize(
