@@ -8,6 +8,7 @@ import re
 import signal
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -181,10 +182,13 @@ def test_a_slot_process_that_is_killed_under_load_costs_no_request_and_no_restar
 
 
 def scraped(port: int) -> dict[str, float]:
-    """What Prometheus would read of a slot of one kind of answers."""
+    """What Prometheus would read of a slot, each name summed over its labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
         families = text_string_to_metric_families(answer.read().decode())
-        return {sample.name: sample.value for family in families for sample in family.samples}
+        read: defaultdict[str, float] = defaultdict(float)
+        for sample in (sample for family in families for sample in family.samples):
+            read[sample.name] += sample.value
+        return dict(read)
 
 
 def gauges(run: Run, *names: str) -> dict[str, float]:
