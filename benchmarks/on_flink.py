@@ -71,8 +71,6 @@ class Outcome:
 
     answers: tuple[Answer, ...]
     load: LoadReport
-    sent_ms: float
-    """Wall time at which Kafka had taken the last request."""
 
     @property
     def took_s(self) -> float:
@@ -129,21 +127,21 @@ class JobUnderTest:
         clock = SystemClock()
         generator = KafkaLoadGenerator(self.producer, self.job.kafka.requests_topic, workload, clock, backlog=backlog)
         answers: dict[str, Answer] = {}
-        sent_ms: float | None = None
+        all_sent = False
         with offered(generator) as load:
             last_s = time.monotonic()
-            while sent_ms is None or len(answers) < load.result().sent:
+            while not all_sent or len(answers) < load.result().sent:
                 if self._receive(answers):
                     last_s = time.monotonic()
-                if sent_ms is None and load.done():
-                    sent_ms, last_s = clock.wall_ms(), time.monotonic()
+                if not all_sent and load.done():
+                    all_sent, last_s = True, time.monotonic()
                     if (report := load.result()).errors:
                         raise UserError(f"{self.name}: Kafka did not take {report.errors} of {report.sent} requests")
-                if sent_ms is not None and time.monotonic() - last_s > self.flink.idle_timeout_s:
+                if all_sent and time.monotonic() - last_s > self.flink.idle_timeout_s:
                     self.submitted.require_alive(untouched=True)
                     raise UserError(f"{self.name}: {load.result().sent - len(answers)} requests stay unanswered")
         self.submitted.require_alive(untouched=True)
-        return Outcome(tuple(answers.values()), load.result(), sent_ms)
+        return Outcome(tuple(answers.values()), load.result())
 
     def drain(self, workload: Workload) -> Drained:
         """Offer `workload` all at once, and wait for as many answers. Raises `UserError` as `offer` does."""

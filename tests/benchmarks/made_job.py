@@ -28,9 +28,9 @@ def made_answer(
     return Answer(response, received_ms)
 
 
-def made_outcome(*answers: Answer, sent_ms: float) -> Outcome:
+def made_outcome(*answers: Answer) -> Outcome:
     count = len(answers)
-    return Outcome(answers, LoadReport(count, count, 0, None, 1.0, None, None, Lag()), sent_ms)
+    return Outcome(answers, LoadReport(count, count, 0, None, 1.0, None, None, Lag()))
 
 
 class MadeJob:
@@ -54,7 +54,7 @@ class MadeJob:
             received_ms = self._pace_ms * (index + 1) if backlog else at_ms + self._pace_ms
             answers.append(made_answer(at_ms, received_ms, timed.max_new_tokens, timed.request_id, timed.user_id))
         self._answered += len(answers)
-        return made_outcome(*answers, sent_ms=0.0 if backlog else answers[-1].response.created_at_ms)
+        return made_outcome(*answers)
 
     def drain(self, workload: Workload) -> Drained:
         outcome = self.offer(workload, backlog=True)

@@ -83,9 +83,7 @@ def test_the_zero_time_engine_s_records_are_spread_evenly_over_the_slots() -> No
 
 
 def test_a_load_takes_from_the_first_hand_over_to_the_last_answer_read() -> None:
-    outcome = made_outcome(
-        made_answer(1000.0, 1500.0), made_answer(1001.0, 2000.0), made_answer(1002.0, 3000.0), sent_ms=1002.0
-    )
+    outcome = made_outcome(made_answer(1000.0, 1500.0), made_answer(1001.0, 2000.0), made_answer(1002.0, 3000.0))
     assert outcome.took_s == 2.0
     assert outcome.tokens_per_s == 6.0
     assert outcome.requests_per_s == 1.5
