@@ -7,7 +7,19 @@ from dataclasses import replace
 import pytest
 import redis
 import torch
-from cache_support import IDENTITY, SHAPE, Proxy, RedisServer, check_lease, hits, make_cache, prompt, reader, store
+from cache_support import (
+    IDENTITY,
+    SHAPE,
+    Proxy,
+    RedisServer,
+    check_lease,
+    free_port,
+    hits,
+    make_cache,
+    prompt,
+    reader,
+    store,
+)
 
 from cache.codec import HEADER_BYTES, record_bytes
 from cache.keys import KeySchema
@@ -373,7 +385,8 @@ class TestClusterMode:
     @pytest.fixture
     def cluster(self, tmp_path):
         """A node of a cluster that serves none of its keys' slots."""
-        server = RedisServer(tmp_path, "--cluster-enabled", "yes")
+        # Its own choice for the other nodes' port is 10,000 above, which may be no port.
+        server = RedisServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
         yield server
         server.stop()
 
