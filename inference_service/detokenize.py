@@ -28,19 +28,17 @@ def answer_text(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) ->
 
     context, before = _context(prompt, decode)
     # Where a character is unfinished, some decoders give up all bytes before it as well.
-    finished = len(answer)
-    for end in range(len(answer), max(-1, len(answer) - LONGEST_CHARACTER), -1):
-        if not decode([*context, *answer[:end]]).endswith(UNFINISHED):
-            finished = end
+    for finished in (*range(len(answer), max(-1, len(answer) - LONGEST_CHARACTER), -1), len(answer)):
+        text = decode([*context, *answer[:finished]])
+        if not text.endswith(UNFINISHED):
             break
-    text = decode([*context, *answer[:finished]])
     if text.startswith(before):
         text = text[len(before) :]
     elif before.endswith(UNFINISHED):
         text = text[_common(before, text) :]
     else:
         text = decode(answer[:finished])
-    return text + decode(answer[finished:])
+    return text + decode(answer[finished:]) if finished < len(answer) else text
 
 
 def _context(prompt: Sequence[int], decode: Any) -> tuple[Sequence[int], str]:

@@ -10,6 +10,7 @@ import heapq
 import itertools
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -62,10 +63,12 @@ class Engine:
         chunk_tokens: int,
         clock: Clock,
         *,
-        on_begin: Callable[[Request], None] = lambda request: None,
+        on_begin: Callable[[Sequence[Request]], None] = lambda requests: None,
         on_pass: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_begin` is called before anything is done for a request that has waited, `on_pass` after each pass."""
+        """`on_begin` is called before anything is computed or looked up for requests that have waited, `on_pass` after
+        each pass.
+        """
         self.model = model
         self.chunk_shape = model.chunk_shape(chunk_tokens)
         self._cache = cache
@@ -84,6 +87,8 @@ class Engine:
         """Those whose prompt is computed in part, in the order in which they began."""
         self._running: list[ActiveSequence] = []
         """The sequence at index i owns row i."""
+        self._unannounced: list[Request] = []
+        """Those that begin in this step, and that `on_begin` has not been told of."""
         self._next_expiry_ms = math.inf
         self._done = EngineFigures()
         self._prefill_ms_per_token: float | None = None
@@ -228,18 +233,19 @@ class Engine:
 
         for sequence in sorted(self._prefilling[1:], key=_shortest):
             left -= take(sequence, left - kept)
+        room = _Room(self._running, self._prefilling, self._runner.rows, self._most_tokens)
         passed: list[tuple[int, int, ActiveSequence]] = []
         while left > kept and self._waiting:
             sequence = self._waiting[0][2]
-            if not self._has_room(sequence, chosen, passed) or self._may_reuse(sequence, chosen):
+            if not room.has(sequence) or self._may_reuse(sequence, chosen):
                 break
             entry = heapq.heappop(self._waiting)
             if sequence.is_fetching:
                 passed.append(entry)
+                room.keep(sequence)
                 continue
-            self._on_begin(sequence.request)
             try:
-                self._begin(sequence)
+                self._begin(sequence, room)
             except torch.AcceleratorError:
                 raise
             except Exception as error:  # one failing request fails alone; the others' rows are untouched
@@ -247,6 +253,7 @@ class Engine:
                 continue
             self._prefilling.append(sequence)
             left -= take(sequence, left - kept)
+            room.give(sequence)
         for entry in passed:
             heapq.heappush(self._waiting, entry)
         if oldest is not None:
@@ -260,24 +267,6 @@ class Engine:
         """
         if self._waiting and (prefetch := self._waiting[0][2].prefetch) is not None:
             prefetch.wait(IDLE_WAIT_S)
-
-    def _has_room(
-        self,
-        sequence: ActiveSequence,
-        chosen: Sequence[ActiveSequence],
-        passed: Sequence[tuple[int, int, ActiveSequence]],
-    ) -> bool:
-        """Whether a row is free and the tokens that all may come to hold stay within their bound.
-
-        Those that it passes keep their room. A sequence that is alone always has room, however heavy it is.
-        """
-        kept = [other for _, _, other in passed]
-        active = len(self._running) + len(self._prefilling) + len(kept)
-        held = sum(other.weight for other in (*self._running, *self._prefilling, *kept))
-        partial = len(self._prefilling) + len(kept) - sum(other.ends_prompt for other in chosen)
-        return active == 0 or (
-            active < self._runner.rows and partial < MOST_PARTIAL and held + sequence.weight <= self._most_tokens
-        )
 
     def _may_reuse(self, sequence: ActiveSequence, chosen: Sequence[ActiveSequence]) -> bool:
         """Whether this step computes a chunk that the sequence begins with as well: a step later it need not.
@@ -294,20 +283,22 @@ class Engine:
                 return True
         return False
 
-    def _begin(self, sequence: ActiveSequence) -> None:
-        """Give the sequence a free row, filled with what the cache has.
-
-        The lowest, where it may run soon; a long prompt the highest, so that it stands in nobody's way.
-        """
+    def _begin(self, sequence: ActiveSequence, room: "_Room") -> None:
+        """Give the sequence a free row, filled with what the cache has."""
         logger.debug("request %r begins", sequence.request.request_id)
+        self._unannounced.append(sequence.request)
         sequence.began_ms = self._clock.wall_ms()
         sequence.began_with = len(self._running) + len(self._prefilling) + 1
-        taken = {other.row for other in self._prefilling}
-        free = [row for row in range(len(self._running), self._runner.rows) if row not in taken]
-        sequence.row = free[-1] if len(sequence.prompt) > self._step_tokens else free[0]
+        sequence.row = room.row_for(sequence, stays_long=len(sequence.prompt) > self._step_tokens)
         # Chunks are finite: none is stored, or taken from Redis, without having been looked at.
         sequence.held = sequence.finite = sequence.touched = self._reuse(sequence)
         sequence.long = sequence.missing > self._step_tokens
+
+    def _announce(self) -> None:
+        """Tell of those that are about to begin: should the process die of one, it is known who it may have been."""
+        if self._unannounced:
+            requests, self._unannounced = self._unannounced, []
+            self._on_begin(requests)
 
     def _compute_timed(self, sequence: ActiveSequence, done: list[Completion | Failure]) -> None:
         """A piece of a long prompt, in a pass of its own: what it takes decides how much comes next."""
@@ -349,6 +340,7 @@ class Engine:
         All of them hold what was computed before anything is moved from row to row.
         Raises `torch.AcceleratorError`: nothing runs on the device in this process any more.
         """
+        self._announce()
         pieces = [sequence.piece for sequence in sequences]
         for sequence, piece in zip(sequences, pieces, strict=True):
             sequence.touched = piece.end
@@ -459,6 +451,7 @@ class Engine:
         """Fill the row from the cache; the number of prompt tokens that need no computing."""
         if self._cache is None:
             return 0
+        self._announce()
         tokens = self.chunk_shape.chunk_tokens
         with self._cache.lookup(sequence.prompt, sequence.request.cache_salt, sequence.prefetch) as lease:
             sequence.capacity_chunks, sequence.used_chunks = lease.capacity_chunks, lease.used_chunks
@@ -595,6 +588,50 @@ class Engine:
         """Online average over long prefills; a short one is mostly the fixed cost of a pass."""
         if tokens >= self.chunk_shape.chunk_tokens and took_ms > 0:
             self._prefill_ms_per_token = _averaged(self._prefill_ms_per_token, took_ms / tokens)
+
+
+class _Room:
+    """What a step has left for those that may begin in it: rows, the tokens that all may come to hold, and prompts in
+    pieces. It counts on from what runs, as a step may begin hundreds.
+    """
+
+    def __init__(
+        self, running: Sequence[ActiveSequence], prefilling: Sequence[ActiveSequence], rows: int, most_tokens: int
+    ) -> None:
+        """Of a step that has chosen what it computes of those `prefilling`, but for the first of them."""
+        self._most_tokens = most_tokens
+        self._held_tokens = sum(one.weight for one in running) + sum(one.weight for one in prefilling)
+        self._active = len(running) + len(prefilling)
+        self._partial = sum(one is prefilling[0] or not one.ends_prompt for one in prefilling)
+        taken = {one.row for one in prefilling}
+        self._rows = deque(row for row in range(len(running), rows) if row not in taken)
+        self._kept = 0
+        """Of the rows, those that others have been passed for."""
+
+    def has(self, sequence: ActiveSequence) -> bool:
+        """A sequence that is alone always has room, however heavy it is."""
+        return self._active + self._kept == 0 or (
+            len(self._rows) > self._kept
+            and self._partial < MOST_PARTIAL
+            and self._held_tokens + sequence.weight <= self._most_tokens
+        )
+
+    def keep(self, sequence: ActiveSequence) -> None:
+        """It is passed by others, and keeps its room."""
+        self._kept += 1
+        self._partial += 1
+        self._held_tokens += sequence.weight
+
+    def row_for(self, sequence: ActiveSequence, *, stays_long: bool) -> int:
+        """A free row: the lowest, where it may run soon; for a long prompt the highest, in nobody's way."""
+        return self._rows[-1] if stays_long else self._rows[0]
+
+    def give(self, sequence: ActiveSequence) -> None:
+        """It has begun in the row that it was shown, and what the step computes of it is chosen."""
+        self._rows.remove(sequence.row)
+        self._active += 1
+        self._partial += not sequence.ends_prompt
+        self._held_tokens += sequence.weight
 
 
 def _shortest(sequence: ActiveSequence) -> tuple[int, int]:

@@ -82,6 +82,8 @@ class GenerationDefaults:
         seed = None
         if temperature > 0:
             seed = seed_of(request.request_id) if request.seed is None else request.seed
+        if (temperature, seed) == (self.sampling.temperature, self.sampling.seed):
+            return self.sampling
         return self.sampling.model_copy(update={"temperature": temperature, "seed": seed})
 
 

@@ -73,9 +73,7 @@ class SequenceSampler:
         self.penalised = sampling.repetition_penalty != 1
         self._rules = rules
         self._most_tokens = most_tokens
-        self._suppressed = np.asarray(rules.suppressed, dtype=np.int64)
-        self._end = np.asarray(sorted(end_tokens), dtype=np.int64)
-        self._suppressed_first = np.asarray(rules.suppressed_first, dtype=np.int64)
+        self._end_tokens = end_tokens
         self._seen = _Seen(prompt) if self.penalised else None
         self._uniform = _Uniform(0 if sampling.seed is None else sampling.seed)
 
@@ -90,12 +88,12 @@ class SequenceSampler:
 
     def forbidden(self, index: int) -> _Ids:
         """Token ids that token `index` of the answer must not be."""
-        parts = [self._suppressed]
-        if index == 0 and self._suppressed_first.size:
-            parts.append(self._suppressed_first)
+        tokens = [*self._rules.suppressed]
+        if index == 0:
+            tokens += self._rules.suppressed_first
         if index < self.sampling.min_new_tokens and not self.forced(index):
-            parts.append(self._end)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            tokens += sorted(self._end_tokens)
+        return np.asarray(tokens, dtype=np.int64)
 
     def forced(self, index: int) -> tuple[int, ...]:
         """Token ids of which token `index` of the answer must be one; none where it is free."""
@@ -105,8 +103,8 @@ class SequenceSampler:
         """Whether anything is penalised, forbidden or forced at token `index`."""
         return (
             self.penalised
-            or self._suppressed.size > 0
-            or (index == 0 and self._suppressed_first.size > 0)
+            or bool(self._rules.suppressed)
+            or (index == 0 and bool(self._rules.suppressed_first))
             or index < self.sampling.min_new_tokens
             or bool(self.forced(index))
         )

@@ -5,7 +5,7 @@ it dies of again is known. What had not begun follows after them.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from inference_service.completion import timed_out
@@ -39,10 +39,14 @@ class Custody:
 
     @property
     def queue(self) -> Queue:
+        return Queue(len(self), len(self) - len(self._begun))
+
+    @property
+    def waiting_since_ms(self) -> float | None:
+        """When the first of those was decoded that have not begun; none if all have."""
         given = [envelope for source, envelope in self._given.items() if source not in self._begun]
         waiting = [*self._waiting, *self._suspects, *given]
-        since_ms = min((envelope.decoded_at_ms for envelope in waiting), default=None)
-        return Queue(len(self), len(waiting), since_ms)
+        return min((envelope.decoded_at_ms for envelope in waiting), default=None)
 
     def take(self, envelope: Envelope) -> None:
         """Take a request in. It is a suspect if processes have died with it before."""
@@ -59,9 +63,9 @@ class Custody:
         self._given.update((envelope.source, envelope) for envelope in orders)
         return orders
 
-    def began(self, source: Source) -> None:
-        """The process has begun to work on it."""
-        self._begun.add(source)
+    def began(self, sources: Iterable[Source]) -> None:
+        """The process has begun to work on them."""
+        self._begun.update(sources)
 
     def answered(self, source: Source) -> None:
         self._begun.discard(source)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -54,9 +55,9 @@ class Broken:
 
 @dataclass(frozen=True)
 class Began:
-    """The engine is about to begin with the request that stands at `source`."""
+    """The engine is about to begin with the requests that stand at `sources`."""
 
-    source: Source
+    sources: Sequence[Source]
 
 
 @dataclass(frozen=True)

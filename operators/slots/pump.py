@@ -87,21 +87,27 @@ class Pump:
 
     def take(self, owner: int, timeout_s: float = 0.0) -> list[Answer]:
         """What has finished of `owner`'s and leaves now; waits for a first one up to `timeout_s`."""
+        if timeout_s <= 0 and owner not in self._finished:
+            self._require_alive()
+            return []
         with self._changed:
             if timeout_s > 0:
-                self._wait_for(lambda: self._finished[owner], timeout_s)
+                self._wait_for(lambda: owner in self._finished, timeout_s)
             self._require_alive()
             finished = self._finished.pop(owner, [])
-            for answer in finished:
-                self._retried[owner].pop(answer.source, None)
+            if (retried := self._retried.get(owner)) is not None:
+                for answer in finished:
+                    retried.pop(answer.source, None)
             self._outstanding[owner] -= len(finished)
         now_ms = self._clock.wall_ms()
         return [answer.leaving(now_ms) for answer in finished]
 
     def retried(self, owner: int) -> list[Envelope]:
         """Of what is outstanding of `owner`, what was asked again since the last call, with its attempts."""
+        if owner not in self._retried:
+            return []
         with self._changed:
-            return list(self._retried.pop(owner, {}).values())
+            return list(self._retried.pop(owner).values())
 
     def close(self) -> None:
         """End the slot after the step it is in. What is unanswered stays so."""

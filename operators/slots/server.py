@@ -86,7 +86,7 @@ def run(line: Line) -> None:
                 start.config,
                 start.slot,
                 clock,
-                on_begin=lambda source: line.send(Began(source)),
+                on_begin=lambda sources: line.send(Began(sources)),
                 on_pass=lambda: pulse.beat(slot),
             )
         except UserError as error:

@@ -36,10 +36,10 @@ class InferenceSlot:
         slot: int,
         clock: Clock,
         *,
-        on_begin: Callable[[Source], None] = lambda source: None,
+        on_begin: Callable[[Sequence[Source]], None] = lambda sources: None,
         on_pass: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_begin` is called before anything is computed for a request, `on_pass` after each pass."""
+        """`on_begin` is called before anything is computed for requests, `on_pass` after each pass."""
         began = time.monotonic()
         self.index = slot
         self._clock = clock
@@ -71,7 +71,7 @@ class InferenceSlot:
             self._cache,
             chunk_tokens,
             clock,
-            on_begin=lambda request: on_begin(self._envelopes[id(request)].source),
+            on_begin=lambda requests: on_begin([self._envelopes[id(one)].source for one in requests]),
             on_pass=on_pass,
         )
         self._engine.warm_up()

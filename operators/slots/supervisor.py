@@ -79,7 +79,7 @@ class Supervisor:
         self._ended = threading.Event()
         self._ready: Future[Ready] = Future()
         self._came: SimpleQueue[list[Answer | Retry] | BaseException] = SimpleQueue()
-        metrics.queue = self._queue
+        metrics.queue, metrics.waiting_since_ms = self._queue, self._waiting_since_ms
         self._thread = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
         self._thread.start()
         try:
@@ -193,7 +193,7 @@ class Supervisor:
             self._metrics.heard(said.figures)
         elif isinstance(said, Began):
             with self._changing:
-                self._custody.began(said.source)
+                self._custody.began(said.sources)
         elif isinstance(said, list):
             with self._changing:
                 for answer in said:
@@ -226,6 +226,10 @@ class Supervisor:
     def _queue(self) -> Queue:
         with self._changing:
             return self._custody.queue
+
+    def _waiting_since_ms(self) -> float | None:
+        with self._changing:
+            return self._custody.waiting_since_ms
 
     def _expired(self) -> list[Answer]:
         with self._changing:

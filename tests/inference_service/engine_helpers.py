@@ -87,7 +87,7 @@ def make_engine(
     cache: "MemoryCache | None" = None,
     max_running: int = 4,
     clock: Clock | None = None,
-    on_begin: Callable[[Request], None] = lambda request: None,
+    on_begin: Callable[[Sequence[Request]], None] = lambda requests: None,
     on_pass: Callable[[], None] = lambda: None,
     **settings: Any,
 ) -> Engine:

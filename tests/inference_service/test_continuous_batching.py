@@ -362,7 +362,7 @@ def test_the_engine_says_whom_it_begins_with_before_it_does_anything_for_them(mo
         model,
         cache=cache,
         max_running=1,
-        on_begin=lambda request: said.append(request.request_id),
+        on_begin=lambda requests: said.extend(one.request_id for one in requests),
         on_pass=lambda: said.append("pass"),
     )
     engine.warm_up()

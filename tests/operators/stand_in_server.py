@@ -38,7 +38,7 @@ class StandInSlot:
         config: JobConfig,
         slot: int,
         clock: Clock,
-        on_begin: Callable[[Source], None] = lambda source: None,
+        on_begin: Callable[[Sequence[Source]], None] = lambda sources: None,
         on_pass: Callable[[], None] = lambda: None,
     ) -> None:
         logger.info("loading")
@@ -89,7 +89,7 @@ class StandInSlot:
         self._steps += 1
         while self._waiting and len(self._running) < self._rows:
             envelope = self._waiting.pop(0)
-            self._on_begin(envelope.source)
+            self._on_begin([envelope.source])
             self._running[envelope.source] = (envelope, 0)
         for source, (envelope, steps) in self._running.items():
             self._running[source] = (envelope, steps + 1)

@@ -57,13 +57,13 @@ def test_what_had_begun_is_asked_again_one_by_one_and_the_rest_follows() -> None
     made = custody()
     taken(made, 1, 2, 3, 4)
     made.give()
-    made.began(at(1))
-    made.began(at(3))
+    made.began([at(1)])
+    made.began([at(3)])
     assert outcome(made.lost("was ended by SIGKILL")) == {1: 1, 3: 1}
     taken(made, 5)
     assert given_now(made) == [1]
     assert given_now(made) == []
-    made.began(at(1))
+    made.began([at(1)])
     made.answered(at(1))
     assert given_now(made) == [3]
     made.answered(at(3))
@@ -76,7 +76,7 @@ def test_who_it_dies_of_again_is_given_up_and_says_how() -> None:
     ends = []
     for how in ("hung", "was ended by SIGSEGV", "was ended by SIGKILL"):
         made.give()
-        made.began(at(1))
+        made.began([at(1)])
         ends.append(outcome(made.lost(how)))
     assert ends == [{1: 1}, {1: 2}, {1: "the slot's process died 3 times in the midst of it: was ended by SIGKILL"}]
     assert len(made) == 0
@@ -88,7 +88,7 @@ def test_a_single_attempt_is_the_only_one() -> None:
     made = custody(max_attempts=1)
     taken(made, 1)
     made.give()
-    made.began(at(1))
+    made.began([at(1)])
     assert outcome(made.lost("hung")) == {1: "the slot's process died once in the midst of it: hung"}
 
 
@@ -191,7 +191,7 @@ def test_each_request_has_one_outcome_whatever_dies(seed: int, max_attempts: int
         waits += given_now(made)
         while waits and len(runs) < rows:
             runs.append(waits.pop(0))
-            made.began(at(runs[-1]))
+            made.began([at(runs[-1])])
         if runs and (runs[0] in poison or (strokes and chance.random() < 0.1)):
             strokes -= runs[0] not in poison
             die()

@@ -199,7 +199,7 @@ def test_ready_says_what_serves(slot: InferenceSlot) -> None:
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_slot_says_whom_it_begins_with_and_that_it_gets_on(config: JobConfig, grouped: bool) -> None:
     said: list[Source | None] = []
-    made = InferenceSlot(config, 0, SystemClock(), on_begin=said.append, on_pass=lambda: said.append(None))
+    made = InferenceSlot(config, 0, SystemClock(), on_begin=said.extend, on_pass=lambda: said.append(None))
     requests = [envelope(number, max_new_tokens=3, prompt="p" * number) for number in (1, 2)]
     assert said == []
     if grouped:

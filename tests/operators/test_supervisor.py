@@ -183,7 +183,7 @@ def test_deaths_are_counted_and_the_slot_is_down_meanwhile(start: Start) -> None
     assert (read("infertuner_in_flight_requests"), read("infertuner_waiting_requests")) == (2, 2)
     (first,) = scripts.made
     first.says.put(Beat(FIGURES))
-    first.says.put(Began(envelope(1).source))
+    first.says.put(Began([envelope(1).source]))
     deadline_s = time.monotonic() + WAIT_S
     while read("infertuner_waiting_requests") == 2:
         assert time.monotonic() < deadline_s
@@ -350,7 +350,7 @@ def test_a_process_hangs_that_says_nothing_for_the_time_allowed(start: Start) ->
     slot = start(config(engine_timeout_s=100.0, slot_restarts=100), scripts.clock, start=scripts.start)
     (first,) = scripts.made
     slot.send(envelope(1))
-    first.says.put(Began(envelope(1).source))
+    first.says.put(Began([envelope(1).source]))
     for _ in range(5):
         first.says.put(Beat(FIGURES))
     second = scripts.wait_for(2)
@@ -387,7 +387,7 @@ def test_what_a_process_said_before_it_died_counts(start: Start) -> None:
     slot.send(envelope(1))
     slot.send(envelope(2))
     done = envelope(1)
-    first.says.put(Began(done.source))
+    first.says.put(Began([done.source]))
     first.says.put([Answer(done.source, letter(done))])
     first.says.put(SlotDiedError("was ended by SIGKILL"))
     second = scripts.wait_for(2)
