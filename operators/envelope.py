@@ -99,8 +99,6 @@ class Queue:
     in_flight: int = 0
     waiting: int = 0
     """Those of them that have not begun."""
-    since_ms: float | None = None
-    """When the first of the waiting was decoded."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pyflink.datastream.state import MapState, MapStateDescriptor
 
 from operators.envelope import Envelope, Source
 from operators.envelope_state import from_state, to_state
-from operators.flink.rows import answer_row
+from operators.flink.rows import STORED, answer_row
 from operators.flink.slot_function import END_OF_INPUT, SlotFunction
 from operators.slots.pump import Pump
 
@@ -33,7 +33,7 @@ class ContinuousFunction(SlotFunction):
         most, rows = self._config.batching.max_in_flight, self._config.engine.max_running
         self._pump = self._opened.enter_context(closing(Pump(self._slot, most, self._clock, rows)))
         self._in_flight: MapState = runtime_context.get_map_state(
-            MapStateDescriptor("in-flight", Types.STRING(), Types.PICKLED_BYTE_ARRAY())
+            MapStateDescriptor("in-flight", Types.STRING(), STORED)
         )
         self._watched: dict[int, int] = {}
         """By key, when the timer rings that looks for its answers next."""

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
-from pyflink.common import Types
 from pyflink.datastream import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import ListState, ListStateDescriptor
 
@@ -13,7 +12,7 @@ from operators.batching import MicroBatcher, Standing
 from operators.boards.load_board import LoadBoard, LoadReport
 from operators.envelope import Envelope
 from operators.envelope_state import from_state, to_state
-from operators.flink.rows import answer_row
+from operators.flink.rows import STORED, answer_row
 from operators.flink.slot_function import END_OF_INPUT, SlotFunction
 
 
@@ -34,9 +33,7 @@ class MicroBatchFunction(SlotFunction):
             lambda: MicroBatcher(batching.batch_size, batching.max_wait_ms)
         )
         """By key: a batch leaves under the key whose state holds its requests."""
-        self._pending: ListState = runtime_context.get_list_state(
-            ListStateDescriptor("pending", Types.PICKLED_BYTE_ARRAY())
-        )
+        self._pending: ListState = runtime_context.get_list_state(ListStateDescriptor("pending", STORED))
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         self._stood.taken(envelope.decoded_at_ms)

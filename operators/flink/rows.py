@@ -9,11 +9,13 @@ from pyflink.datastream import OutputTag
 from core.records import DeadLetter
 from operators.delivery.journal import Record
 from operators.envelope import Answer, Envelope, WarmUp
-from operators.envelope_state import from_state, to_state
+from operators.envelope_state import from_plain, to_state
 
 KEY_VALUE = Types.ROW_NAMED(["key", "value"], [Types.STRING(), Types.STRING()])
 KEYED = Types.ROW_NAMED(["key", "element"], [Types.INT(), Types.PRIMITIVE_ARRAY(Types.BYTE())])
 """On the way to inference: the key that leads to the slot, and an element as `element_row` packs it."""
+STORED = Types.PRIMITIVE_ARRAY(Types.BYTE())
+"""In state: an envelope as `to_state` packs it."""
 DEAD_LETTERS = OutputTag("dead-letters", KEY_VALUE)
 READY = OutputTag("ready", KEY_VALUE)
 USER_ERRORS = OutputTag("user-errors", Types.STRING())
@@ -23,15 +25,13 @@ WARM_UP = -1
 
 
 def element_row(key: int, element: Envelope | WarmUp) -> Row:
-    """Pickled here: Flink's own type for objects takes them through cloudpickle, which costs ten times as much."""
-    plain = element.slot if isinstance(element, WarmUp) else to_state(element)
-    return Row(key, pickle.dumps(plain, pickle.HIGHEST_PROTOCOL))
+    return Row(key, pickle.dumps(element.slot) if isinstance(element, WarmUp) else to_state(element))
 
 
 def element_of(packed: bytes) -> Envelope | WarmUp:
     """What `element_row` packed."""
     plain = pickle.loads(packed)
-    return WarmUp(plain) if isinstance(plain, int) else from_state(plain)
+    return WarmUp(plain) if isinstance(plain, int) else from_plain(plain)
 
 
 def answer_row(answer: Answer) -> Any:

@@ -14,6 +14,7 @@ from core.config import JobConfig, KafkaConfig
 from operators.delivery.answered_log import AnsweredLog
 from operators.delivery.kafka_journal import KafkaJournal
 from operators.envelope import Envelope, WarmUp
+from operators.flink.beam_worker import without_sampling
 from operators.flink.rows import READY, element_of, written_row
 from operators.flink.user_errors import UserErrors
 from operators.metrics.endpoint import MetricsEndpoint
@@ -27,6 +28,9 @@ SPARE_TIMER_MS = 1000
 set: it is on its way to Java, and in no checkpoint that is taken meanwhile. Without the other, what is in flight would
 wait after a restart until another request comes. Where nothing is, they open the function after a restart all the same,
 and so load the model."""
+FAR_TIMER_MS = 60_000
+"""The same further ahead, for a worker that stands still until both spare ones are over. Their successors are on their
+way when it goes on."""
 
 
 class SlotFunction(KeyedProcessFunction):
@@ -55,6 +59,7 @@ class SlotFunction(KeyedProcessFunction):
             self._open(runtime_context)
 
     def _open(self, runtime_context: RuntimeContext) -> None:
+        without_sampling()
         self._clock = self._make_clock()
         # First of all: what comes to the topic from now on has been seen by nobody.
         journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
@@ -69,8 +74,8 @@ class SlotFunction(KeyedProcessFunction):
         self._slot = self._opened.enter_context(closing(slot))
         self._restored: set[int] = set()
         self._said_ready = False
-        self._spare_intervals: dict[int, int] = {}
-        """The interval that a key's spare timers were set in last."""
+        self._spares_due_ms: dict[int, int] = {}
+        """By key, when further spare timers are to be set."""
         self._opened_ms = self._clock.wall_ms()
 
     def close(self) -> None:
@@ -104,12 +109,15 @@ class SlotFunction(KeyedProcessFunction):
         yield from self._look(timestamp, ctx)
 
     def _set_spare_timers(self, ctx: KeyedProcessFunction.Context) -> None:
-        key, interval = ctx.get_current_key(), int(self._clock.wall_ms()) // SPARE_TIMER_MS
-        if self._spare_intervals.get(key) != interval:
-            self._spare_intervals[key] = interval
+        key, now_ms = ctx.get_current_key(), int(self._clock.wall_ms())
+        # A clock may be set back: then they are set anew as well.
+        if 0 <= now_ms - self._spares_due_ms.get(key, 0) + SPARE_TIMER_MS < SPARE_TIMER_MS:
+            return
+        self._spares_due_ms[key] = (now_ms // SPARE_TIMER_MS + 1) * SPARE_TIMER_MS
+        for length_ms in (SPARE_TIMER_MS, FAR_TIMER_MS):
             for ahead in (1, 2):
-                ctx.timer_service().register_processing_time_timer((interval + ahead) * SPARE_TIMER_MS)
-            ctx.timer_service().register_event_time_timer(END_OF_INPUT)
+                ctx.timer_service().register_processing_time_timer((now_ms // length_ms + ahead) * length_ms)
+        ctx.timer_service().register_event_time_timer(END_OF_INPUT)
 
     def _answered_before(self, envelope: Envelope) -> list[Any] | None:
         """None where no earlier attempt of the job has answered it; else what is to be written again, if anything."""
@@ -141,5 +149,5 @@ def _show(metrics: SlotMetrics, runtime_context: RuntimeContext) -> None:
     """Put the gauges into Flink's own metrics; there are none where they are switched off."""
     group = runtime_context.get_metrics_group()
     if group is not None:
-        for name, read in metrics.whole_gauges().items():
+        for name, read in metrics.flink_gauges().items():
             group.gauge(name, read)

@@ -24,7 +24,7 @@ from operators.envelope import Envelope, WarmUp
 from operators.flink.continuous import ContinuousFunction
 from operators.flink.micro_batch import MicroBatchFunction
 from operators.flink.rows import READY
-from operators.flink.slot_function import SPARE_TIMER_MS, SlotFunction
+from operators.flink.slot_function import FAR_TIMER_MS, SPARE_TIMER_MS, SlotFunction
 from operators.placement import key_of_each_slot
 from tests.experiments.experiment_samples import response
 from tests.operators.flink.key_groups import subtask_of
@@ -137,6 +137,8 @@ class Delivery(RuleBasedStateMachine):
         def wait() -> None:
             self.slots.answer_at_once(True)
             self._advance(4 * SPARE_TIMER_MS)
+            if self.ever_answered != set(range(len(self.topic))):
+                self._advance(2 * FAR_TIMER_MS)
 
         self._survive(wait, again=True)
         self.slots.answer_at_once(False)

@@ -25,17 +25,17 @@ RELEASES = ["0.1.0", "1"]
 
 def test_what_is_stored_comes_back_whole() -> None:
     stored = replace(envelope(3), slot=2, decoded_at_ms=7.5, attempts=1)
-    assert from_state(pickle.loads(pickle.dumps(to_state(stored)))) == stored
+    assert from_state(to_state(stored)) == stored
 
 
 def test_no_class_is_stored() -> None:
-    opcodes = {opcode.name for opcode, _, _ in pickletools.genops(pickle.dumps(to_state(envelope(3))))}
+    opcodes = {opcode.name for opcode, _, _ in pickletools.genops(to_state(envelope(3)))}
     assert opcodes.isdisjoint({"GLOBAL", "STACK_GLOBAL"})
 
 
 def test_state_of_a_later_release_is_told() -> None:
     with pytest.raises(UserError, match=rf"^savepoint: .* version {VERSION + 1}, .* up to {VERSION}; start"):
-        from_state((VERSION + 1, "anything"))
+        from_state(pickle.dumps((VERSION + 1, "anything")))
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -26,7 +26,7 @@ from tests.operators.slot_harness import SlotHarness
 from tests.operators.stand_in_slot import StandInSlots, envelope
 
 KEY = 7
-SPARE = [2000, 3000]
+SPARE = [2000, 3000, 60_000, 120_000]
 CONFIG = JobConfig(parallelism=1, batching=BatchingConfig(batch_size=3, max_wait_ms=100))
 
 

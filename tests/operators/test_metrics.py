@@ -138,7 +138,7 @@ def test_a_record_that_is_no_request_is_counted_as_such(metrics: SlotMetrics) ->
 def test_who_the_process_dies_of_has_a_cause_of_its_own() -> None:
     made = Custody(1, 0.0)
     made.take(envelope(1))
-    made.began(made.give()[0].source)
+    made.began([made.give()[0].source])
     (answer,) = made.lost("was ended by SIGKILL")
     assert cause_of(answer.record) == "process_died"  # type: ignore[union-attr,arg-type]
 
@@ -193,28 +193,28 @@ def test_how_many_decode_together_is_of_the_time_since_the_last_sign_of_life(met
 
 def test_the_queue_is_what_has_not_begun(metrics: SlotMetrics, clock: ManualClock) -> None:
     made = Custody(3, 0.0)
-    metrics.queue = lambda: made.queue
-    assert made.queue == Queue(0, 0, None)
+    metrics.queue, metrics.waiting_since_ms = lambda: made.queue, lambda: made.waiting_since_ms
+    assert (made.queue, made.waiting_since_ms) == (Queue(0, 0), None)
     assert samples(metrics)["oldest_wait_seconds"] == 0
     for number, decoded_at_ms in ((1, 400.0), (2, 600.0), (3, 800.0)):
         made.take(replace(envelope(number), decoded_at_ms=decoded_at_ms))
-    made.began(made.give()[0].source)
+    made.began([made.give()[0].source])
     names = ("in_flight_requests", "waiting_requests", "oldest_wait_seconds")
     assert [samples(metrics)[name] for name in names] == [3, 2, 0.4]
     made.lost("hung")
     assert [samples(metrics)[name] for name in names] == [3, 3, 0.6]
 
 
-def test_flink_has_the_same_gauges_in_whole_numbers(metrics: SlotMetrics) -> None:
+def test_flink_has_some_of_the_gauges_in_whole_numbers(metrics: SlotMetrics) -> None:
     metrics.heard(figures(running=4, decode_passes=2, decoded_tokens=5))
     metrics.answered(response(e2e_ms=212.4))
-    gauges = {name: read() for name, read in metrics.whole_gauges().items()}
+    metrics.queue = lambda: Queue(4, 3)
+    gauges = {name: read() for name, read in metrics.flink_gauges().items()}
     assert {type(value) for value in gauges.values()} == {int}
-    assert gauges["infertuner_running_requests"] == 4
-    assert gauges["infertuner_e2e_p99_milliseconds"] == 212
-    assert gauges["infertuner_decode_rows"] == 2
-    assert gauges["infertuner_cache_used_chunks"] == 0
-    assert SlotMetrics(0, ManualClock()).whole_gauges()["infertuner_ttft_p50_milliseconds"]() == 0
+    assert (gauges["infertuner_in_flight_requests"], gauges["infertuner_waiting_requests"]) == (4, 3)
+    assert gauges["infertuner_e2e_p95_milliseconds"] == 212
+    assert gauges["infertuner_slot_up"] == 0
+    assert SlotMetrics(0, ManualClock()).flink_gauges()["infertuner_e2e_p95_milliseconds"]() == 0
     named = {name.replace("_milliseconds", "_seconds").removeprefix("infertuner_") for name in gauges}
     assert named <= samples(metrics).keys()
 
