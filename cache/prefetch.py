@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from cache.keys import PromptKeys
+from cache.lone_thread import compute_alone
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class Fetcher:
         return landed.chunk
 
     def _run(self) -> None:
+        compute_alone()
         while (turn := self._next()) is not None:
             prefetch, missing = turn
             try:

@@ -12,6 +12,7 @@ import torch
 from cache.breaker import CircuitBreaker
 from cache.codec import encode_header, record_bytes
 from cache.known_keys import KnownKeys
+from cache.lone_thread import compute_alone
 from cache.payload import UnfitChunkError, make_payload
 from cache.protocol import ChunkShape
 from cache.redis_wire import ClusterModeError, Deadline, RedisConnection, ReplyError, WireError, encode_command
@@ -158,6 +159,7 @@ class WriteBehind:
             return True
 
     def _run(self) -> None:
+        compute_alone()
         while batch := self._next_batch():
             try:
                 self._write(batch)

@@ -1,0 +1,56 @@
+"""The threads of a cache compute alone, and those that compute for others keep their number."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from cache_support import hits, make_cache, prompt, store
+
+from cache.lone_thread import compute_alone
+from cache.payload import RawPayload
+
+N = 3
+
+
+@pytest.fixture(autouse=True)
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_a_thread(call: Callable[[], None]) -> int:
+    """`torch.get_num_threads` there, after `call`."""
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: (call(), found.append(torch.get_num_threads())))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_only_the_thread_that_asks_for_it_computes_alone():
+    assert in_a_thread(compute_alone) == 1
+    assert torch.get_num_threads() == 3
+    assert in_a_thread(lambda: None) == 3
+
+
+def test_what_goes_to_redis_and_comes_from_there_is_computed_alone(redis_server, monkeypatch):
+    used: dict[str, set[int]] = {"pack": set(), "unpack": set()}
+    for name, threads in used.items():
+
+        def noted(self, what, call=getattr(RawPayload, name), threads=threads):
+            threads.add(torch.get_num_threads())
+            return call(self, what)
+
+        monkeypatch.setattr(RawPayload, name, noted)
+    writer, reader = make_cache(redis_server.url), make_cache(redis_server.url)
+    tokens = prompt(N)
+    store(writer, tokens)
+    assert writer.flush(10)
+    assert hits(reader, tokens) == (0, N)
+    assert used == {"pack": {1}, "unpack": {1}}
+    assert torch.get_num_threads() == 3
+    for cache in (writer, reader):
+        cache.close()
