@@ -1,7 +1,7 @@
 """What every benchmark's command does: measure, write the report, show it."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.report import Report
 from core.config import Config
-from core.options import Parser, add_options, from_options
+from core.options import Parser, add_options, from_options, set_own_defaults
 from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 
 C = TypeVar("C", bound=Config)
@@ -27,10 +27,11 @@ class Written(Protocol):
 W = TypeVar("W", bound=Written)
 
 
-def stated(config: type[C], module: str, description: str) -> C:
-    """The configuration that the command line states."""
+def stated(config: type[C], module: str, description: str, own_defaults: Mapping[str, Any] = {}) -> C:
+    """The configuration that the command line states; `own_defaults` of options that it shares with other commands."""
     parser = Parser(f"python -m {module}", description=description)
     add_options(parser, config)
+    set_own_defaults(parser, own_defaults)
     return from_options(config, parser.parse_args())
 
 

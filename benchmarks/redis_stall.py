@@ -57,7 +57,7 @@ class RedisStallConfig(Config):
     prompt_tokens: int = Field(default=64, ge=1, description="prompt of each that begins")
     group_output_tokens: int = Field(default=4, ge=1, description="answer of each that begins")
     seed: int = Field(default=0, ge=0, description="of the prompts' random tokens")
-    engine: EngineConfig = EngineConfig(max_running=16)
+    engine: EngineConfig = EngineConfig()
 
 
 class AskingAlways:
@@ -209,6 +209,8 @@ def measure(config: RedisStallConfig, console: Console) -> Report:
     """Run everything. Raises `UserError`, and `WrongMeasurementError` if a measurement is not what it claims."""
     if config.prompt_tokens % CacheConfig().chunk_tokens:
         raise UserError(f"--prompt-tokens: give a multiple of the {CacheConfig().chunk_tokens} tokens of a chunk")
+    if config.engine.max_running < config.running + config.group:
+        raise UserError(f"--max-running: give at least {config.running + config.group}, so that a group can begin")
     torch.set_num_threads(config.engine.threads or usable_cores())
     # The end of a sequence is not awaited: every answer has the length that was asked for.
     model = replace(load_checked_model(config.engine), eos_token_ids=frozenset())
@@ -273,7 +275,12 @@ def _request(name: str, prompt: list[int], output_tokens: int) -> Request:
 
 
 def main() -> None:
-    config = stated(RedisStallConfig, "benchmarks.redis_stall", "What a slow Redis costs those that run.")
+    config = stated(
+        RedisStallConfig,
+        "benchmarks.redis_stall",
+        "What a slow Redis costs those that run.",
+        {"max_running": 2 * RedisStallConfig.model_fields["running"].default},
+    )
     carry_out(config, measure, show)
 
 

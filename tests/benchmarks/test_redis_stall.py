@@ -92,3 +92,8 @@ def test_the_proxy_delays_answers_and_keeps_them_whole() -> None:
                 answer += piece
             assert time.monotonic() - began_s >= 0.030
         assert answer == sent
+
+
+def test_too_few_rows_for_a_group_to_begin_are_a_users_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--max-running: give at least 4, so that a group can begin"):
+        run(monkeypatch, "--max-running=3", f"--out={tmp_path / 'x.json'}")
