@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,16 @@ def in_a_thread(call: Callable[[], None]) -> int:
     return found[0]
 
 
+def noting(threads: set[int], method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`, which adds to `threads` how many it may use."""
+
+    def noted(self, what):
+        threads.add(torch.get_num_threads())
+        return method(self, what)
+
+    return noted
+
+
 def test_only_the_thread_that_asks_for_it_computes_alone():
     assert in_a_thread(compute_alone) == 1
     assert torch.get_num_threads() == 3
@@ -39,12 +50,7 @@ def test_only_the_thread_that_asks_for_it_computes_alone():
 def test_what_goes_to_redis_and_comes_from_there_is_computed_alone(redis_server, monkeypatch):
     used: dict[str, set[int]] = {"pack": set(), "unpack": set()}
     for name, threads in used.items():
-
-        def noted(self, what, call=getattr(RawPayload, name), threads=threads):
-            threads.add(torch.get_num_threads())
-            return call(self, what)
-
-        monkeypatch.setattr(RawPayload, name, noted)
+        monkeypatch.setattr(RawPayload, name, noting(threads, getattr(RawPayload, name)))
     writer, reader = make_cache(redis_server.url), make_cache(redis_server.url)
     tokens = prompt(N)
     store(writer, tokens)
