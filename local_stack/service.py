@@ -81,14 +81,14 @@ def wait_ready(service: Service, started: Iterable[Started], logs: Path, deadlin
     while True:
         dead = [process for process in started if not is_alive(process)]
         if dead:
-            raise UserError(f"{dead[0].name} ended while starting" + _log_tail(dead[0], logs))
+            raise UserError(f"{dead[0].name} ended while starting" + log_tail(dead[0], logs))
         try:
             return service.probe()
         except NotReady as reason:
             if time.monotonic() > deadline_s:
                 raise UserError(
                     f"{service.name} is not ready in time ({reason}); allow more with --start-timeout-s"
-                    + "".join(_log_tail(process, logs) for process in started)
+                    + "".join(log_tail(process, logs) for process in started)
                 ) from None
         time.sleep(PROBE_EVERY_S)
 
@@ -107,7 +107,8 @@ def program(name: str) -> str:
     raise UserError(f"{name} is not installed; run scripts/setup.sh")
 
 
-def _log_tail(process: Started, logs: Path) -> str:
+def log_tail(process: Started, logs: Path) -> str:
+    """The last lines that a process has logged, and where; below whatever is said of it."""
     files = sorted({*logs.glob(process.log), logs / f"{process.name}.out"}, key=lambda file: file.stat().st_mtime)
     filled = [file for file in files if file.stat().st_size]
     if not filled:

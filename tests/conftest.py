@@ -7,6 +7,8 @@ import pytest
 from hypothesis import settings
 
 from local_stack import LocalStack, StackConfig
+from local_stack.processes import is_alive
+from local_stack.service import log_tail
 
 # The models are tiny and several processes share the cores: a second thread would mostly wait for a core, spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,3 +26,15 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     )
     with LocalStack(config) as running:
         yield running
+
+
+@pytest.fixture(autouse=True)
+def stack_survives(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that a part of the shared stack dies of fails, with the end of that part's log; others find it whole."""
+    running: LocalStack | None = request.getfixturevalue("stack") if "stack" in request.fixturenames else None
+    yield
+    dead = [] if running is None else [process for process in running.processes if not is_alive(process)]
+    if running is not None and dead:
+        told = "".join(f"{process.name} has died" + log_tail(process, running.config.dir / "log") for process in dead)
+        running.start()
+        pytest.fail(told, pytrace=False)
