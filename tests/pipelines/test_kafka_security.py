@@ -329,6 +329,8 @@ def test_a_whole_job_and_nothing_that_it_leaves_holds_a_secret(
             *("--kafka-credentials-file", str(secured.credentials), "--redis-credentials-file", str(redis_file)),
             *("--chunk-key-file", str(key_file)),
         )
+        # By then all of its processes are there.
+        run.read_until(lambda so_far: len(so_far.ready) == 1)
         started = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
         run.settle()
         assert run.job.failures() == []
