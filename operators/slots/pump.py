@@ -75,13 +75,14 @@ class Pump:
     def wait_for_room(self, timeout_s: float) -> bool:
         """Whether fewer than the most allowed are unanswered, within `timeout_s`.
 
-        Once all are taken, there is room again when half of what the slot does not run has been answered.
+        Once all are taken, half of what the slot does not run is to be answered first, if that is done in this time: a
+        slow slot would else hold the stream, and its checkpoints, for seconds.
         """
         with self._changed:
             self._is_full = self._is_full or self.in_flight >= self._max_in_flight
             if self._is_full:
                 self._wait_for(lambda: self.in_flight <= self._resume_at, timeout_s)
-                self._is_full = self.in_flight > self._resume_at
+                self._is_full = self.in_flight >= self._max_in_flight
             self._require_alive()
             return not self._is_full
 

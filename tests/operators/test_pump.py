@@ -81,6 +81,21 @@ def test_there_is_no_room_at_the_cap_until_one_is_done(pump: Pump, slot: GatedSl
     assert not pump.wait_for_room(0.0)
 
 
+def test_a_slow_slot_has_room_for_one_after_the_wait_for_more(slot: GatedSlot, clock: ManualClock) -> None:
+    pump = Pump(slot, max_in_flight=9, clock=clock, rows=1)
+    hand_in(pump, *range(9))
+    assert not pump.wait_for_room(0.01)
+    slot.let_go(3)
+    assert taken(pump, 1) == [3]
+    # Four would have to be done for the wait to end early.
+    assert pump.wait_for_room(0.01)
+    hand_in(pump, 9)
+    assert not pump.wait_for_room(0.01)
+    slot.let_go(4, 5, 6, 7)
+    assert pump.wait_for_room(WAIT_S)
+    pump.close()
+
+
 def test_in_flight_is_what_is_unanswered_and_outstanding_what_is_not_taken_out(pump: Pump, slot: GatedSlot) -> None:
     assert (pump.in_flight, pump.outstanding(1)) == (0, 0)
     hand_in(pump, 1, 2)
