@@ -289,7 +289,7 @@ class Engine:
         self._unannounced.append(sequence.request)
         sequence.began_ms = self._clock.wall_ms()
         sequence.began_with = len(self._running) + len(self._prefilling) + 1
-        sequence.row = room.row_for(sequence, stays_long=len(sequence.prompt) > self._step_tokens)
+        sequence.row = room.free_row(is_long=len(sequence.prompt) > self._step_tokens)
         # Chunks are finite: none is stored, or taken from Redis, without having been looked at.
         sequence.held = sequence.finite = sequence.touched = self._reuse(sequence)
         sequence.long = sequence.missing > self._step_tokens
@@ -601,7 +601,6 @@ class _Room:
         """Of a step that has chosen what it computes of those `prefilling`, but for the first of them."""
         self._most_tokens = most_tokens
         self._held_tokens = sum(one.weight for one in running) + sum(one.weight for one in prefilling)
-        self._active = len(running) + len(prefilling)
         self._partial = sum(one is prefilling[0] or not one.ends_prompt for one in prefilling)
         taken = {one.row for one in prefilling}
         self._rows = deque(row for row in range(len(running), rows) if row not in taken)
@@ -610,7 +609,7 @@ class _Room:
 
     def has(self, sequence: ActiveSequence) -> bool:
         """A sequence that is alone always has room, however heavy it is."""
-        return self._active + self._kept == 0 or (
+        return self._held_tokens == 0 or (
             len(self._rows) > self._kept
             and self._partial < MOST_PARTIAL
             and self._held_tokens + sequence.weight <= self._most_tokens
@@ -622,14 +621,13 @@ class _Room:
         self._partial += 1
         self._held_tokens += sequence.weight
 
-    def row_for(self, sequence: ActiveSequence, *, stays_long: bool) -> int:
-        """A free row: the lowest, where it may run soon; for a long prompt the highest, in nobody's way."""
-        return self._rows[-1] if stays_long else self._rows[0]
+    def free_row(self, *, is_long: bool) -> int:
+        """The lowest free row, where a sequence may run soon; for a long prompt the highest, in nobody's way."""
+        return self._rows[-1] if is_long else self._rows[0]
 
     def give(self, sequence: ActiveSequence) -> None:
         """It has begun in the row that it was shown, and what the step computes of it is chosen."""
         self._rows.remove(sequence.row)
-        self._active += 1
         self._partial += not sequence.ends_prompt
         self._held_tokens += sequence.weight
 

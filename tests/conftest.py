@@ -33,8 +33,9 @@ def stack_survives(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that a part of the shared stack dies of fails, with the end of that part's log; others find it whole."""
     running: LocalStack | None = request.getfixturevalue("stack") if "stack" in request.fixturenames else None
     yield
-    dead = [] if running is None else [process for process in running.processes if not is_alive(process)]
-    if running is not None and dead:
+    if running is None:
+        return
+    if dead := [process for process in running.processes if not is_alive(process)]:
         told = "".join(f"{process.name} has died" + log_tail(process, running.config.dir / "log") for process in dead)
         running.start()
         pytest.fail(told, pytrace=False)

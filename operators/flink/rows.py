@@ -12,10 +12,10 @@ from operators.envelope import Answer, Envelope, WarmUp
 from operators.envelope_state import from_plain, to_state
 
 KEY_VALUE = Types.ROW_NAMED(["key", "value"], [Types.STRING(), Types.STRING()])
-KEYED = Types.ROW_NAMED(["key", "element"], [Types.INT(), Types.PRIMITIVE_ARRAY(Types.BYTE())])
-"""On the way to inference: the key that leads to the slot, and an element as `element_row` packs it."""
 STORED = Types.PRIMITIVE_ARRAY(Types.BYTE())
 """In state: an envelope as `to_state` packs it."""
+KEYED = Types.ROW_NAMED(["key", "element"], [Types.INT(), STORED])
+"""On the way to inference: the key that leads to the slot, and an element as `element_row` packs it."""
 DEAD_LETTERS = OutputTag("dead-letters", KEY_VALUE)
 READY = OutputTag("ready", KEY_VALUE)
 USER_ERRORS = OutputTag("user-errors", Types.STRING())

@@ -74,8 +74,8 @@ class SlotFunction(KeyedProcessFunction):
         self._slot = self._opened.enter_context(closing(slot))
         self._restored: set[int] = set()
         self._said_ready = False
-        self._spares_due_ms: dict[int, int] = {}
-        """By key, when further spare timers are to be set."""
+        self._spare_intervals: dict[int, int] = {}
+        """The interval of `SPARE_TIMER_MS` that a key's spare timers were set in last."""
         self._opened_ms = self._clock.wall_ms()
 
     def close(self) -> None:
@@ -110,10 +110,10 @@ class SlotFunction(KeyedProcessFunction):
 
     def _set_spare_timers(self, ctx: KeyedProcessFunction.Context) -> None:
         key, now_ms = ctx.get_current_key(), int(self._clock.wall_ms())
-        # A clock may be set back: then they are set anew as well.
-        if 0 <= now_ms - self._spares_due_ms.get(key, 0) + SPARE_TIMER_MS < SPARE_TIMER_MS:
+        interval = now_ms // SPARE_TIMER_MS
+        if self._spare_intervals.get(key) == interval:
             return
-        self._spares_due_ms[key] = (now_ms // SPARE_TIMER_MS + 1) * SPARE_TIMER_MS
+        self._spare_intervals[key] = interval
         for length_ms in (SPARE_TIMER_MS, FAR_TIMER_MS):
             for ahead in (1, 2):
                 ctx.timer_service().register_processing_time_timer((now_ms // length_ms + ahead) * length_ms)

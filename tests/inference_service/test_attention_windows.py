@@ -59,6 +59,13 @@ def mixed(config: type[Any], **fields: Any) -> Any:
     return tiny(config, layer_types=["sliding_attention", "full_attention"], **fields)
 
 
+def llama4(**fields: Any) -> Any:
+    """One layer with attention chunks, and one without."""
+    layer_types = ["chunked_attention", "full_attention"]
+    own = {"head_dim": 16, "attention_chunk_size": WINDOW, "intermediate_size_mlp": 64, "layer_types": layer_types}
+    return tiny(hf.Llama4TextConfig, **own, **EXPERTS, **fields)
+
+
 MODELS: dict[str, tuple[Callable[[], Any], tuple[AttentionWindow, ...]]] = {
     "mistral": (lambda: tiny(hf.MistralConfig), (SLIDING, SLIDING)),
     "mixtral": (lambda: tiny(hf.MixtralConfig, **EXPERTS), (SLIDING, SLIDING)),
@@ -76,32 +83,9 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[AttentionWindow, ...]]] = {
     "exaone4": (lambda: mixed(hf.Exaone4Config), (SLIDING, FULL)),
     "olmo3": (lambda: mixed(hf.Olmo3Config), (SLIDING, FULL)),
     "smollm3": (lambda: mixed(hf.SmolLM3Config, use_sliding_window=True), (SLIDING, FULL)),
-    "llama4, attention chunks": (
-        lambda: tiny(
-            hf.Llama4TextConfig,
-            head_dim=16,
-            attention_chunk_size=WINDOW,
-            intermediate_size_mlp=64,
-            layer_types=["chunked_attention", "full_attention"],
-            attn_temperature_tuning=False,
-            **EXPERTS,
-        ),
-        (CHUNKED, FULL),
-    ),
+    "llama4, attention chunks": (lambda: llama4(attn_temperature_tuning=False), (CHUNKED, FULL)),
     # Layers without rope scale queries by the position that they count themselves, for rows of equal lengths.
-    "llama4, scaled by position": (
-        lambda: tiny(
-            hf.Llama4TextConfig,
-            head_dim=16,
-            attention_chunk_size=WINDOW,
-            intermediate_size_mlp=64,
-            layer_types=["chunked_attention", "full_attention"],
-            no_rope_layers=[1, 0],
-            floor_scale=20,
-            **EXPERTS,
-        ),
-        (CHUNKED, FULL),
-    ),
+    "llama4, scaled by position": (lambda: llama4(no_rope_layers=[1, 0], floor_scale=20), (CHUNKED, FULL)),
     # Its layers mask by themselves, for rows of equal lengths.
     "gpt-neo, local attention": (lambda: hf.GPTNeoConfig(**NEO, window_size=WINDOW), ()),
 }
