@@ -1,10 +1,15 @@
 """The next tokens of all sequences of a pass, chosen together on the model's device.
 
-A token is drawn with one uniform number: it is the first token, in the order of ids, at which the cumulated
-probabilities exceed that number. The number comes from the request's own generator, which is keyed by the seed and
-counts the tokens of the answer. So the draw depends on the request's logits alone, and not on what else runs.
-Where those are equal in every batch, so are the answers; in float32 they are, up to rounding. In bfloat16 and float16
-rounding is coarse enough that another batch can change a token, greedy or drawn.
+A token is drawn with uniform numbers from the request's own generator, which is keyed by the seed and counts the
+tokens of the answer. So the draw depends on the request's logits alone, and not on what else runs. Where those are
+equal in every batch, so are the answers; in float32 they are, up to rounding. In bfloat16 and float16 rounding is
+coarse enough that another batch can change a token, greedy or drawn.
+
+Where top-k, top-p or min-p leave few tokens, the drawn one is the first at which their cumulated probabilities exceed
+one number. Where nothing is left out, to cumulate a vocabulary costs more than a soft-max of it. There the token is
+drawn by rejection (von Neumann, 1951), which is exact too: proposed from a bound on the probabilities, and taken as
+often as its own probability stands to that bound. The bound is the largest logit of each group of tokens, so one pass
+that compares reads the logits, and only proposed tokens need an exponential.
 
 Penalties and filters follow the logits processors of `transformers`, in their order: repetition penalty, forced and
 suppressed tokens, temperature, top-k, top-p, min-p. Of tokens with equal logits a filter keeps all or none.
@@ -12,6 +17,7 @@ suppressed tokens, temperature, top-k, top-p, min-p. Of tokens with equal logits
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -23,14 +29,19 @@ from core.records import Sampling
 LEAST_TEMPERATURE = 1e-5
 """Below it the largest logit is taken: float32 logits differ by more than such a temperature, or not at all."""
 BLOCK = 256
-"""Tokens whose probabilities are summed before they are cumulated: a search in two levels reads the logits once."""
-ROWS_AT_A_TIME = 8
-"""Rows whose probabilities are computed together on a CPU, so that they stay in its cache."""
+"""Tokens that are reduced to one value before anything is searched for: a search in two levels reads logits once."""
+GROUP = 16
+"""Tokens that share a bound in rejection sampling. A proposal is taken at least one time in so many."""
+PROPOSALS = 128
+"""Tokens proposed at a time: at the least favourable probabilities none is taken one time in 4,000."""
 _FEW_CANDIDATES = 64
 """The largest logits that are sorted first for top-p. Where the nucleus is larger, more are."""
-_DRAWN_AT_ONCE = 64
+_TOKENS_AT_ONCE = 16
+"""Tokens of an answer whose uniform numbers are made together."""
+_NOT_FINITE, _NONE_TAKEN = -1, -2
 
 _Ids = NDArray[np.int64]
+_Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -75,11 +86,11 @@ class SequenceSampler:
         self._most_tokens = most_tokens
         self._end_tokens = end_tokens
         self._seen = _Seen(prompt) if self.penalised else None
-        self._uniform = _Uniform(0 if sampling.seed is None else sampling.seed)
+        self._uniforms = _Uniforms(0 if sampling.seed is None else sampling.seed)
 
-    def uniform(self, index: int) -> float:
-        """The number in [0, 1) that token `index` of the answer is drawn with."""
-        return self._uniform[index]
+    def uniforms(self, index: int, attempt: int = 0) -> _Numbers:
+        """`[2, PROPOSALS]` numbers in [0, 1) that token `index` of the answer is drawn with; others each attempt."""
+        return self._uniforms.of(index, attempt)
 
     def seen(self, output: Sequence[int]) -> _Ids:
         """Token ids of the prompt and of `output`, each at least once."""
@@ -129,22 +140,27 @@ class _Seen:
         return self._ids[:end]
 
 
-class _Uniform:
-    """Uniform numbers by their index, from Philox (Salmon et al., SC 2011): the seed is the key."""
+class _Uniforms:
+    """Uniform numbers of each token of an answer, from Philox (Salmon et al., SC 2011): the seed is the key.
+
+    The counter holds the place in the answer and the attempt, so that numbers can be had in any order.
+    """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._generator: np.random.Philox | None = None
-        self._drawn: list[float] = []
+        self._made: tuple[int, int] | None = None
+        self._numbers: _Numbers = np.empty(0)
 
-    def __getitem__(self, index: int) -> float:
-        while index >= len(self._drawn):
-            if self._generator is None:
-                self._generator = np.random.Philox(key=self._seed)
-            bits = self._generator.random_raw(_DRAWN_AT_ONCE)
+    def of(self, index: int, attempt: int) -> _Numbers:
+        part, place = divmod(index, _TOKENS_AT_ONCE)
+        if self._made != (part, attempt):
+            generator = np.random.Philox(key=self._seed, counter=[0, part, attempt, 0])
+            bits = generator.random_raw(_TOKENS_AT_ONCE * 2 * PROPOSALS)
             # The 53 bits that a float64 in [0, 1) has.
-            self._drawn += ((bits >> np.uint64(11)) * 2.0**-53).tolist()
-        return self._drawn[index]
+            self._numbers = ((bits >> np.uint64(11)) * 2.0**-53).reshape(_TOKENS_AT_ONCE, 2, PROPOSALS)
+            self._made = part, attempt
+        numbers: _Numbers = self._numbers[place]
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -174,16 +190,15 @@ class BatchSampler:
     def __init__(self) -> None:
         self._device = torch.device("cpu")
         self._on_cpu = True
-        self._scratch = torch.empty((2, 0, 0))
-        self._scratch_vocabulary = 0
+        self._memory: dict[torch.dtype, torch.Tensor] = {}
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, draws: Sequence[Draw | None]) -> list[int | None]:
         """A token for each row of `logits` `[rows, vocabulary]`; none where a row's logits are not finite.
 
         A row's logits are finite if their maximum is: impossible tokens may have minus infinity. A row whose draw is
-        none gives its largest logit. May overwrite `logits`. Waits for the device once, at the end; on a CPU, where
-        that costs nothing, more often.
+        none gives its largest logit. May overwrite `logits`. Waits for the device once, at the end, but for the rare
+        row of which no proposal was taken; on a CPU, where that costs nothing, more often.
         """
         self._device, self._on_cpu = logits.device, logits.device.type == "cpu"
         groups = _grouped(draws)
@@ -211,7 +226,20 @@ class BatchSampler:
                 found, of_found = choose(logits[index], chosen)
                 tokens.index_copy_(0, index, found)
                 witness.index_copy_(0, index, of_found)
-        return _known(tokens, witness if given is None else witness + 0 * given)
+        known = _known(tokens, witness if given is None else witness + 0 * given)
+        return [
+            self._drawn_again(logits[row : row + 1], draws[row]) if token == _NONE_TAKEN else token
+            for row, token in enumerate(known)
+        ]
+
+    def _drawn_again(self, logits: torch.Tensor, draw: Draw | None) -> int | None:
+        """The token of a row, of `logits` `[1, vocabulary]`, of which no proposal was taken at first."""
+        assert draw is not None
+        for attempt in count(1):
+            (token,) = _known(*self._unfiltered(logits, [draw], attempt))
+            if token != _NONE_TAKEN:
+                break
+        return token
 
     def _constrain(self, logits: torch.Tensor, draws: Sequence[tuple[int, Draw]]) -> None:
         """Penalise, forbid and force tokens of the given rows, in place."""
@@ -233,33 +261,49 @@ class BatchSampler:
         if ids.size:
             flat[self._there(ids, torch.long)] = -torch.inf
 
-    def _unfiltered(self, logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A token of each row, drawn from the soft-max of its logits over its temperature.
+    def _unfiltered(
+        self, logits: torch.Tensor, draws: Sequence[Draw], attempt: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token of each row, drawn from the soft-max of its logits over its temperature; or `_NONE_TAKEN`.
 
         The second tensor is finite where the row is; `[rows]` of each.
         """
-        temperature, uniform = self._temperatures(draws), self._uniforms(draws)
-        log_mass = self._log_mass(logits, temperature)
-        greatest = log_mass.amax(-1, keepdim=True)
-        mass = (log_mass - greatest).double().exp_()
-        cumulated = mass.cumsum(-1)
-        target = uniform * cumulated[:, -1:]
-        block = _first_above(cumulated, target)
-        before = torch.where(block > 0, cumulated.gather(1, (block - 1).clamp_(min=0)), 0.0)
-        share = ((target - before) / mass.gather(1, block)).clamp_(0.0, 1.0)
-        # Within the block again from the logits: float32 sums of the block and of its parts differ in the last bits.
-        ids, scores = _gathered(logits, block)
-        within = torch.softmax(scores.double() / temperature, -1).cumsum_(-1)
-        return ids.gather(1, _first_above(within, share * within[:, -1:]))[:, 0], greatest[:, 0]
+        vocabulary = logits.shape[1]
+        temperature = self._temperatures(draws)
+        uniforms = self._there(np.stack([draw.sampler.uniforms(draw.index, attempt) for draw in draws]), torch.float64)
+        whole, groups = vocabulary // GROUP, -(-vocabulary // GROUP)
+        bound, weights = self._kept(torch.float32, 2, len(draws), groups)
+        (cumulated,) = self._kept(torch.float64, 1, len(draws), groups)
+        # A group is every so-manieth token, since neighbours are compared ten times slower than rows of them. What a
+        # whole number of groups leaves over is the last one.
+        torch.amax(torch.unflatten(logits[:, : whole * GROUP], 1, (GROUP, whole)), 1, out=bound[:, :whole])
+        if whole < groups:
+            torch.amax(logits[:, whole * GROUP :], 1, keepdim=True, out=bound[:, whole:])
+        greatest = bound.amax(-1, keepdim=True)
+        torch.sub(bound, greatest, out=weights).div_(temperature.float()).exp_()
+        torch.cumsum(weights, -1, dtype=torch.float64, out=cumulated)
+        target = uniforms[:, 0] * cumulated[:, -1:]
+        group = _first_above(cumulated, target)
+        before = torch.where(group > 0, cumulated.gather(1, (group - 1).clamp_(min=0)), 0.0)
+        # What is left of the number within its group is uniform there.
+        member = (GROUP * (target - before) / weights.gather(1, group)).long().clamp_(0, GROUP - 1)
+        ids = torch.where(group < whole, whole * member + group, whole * GROUP + member)
+        exists = ids < vocabulary
+        ids.clamp_(max=vocabulary - 1)
+        below = (logits.gather(1, ids) - bound.gather(1, group)).double()
+        taken = exists & (uniforms[:, 1] < below.div_(temperature).exp_())
+        first = (taken * torch.arange(PROPOSALS, 0, -1, device=self._device)).argmax(-1, keepdim=True)
+        tokens = torch.where(taken.any(-1), ids.gather(1, first)[:, 0], _NONE_TAKEN)
+        return tokens, greatest[:, 0]
 
     def _filtered(self, logits: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, torch.Tensor]:
         """A token of each row, drawn from those that top-k, top-p and min-p leave.
 
         The second tensor is finite where the row is; `[rows]` of each.
         """
-        logits = logits / self._temperatures(draws)
+        temperature = self._temperatures(draws)
         block_max = _by_block(logits, torch.amax)
-        least = self._least_kept(logits, block_max, [draw.sampler.sampling for draw in draws])
+        least = self._least_kept(logits, block_max, temperature, [draw.sampler.sampling for draw in draws])
         # All that is kept lies in blocks whose maximum is kept. How many those are is only asked where that is free.
         count = block_max.shape[1]
         if self._on_cpu:
@@ -267,12 +311,15 @@ class BatchSampler:
         blocks = block_max.topk(count, sorted=False).indices.sort().values
         ids, scores = _gathered(logits, blocks)
         greatest = block_max.amax(-1, keepdim=True)
-        weights = (scores - greatest).double().exp_().masked_fill_(scores < least, 0.0)
+        weights = (scores - greatest).double().div_(temperature).exp_().masked_fill_(scores < least, 0.0)
         cumulated = weights.cumsum(-1)
-        tokens = ids.gather(1, _first_above(cumulated, self._uniforms(draws) * cumulated[:, -1:]))
+        uniform = self._there([draw.sampler.uniforms(draw.index)[0, 0] for draw in draws], torch.float64)[:, None]
+        tokens = ids.gather(1, _first_above(cumulated, uniform * cumulated[:, -1:]))
         return tokens[:, 0], greatest[:, 0]
 
-    def _least_kept(self, logits: torch.Tensor, block_max: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+    def _least_kept(
+        self, logits: torch.Tensor, block_max: torch.Tensor, temperature: torch.Tensor, samplings: Sequence[Sampling]
+    ) -> torch.Tensor:
         """`[rows, 1]`: the least logit that top-k, top-p and min-p keep, each after the one before it."""
         vocabulary = logits.shape[1]
         top_k = [min(one.top_k, vocabulary) or vocabulary for one in samplings]
@@ -285,14 +332,14 @@ class BatchSampler:
         # Without top-k the probabilities of a row are shares of the mass of the whole vocabulary.
         whole = torch.ones((len(logits), 1), dtype=torch.float64, device=self._device)
         if nucleus:
-            log_mass = self._log_mass(logits, torch.ones((len(logits), 1), device=self._device))
-            whole = (log_mass - block_max.amax(-1, keepdim=True)).double().exp_().sum(-1, keepdim=True)
+            log_mass = _by_block(logits / temperature.float(), torch.logsumexp).double()
+            whole = log_mass.sub_(block_max.amax(-1, keepdim=True) / temperature).exp_().sum(-1, keepdim=True)
         width = min(vocabulary, max(limited, default=0) or _FEW_CANDIDATES)
         if nucleus and not self._on_cpu:
             width = vocabulary
         while True:
             values = _greatest(logits, block_max, width)
-            weights = (values - values[:, :1]).double().exp_()
+            weights = (values - values[:, :1]).double().div_(temperature).exp_()
             cumulated = weights.cumsum(-1)
             total = torch.where(k < vocabulary, cumulated.gather(1, k.clamp(max=width) - 1), whole)
             place = torch.arange(width, device=self._device)
@@ -305,47 +352,18 @@ class BatchSampler:
             width = min(vocabulary, 16 * width)
         least = values.gather(1, (count - 1).clamp_(min=0))
         least = torch.where(unlimited, -torch.inf, least)
-        return torch.maximum(least, values[:, :1] + min_p.log())
+        return torch.maximum(least, values[:, :1] + temperature * min_p.log())
 
-    def _log_mass(self, logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        """`[rows, blocks]`: the logarithm of the sum of `exp(logit / temperature)` over each block.
-
-        A block without a possible token has minus infinity, one that holds NaN or infinity has NaN. Each block is
-        reduced by itself, so that the result does not depend on the other rows.
-        """
-        parts = self._slices(len(logits))
-        return torch.cat([self._log_mass_of_few(logits[part], temperature[part]) for part in parts])
-
-    def _log_mass_of_few(self, logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        """`_log_mass` of rows that fit into a CPU's cache, in memory that the next call uses again."""
-        rows, vocabulary = logits.shape
-        blocks = -(-vocabulary // BLOCK)
-        if self._scratch.shape[1] < rows or self._scratch_vocabulary != vocabulary:
-            self._scratch = torch.full((2, rows, blocks * BLOCK), -torch.inf, device=self._device)
-            self._scratch_vocabulary = vocabulary
-        torch.div(logits, temperature, out=self._scratch[0, :rows, :vocabulary])
-        scaled, shares = self._scratch[:, :rows].view(2, rows, blocks, BLOCK)
-        # One pass over the logits: a block's mass is exp(logit) / share of any of its tokens, so of its first.
-        torch.softmax(scaled, -1, out=shares)
-        first = shares[..., 0]
-        usable = first >= torch.finfo(torch.float32).tiny
-        log_mass: torch.Tensor = scaled[..., 0] - first.log()
-        if self._on_cpu and bool(usable.all()):
-            return log_mass
-        # The likeliest token of a block has a share that never underflows. It takes two more passes.
-        most = scaled.amax(-1)
-        by_most = torch.where(most == -torch.inf, most, most - shares.amax(-1).log())
-        return torch.where(usable, log_mass, by_most)
-
-    def _slices(self, rows: int) -> list[slice]:
-        size = ROWS_AT_A_TIME if self._on_cpu else rows
-        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    def _kept(self, dtype: torch.dtype, count: int, rows: int, columns: int) -> torch.Tensor:
+        """`[count, rows, columns]` in memory that the next call uses too: new memory costs a CPU as much as its use."""
+        size = count * rows * columns
+        memory = self._memory.get(dtype)
+        if memory is None or len(memory) < size:
+            memory = self._memory[dtype] = torch.empty(size, dtype=dtype, device=self._device)
+        return memory[:size].view(count, rows, columns)
 
     def _temperatures(self, draws: Sequence[Draw]) -> torch.Tensor:
-        return self._there([draw.sampler.sampling.temperature for draw in draws], torch.float32)[:, None]
-
-    def _uniforms(self, draws: Sequence[Draw]) -> torch.Tensor:
-        return self._there([draw.sampler.uniform(draw.index) for draw in draws], torch.float64)[:, None]
+        return self._there([draw.sampler.sampling.temperature for draw in draws], torch.float64)[:, None]
 
     def _there(self, values: Sequence[float] | NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
         """`values` on the device. From pinned memory, so that the host does not wait for what the device computes."""
@@ -382,7 +400,8 @@ def _grouped(draws: Sequence[Draw | None]) -> _Groups:
 
 def _known(tokens: torch.Tensor, witness: torch.Tensor) -> list[int | None]:
     """The tokens whose `witness` is finite. The host waits for the device here only: tokens and flags in one copy."""
-    return [None if token < 0 else token for token in torch.where(witness.isfinite(), tokens, -1).tolist()]
+    known = torch.where(witness.isfinite(), tokens, _NOT_FINITE).tolist()
+    return [None if token == _NOT_FINITE else token for token in known]
 
 
 def _by_block(values: torch.Tensor, reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -418,7 +437,7 @@ def _greatest(logits: torch.Tensor, block_max: torch.Tensor, count: int) -> torc
 
 
 def _first_above(cumulated: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """`[rows, 1]`: where `cumulated` `[rows, n]` first exceeds `target` `[rows, 1]`.
+    """`[rows, m]`: where `cumulated` `[rows, n]` first exceeds `target` `[rows, m]`.
 
     At the latest where it first reaches its last value: what follows there has no mass.
     """

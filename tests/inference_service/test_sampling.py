@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from core.records import Sampling
 from inference_service.generation_defaults import seed_of
 from inference_service.model import LoadedModel
-from inference_service.sampling import BLOCK, BatchSampler, Draw, SequenceSampler, TokenRules, largest
+from inference_service.sampling import BLOCK, GROUP, PROPOSALS, BatchSampler, Draw, SequenceSampler, TokenRules, largest
 
 PROMPT = tokens_of(11, 19)
 SEEDS = [6571135640840770423, 6148575346284461587, 7878416158528451816]
@@ -179,7 +180,10 @@ def made_row(
     vocabulary=st.sampled_from([258, 5 * BLOCK, 9 * BLOCK + 17]),
 )
 def test_every_token_is_drawn_as_transformers_would(rows: list[Any], vocabulary: int) -> None:
-    """A greedy one is the largest, another the one where the cumulated probabilities exceed the uniform number."""
+    """A greedy one is the largest, one after filters where the cumulated probabilities exceed the uniform number.
+
+    Without filters it is one that is possible; its distribution has tests of its own.
+    """
     made = [
         made_row(
             vocabulary, seed=seed, sampling=Sampling(**sampling, seed=seed), spread=spread, rules=rules, output=output
@@ -197,9 +201,9 @@ def test_every_token_is_drawn_as_transformers_would(rows: list[Any], vocabulary:
         assert row.expected[token] > -torch.inf
         if row.draw.sampler.greedy:
             assert token == int(row.expected.argmax())
-        else:
+        elif row.draw.sampler.filtered:
             cumulated = torch.softmax(row.expected.double(), -1).cumsum(-1)
-            uniform = row.draw.sampler.uniform(row.draw.index)
+            uniform = row.draw.sampler.uniforms(row.draw.index)[0, 0]
             before = float(cumulated[token - 1]) if token else 0.0
             assert before - 1e-5 <= uniform <= float(cumulated[token]) + 1e-5
     # Each alone, and in another order and company: the same.
@@ -210,28 +214,71 @@ def test_every_token_is_drawn_as_transformers_would(rows: list[Any], vocabulary:
     assert again[:-1] == found[::-1]
 
 
-@pytest.mark.parametrize("temperature", [0.02, 0.7, 1.0, 3.0])
-@pytest.mark.parametrize("vocabulary", [258, 9 * BLOCK + 17, 152_064])
-def test_the_mass_of_a_block_is_right_and_has_the_same_bits_in_any_batch(vocabulary: int, temperature: float) -> None:
-    """At the lowest temperature, and where tokens are impossible, first tokens of blocks have no share that is left."""
-    generator = torch.Generator().manual_seed(5)
-    logits = 4 * torch.randn(9, vocabulary, generator=generator)
-    logits[1, : 2 * BLOCK] = -torch.inf
-    logits[2, ::BLOCK] = -torch.inf
-    temperatures = torch.full((len(logits), 1), temperature)
-    found = BatchSampler()._log_mass(logits, temperatures)
-    padded = torch.nn.functional.pad(logits / temperatures, (0, -vocabulary % BLOCK), value=-torch.inf)
-    expected = torch.logsumexp(padded.double().unflatten(1, (-1, BLOCK)), -1)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, threads):
-            torch.set_num_threads(count)
-            for rows in ([4], [8, 4, 1], [2, 0, 3, 4, 5, 6, 7, 8, 1]):
-                again = BatchSampler()._log_mass(logits[rows], temperatures[rows])
-                assert torch.equal(again, found[rows])
-    finally:
-        torch.set_num_threads(threads)
+def _peaked(logits: torch.Tensor) -> torch.Tensor:
+    """One token of its group has all mass of it: the least favourable case for proposals."""
+    logits[:] = -30.0
+    logits[5::GROUP] = 0.0
+    return logits
+
+
+def _holed(logits: torch.Tensor) -> torch.Tensor:
+    """Most tokens impossible, whole groups among them."""
+    logits[torch.arange(len(logits)) % 7 != 2] = -torch.inf
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("shape", [lambda logits: logits, torch.zeros_like, _peaked, _holed])
+@pytest.mark.parametrize("vocabulary", [3, GROUP, 3 * GROUP, 9 * GROUP + 11])
+def test_unfiltered_draws_follow_the_softmax_in_every_token(vocabulary: int, shape: Any, temperature: float) -> None:
+    """Pearson's test: 6 standard deviations of its statistic would be passed by chance in one run of 10^8."""
+    logits = shape(2 * torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)))
+    if not torch.isfinite(logits).any():
+        logits[0] = 0.0
+    count = 6000
+    found = draw(logits.tolist(), count, temperature=temperature, seed=9)
+    expected = count * torch.softmax(logits.double() / temperature, -1)
+    drawn = torch.tensor([found[token] for token in range(vocabulary)], dtype=torch.float64)
+    assert drawn.sum() == count
+    # The statistic needs expected counts that are not small: the unlikely tokens count as one.
+    likely = expected >= 5
+    drawn = torch.cat([drawn[likely], drawn[~likely].sum()[None]])
+    expected = torch.cat([expected[likely], expected[~likely].sum()[None]])
+    assert abs(float(drawn[-1] - expected[-1])) <= 6 * float(expected[-1]) ** 0.5 + 6
+    statistic, freedom = float(((drawn - expected)[:-1] ** 2 / expected[:-1]).sum()), max(1, int(likely.sum()))
+    assert statistic < freedom + 6 * (2 * freedom) ** 0.5 + 6
+
+
+def test_a_row_without_a_taken_proposal_is_drawn_again_with_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = _peaked(torch.empty(3, 40 * GROUP)[0])[None].repeat(3, 1)
+    draws = [Draw(SequenceSampler(Sampling(temperature=1.0, seed=seed)), range(seed)) for seed in range(3)]
+    at_first = BatchSampler().sample(logits.clone(), draws)
+    real = SequenceSampler.uniforms
+    asked = []
+
+    def refused_at_first(self: SequenceSampler, index: int, attempt: int = 0) -> Any:
+        numbers = real(self, index, attempt)
+        if index != 1:
+            return numbers
+        asked.append(attempt)
+        # A proposal in the last place of a group, which the peak is not, is as good as never taken.
+        return numbers if attempt == 2 else [[0.999] * PROPOSALS, [0.999] * PROPOSALS]
+
+    monkeypatch.setattr(SequenceSampler, "uniforms", refused_at_first)
+    found = BatchSampler().sample(logits.clone(), draws)
+    assert asked == [0, 1, 2]
+    assert found[::2] == at_first[::2]
+    assert (found[1] or 0) % GROUP == 5
+
+
+def test_the_numbers_of_a_token_are_the_same_in_any_order_and_no_two_are_alike() -> None:
+    asked = [(index, attempt) for index in (0, 1, 15, 16, 40) for attempt in (0, 1)]
+    forwards, backwards = (SequenceSampler(Sampling(seed=7)) for _ in range(2))
+    found = {key: forwards.uniforms(*key).copy() for key in asked}
+    assert all((backwards.uniforms(*key) == found[key]).all() for key in reversed(asked))
+    numbers = [number for one in found.values() for number in one.flatten().tolist()]
+    assert len(set(numbers)) == len(numbers) == len(asked) * 2 * PROPOSALS
+    assert all(0 <= number < 1 for number in numbers)
 
 
 @pytest.mark.parametrize("vocabulary", [5, 4 * BLOCK + 1, 152_064])
@@ -245,20 +292,26 @@ def test_the_largest_is_the_first_of_equals(vocabulary: int) -> None:
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-53])
 def test_no_number_draws_a_token_without_probability(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a large vocabulary, with nothing at its beginning, its end and at whole blocks between."""
+    """At a large vocabulary, with nothing at its beginning, its end and at whole blocks between.
+
+    The first attempt has the number alone, later ones what is drawn.
+    """
     vocabulary = 152_064 + 5
     logits = torch.full((4, vocabulary), -torch.inf)
     possible = torch.arange(3 * BLOCK + 7, vocabulary - BLOCK, 1 + 2 * BLOCK)
     logits[:, possible] = torch.randn(4, len(possible), generator=torch.Generator().manual_seed(2))
-    monkeypatch.setattr(SequenceSampler, "uniform", lambda self, index: uniform)
+    real = SequenceSampler.uniforms
+    monkeypatch.setattr(
+        SequenceSampler,
+        "uniforms",
+        lambda self, index, attempt=0: real(self, index, attempt) if attempt else np.full((2, PROPOSALS), uniform),
+    )
     samplings = [
         Sampling(temperature=t, top_p=p, seed=0) for t, p in ((1.0, 1.0), (50.0, 1.0), (1.0, 0.9), (1e-5, 1.0))
     ]
     draws = [Draw(SequenceSampler(sampling), ()) for sampling in samplings]
     tokens = BatchSampler().sample(logits.clone(), draws)
     assert set(tokens) <= set(possible.tolist())
-    if uniform == 0.0:
-        assert tokens[:2] == [int(possible[0])] * 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
