@@ -1,21 +1,43 @@
-"""Beam's worker, in which Flink runs Python functions, without a cost that each of its bundles has for nothing.
+"""Beam's worker, in which Flink runs Python functions, without what its bundles and rows cost for nothing.
 
-Beam starts a thread for each bundle that samples what the worker is busy with. At the bundle's end it waits until that
-thread wakes from its sleep: 2 ms after a bundle of no time, up to 10 ms after one of 50. Flink shows nothing of it.
+- Beam starts a thread for each bundle that samples what the worker is busy with. At the bundle's end it waits until
+  that thread wakes from its sleep: 2 ms after a bundle of no time, up to 10 ms after one of 50. Flink shows nothing of
+  it.
+- It reports all metrics after each bundle, and Flink looks at them every ten seconds.
+- A record is a dozen rows on its way, and each is made by setting attributes through Python, and finds its kind by a
+  look-up of an enumeration: 4 us.
 """
 
 import threading
+import time
 from typing import Any
 
 from apache_beam.runners.worker import statesampler
+from apache_beam.runners.worker.bundle_processor import BundleProcessor
+from pyflink.common import Row, RowKind
+from pyflink.fn_execution import coder_impl_fast
+
+METRICS_S = 1.0
+"""Time between two reports of metrics."""
 
 _Sampler: Any = statesampler.StateSampler
+_Processor: Any = BundleProcessor
+_Row: Any = Row
 _start, _stop = _Sampler.start, _Sampler.stop
+_monitoring_infos = _Processor.monitoring_infos
+_init, _fields_by_names = _Row.__init__, _Row.get_fields_by_names
+_KINDS = [RowKind(number) for number in range(len(RowKind))]
+_INSERT = RowKind.INSERT
 
 
-def without_sampling() -> None:
-    """Let bundles of this process begin and end without that thread. Idempotent."""
+def make_lean() -> None:
+    """Let bundles and rows of this process do without all that. Idempotent."""
     _Sampler.start, _Sampler.stop = _start_alone, _stop_alone
+    _Processor.monitoring_infos = _infos_now_and_then
+    # An object's own way, which takes any name.
+    _Row.__setattr__ = object.__setattr__
+    _Row.__init__, _Row.get_fields_by_names = _init_of_values, _fields_of
+    coder_impl_fast.RowKind = _KINDS.__getitem__
 
 
 def _start_alone(sampler: Any) -> None:
@@ -37,3 +59,25 @@ def _track(sampler: Any) -> None:
     """User metrics are found by it."""
     tracker: Any = statesampler.set_current_tracker
     tracker(sampler)
+
+
+def _infos_now_and_then(processor: Any) -> Any:
+    now_s = time.monotonic()
+    if now_s < getattr(processor, "next_infos_s", now_s):
+        return []
+    processor.next_infos_s = now_s + METRICS_S
+    return _monitoring_infos(processor)
+
+
+def _init_of_values(row: Any, *values: Any, **named: Any) -> None:
+    if named:
+        _init(row, *values, **named)
+        return
+    row._values = list(values)
+    row._from_dict = False
+    row._row_kind = _INSERT
+
+
+def _fields_of(row: Any, names: list[str]) -> Any:
+    own = row.__dict__.get("_fields")
+    return row._values if own is None or own == names else _fields_by_names(row, names)

@@ -15,7 +15,7 @@ from operators.decoding import Decoder
 from operators.delivery.deduplicator import Deduplicator
 from operators.delivery.kafka_journal import KafkaJournal
 from operators.envelope import Source, WarmUp
-from operators.flink.beam_worker import without_sampling
+from operators.flink.beam_worker import make_lean
 from operators.flink.rows import DEAD_LETTERS, WARM_UP, dead_letter_row, element_row
 from operators.flink.user_errors import UserErrors
 from operators.metrics.slot_metrics import slot_metrics
@@ -40,7 +40,7 @@ class DecodeFunction(ProcessFunction):
             self._open(runtime_context)
 
     def _open(self, runtime_context: RuntimeContext) -> None:
-        without_sampling()
+        make_lean()
         slots = self._config.parallelism
         board = LoadBoard.of(self._config)
         if board is None:

@@ -14,7 +14,7 @@ from core.config import JobConfig, KafkaConfig
 from operators.delivery.answered_log import AnsweredLog
 from operators.delivery.kafka_journal import KafkaJournal
 from operators.envelope import Envelope, WarmUp
-from operators.flink.beam_worker import without_sampling
+from operators.flink.beam_worker import make_lean
 from operators.flink.rows import READY, element_of, written_row
 from operators.flink.user_errors import UserErrors
 from operators.metrics.endpoint import MetricsEndpoint
@@ -59,7 +59,7 @@ class SlotFunction(KeyedProcessFunction):
             self._open(runtime_context)
 
     def _open(self, runtime_context: RuntimeContext) -> None:
-        without_sampling()
+        make_lean()
         self._clock = self._make_clock()
         # First of all: what comes to the topic from now on has been seen by nobody.
         journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
