@@ -115,6 +115,9 @@ class Answer:
     source: Source
     record: WrittenResponse | DeadLetter
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Answer, (self.source, self.record)
+
     def leaving(self, at_ms: float) -> "Answer":
         """The same answer, which leaves at this time (wall time)."""
         return self if isinstance(self.record, DeadLetter) else Answer(self.source, self.record.leaving(at_ms))

@@ -52,8 +52,12 @@ class WrittenResponse(NamedTuple):
 
     def leaving(self, at_ms: float) -> "WrittenResponse":
         """The same response, which leaves at this time (wall time)."""
-        return self._replace(completed_at_ms=at_ms)
+        # A third of the cost of `_replace`.
+        return WrittenResponse._make((*self[:_COMPLETED], at_ms, *self[_COMPLETED + 1 :]))
 
     def to_json(self) -> str:
         """The whole response, as `Response.to_json` writes it but for the order of its fields."""
         return f'{self.head},"completed_at_ms":{self.completed_at_ms!r},"e2e_ms":{self.e2e_ms!r}}}'
+
+
+_COMPLETED = WrittenResponse._fields.index("completed_at_ms")

@@ -23,8 +23,9 @@ class SlidingWindow:
         self._percentiles = {percent: float("nan") for percent in PERCENTS}
         self._due_ms = 0.0
 
-    def add(self, value: float) -> None:
-        self._values.append((self._clock.monotonic_ms(), value))
+    def add(self, value: float, now_ms: float) -> None:
+        """`now_ms`: monotonic, by the same clock."""
+        self._values.append((now_ms, value))
 
     def percentile(self, percent: int) -> float:
         """One of `PERCENTS`, by linear interpolation; not a number where there is no value."""

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from core.clock import Clock, SystemClock
 from core.records import DeadLetter, FinishReason
 from operators.envelope import Queue, SlotFigures
 from operators.metrics.sliding_window import PERCENTS, SlidingWindow
+from operators.metrics.tally import CountTally, TimeTally
 from operators.written_response import WrittenResponse
 
 PREFIX = "infertuner"
@@ -112,13 +113,12 @@ class SlotMetrics:
         self.waiting_since_ms: Callable[[], float | None] = lambda: None
         """When the first of those that wait was decoded. Both are set by whoever has the requests."""
 
-        # To look a counter up by its labels costs more than to count, and each answer counts in several.
-        self._requests = self._by_label("requests", "Answered requests", "finish_reason", FinishReason)
+        self._requests = self._tally("requests", "Answered requests", "finish_reason", FinishReason)
         self._letters = self._counter("dead_letters", "Requests that became dead letters", "stage", "cause")
-        self._prompt_tokens = self._by_label(
+        self._prompt_tokens = self._tally(
             "prompt_tokens", "Prompt tokens of answered requests", "source", ("local", "remote", "computed")
         )
-        self._output_tokens = self._counter("output_tokens", "Tokens of answers").labels(self._slot)
+        self._output_tokens = self._tally("output_tokens", "Tokens of answers")
         self.restarts = self._counter("slot_restarts", "Restarts of the slot's process").labels(self._slot)
         self.retries = self._counter(
             "retried_requests", "Requests that were asked again, as the process died with them"
@@ -127,8 +127,8 @@ class SlotMetrics:
             "skipped_duplicates", "Requests that had been answered before and were not asked again"
         ).labels(self._slot)
         self._rising = self._rising_counters()
-        self._histograms = {latency.name: self._histogram(latency) for latency in LATENCIES}
-        self._windows = {latency.name: SlidingWindow(clock) for latency in LATENCIES}
+        self._times = [self._histogram(latency) for latency in LATENCIES]
+        self._windows = [SlidingWindow(clock) for _ in LATENCIES]
         for name, text, read in self._gauges():
             gauge = Gauge(name, text, ["slot"], namespace=PREFIX, registry=self.registry)
             gauge.labels(self._slot).set_function(read)
@@ -145,21 +145,22 @@ class SlotMetrics:
         return found
 
     def answered(self, record: WrittenResponse | DeadLetter) -> None:
-        """An answer or a dead letter leaves."""
+        """An answer or a dead letter leaves. One thread at a time may call for answers."""
         if isinstance(record, DeadLetter):
             self._letters.labels(self._slot, record.stage, cause_of(record)).inc()
             return
-        self._requests[record.finish_reason].inc()
-        for source, counter in self._prompt_tokens.items():
-            if tokens := getattr(record, f"{source}_tokens"):
-                counter.inc(tokens)
-        self._output_tokens.inc(record.output_tokens)
-        for latency in LATENCIES:
+        self._requests[record.finish_reason] += 1
+        self._prompt_tokens["local"] += record.local_tokens
+        self._prompt_tokens["remote"] += record.remote_tokens
+        self._prompt_tokens["computed"] += record.computed_tokens
+        self._output_tokens[""] += record.output_tokens
+        now_ms = self._clock.monotonic_ms()
+        for latency, times, window in zip(LATENCIES, self._times, self._windows, strict=True):
             if (took_ms := latency.read_ms(record)) is not None:
                 # It is negative where the client's clock is ahead, and Prometheus takes a sum that falls for a restart.
                 took_s = max(0.0, took_ms) / 1e3
-                self._histograms[latency.name].observe(took_s)
-                self._windows[latency.name].add(took_s)
+                times.add(took_s)
+                window.add(took_s, now_ms)
 
     def serves(self, serves: bool) -> None:
         """Whether there is a process that is ready. A new one's counts begin with nothing."""
@@ -206,10 +207,9 @@ class SlotMetrics:
             ("cache_write_queue_bytes", "queued_bytes", "Tensors that wait to be written to Redis"),
         ):
             yield name, text, self._now(_of_cache(field))
-        for latency in LATENCIES:
+        for latency, window in zip(LATENCIES, self._windows, strict=True):
             for percent in PERCENTS:
                 text = f"{latency.help}: p{percent} of the latest requests"
-                window = self._windows[latency.name]
                 yield f"{latency.name}_p{percent}_seconds", text, partial(window.percentile, percent)
 
     def _now(self, read: Callable[[SlotFigures], float]) -> Callable[[], float]:
@@ -225,21 +225,16 @@ class SlotMetrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, ["slot", *labels], namespace=PREFIX, registry=self.registry)
 
-    def _by_label(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Any]:
-        """A counter for each value of one more label."""
-        counter = self._counter(name, text, label)
-        return {value: counter.labels(self._slot, value) for value in values}
+    def _tally(self, name: str, text: str, label: str = "", values: Iterable[str] = ("",)) -> dict[str, int]:
+        """The counts of a tally, by the values of its label."""
+        made = CountTally(f"{PREFIX}_{name}", text, self._slot, label, values)
+        self.registry.register(made)
+        return made.counts
 
-    def _histogram(self, latency: Latency) -> Any:
-        made = Histogram(
-            f"{latency.name}_seconds",
-            latency.help,
-            ["slot"],
-            namespace=PREFIX,
-            buckets=latency.buckets_s,
-            registry=self.registry,
-        )
-        return made.labels(self._slot)
+    def _histogram(self, latency: Latency) -> TimeTally:
+        made = TimeTally(f"{PREFIX}_{latency.name}_seconds", latency.help, self._slot, latency.buckets_s)
+        self.registry.register(made)
+        return made
 
     def _rising_counters(self) -> list[Any]:
         made: dict[str, Counter] = {}

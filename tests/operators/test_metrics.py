@@ -223,10 +223,10 @@ def test_flink_has_some_of_the_gauges_in_whole_numbers(metrics: SlotMetrics) -> 
 def test_percentiles_are_those_of_all_that_is_recent(values: list[float]) -> None:
     clock = ManualClock()
     window = SlidingWindow(clock)
-    window.add(1e9)
+    window.add(1e9, clock.monotonic_ms())
     clock.advance(SPAN_MS)
     for value in values:
-        window.add(value)
+        window.add(value, clock.monotonic_ms())
     for percent in (50, 95, 99):
         assert window.percentile(percent) == pytest.approx(np.percentile(values, percent))
 
@@ -235,7 +235,7 @@ def test_a_window_is_bounded_and_forgets(clock: ManualClock) -> None:
     window = SlidingWindow(clock)
     assert math.isnan(window.percentile(50))
     for value in range(3 * MOST):
-        window.add(float(value))
+        window.add(float(value), clock.monotonic_ms())
     clock.advance(1000.0)
     assert window.percentile(50) == pytest.approx(2.5 * MOST, abs=1)
     assert len(window._values) == MOST
