@@ -25,7 +25,7 @@ _Processor: Any = BundleProcessor
 _Row: Any = Row
 _start, _stop = _Sampler.start, _Sampler.stop
 _monitoring_infos = _Processor.monitoring_infos
-_init, _fields_by_names = _Row.__init__, _Row.get_fields_by_names
+_init, _fields_by_names, _equal = _Row.__init__, _Row.get_fields_by_names, _Row.__eq__
 _KINDS = [RowKind(number) for number in range(len(RowKind))]
 _INSERT = RowKind.INSERT
 
@@ -36,7 +36,7 @@ def make_lean() -> None:
     _Processor.monitoring_infos = _infos_now_and_then
     # An object's own way, which takes any name.
     _Row.__setattr__ = object.__setattr__
-    _Row.__init__, _Row.get_fields_by_names = _init_of_values, _fields_of
+    _Row.__init__, _Row.get_fields_by_names, _Row.__eq__ = _init_of_values, _fields_of, _equal_of_values
     coder_impl_fast.RowKind = _KINDS.__getitem__
 
 
@@ -81,3 +81,9 @@ def _init_of_values(row: Any, *values: Any, **named: Any) -> None:
 def _fields_of(row: Any, names: list[str]) -> Any:
     own = row.__dict__.get("_fields")
     return row._values if own is None or own == names else _fields_by_names(row, names)
+
+
+def _equal_of_values(row: Any, other: Any) -> Any:
+    if type(row) is not type(other) or row.__dict__.get("_fields") != other.__dict__.get("_fields"):
+        return _equal(row, other)
+    return row._row_kind == other._row_kind and row._values == other._values

@@ -48,7 +48,7 @@ class Pump:
         self._finished: dict[int, list[Answer]] = defaultdict(list)
         self._retried: dict[int, dict[Source, Envelope]] = defaultdict(dict)
         self._owners: dict[Source, int] = {}
-        """Of what is in the slot."""
+        """Owner of each request in the slot."""
         self._outstanding: dict[int, int] = defaultdict(int)
         """For each owner, what it has handed in and not taken out."""
         self._error: BaseException | None = None
@@ -78,13 +78,12 @@ class Pump:
         Once all are taken, half of what the slot does not run is to be answered first, if that is done in this time: a
         slow slot would else hold the stream, and its checkpoints, for seconds.
         """
-        with self._changed:
-            self._is_full = self._is_full or self.in_flight >= self._max_in_flight
-            if self._is_full:
+        if self._is_full or self.in_flight >= self._max_in_flight:
+            with self._changed:
                 self._wait_for(lambda: self.in_flight <= self._resume_at, timeout_s)
                 self._is_full = self.in_flight >= self._max_in_flight
-            self._require_alive()
-            return not self._is_full
+        self._require_alive()
+        return not self._is_full
 
     def take(self, owner: int, timeout_s: float = 0.0) -> list[Answer]:
         """What has finished of `owner`'s and leaves now; waits for a first one up to `timeout_s`."""
@@ -104,7 +103,7 @@ class Pump:
         return [answer.leaving(now_ms) for answer in finished]
 
     def retried(self, owner: int) -> list[Envelope]:
-        """Of what is outstanding of `owner`, what was asked again since the last call, with its attempts."""
+        """Outstanding requests of `owner` that were retried since the last call, with their number of attempts."""
         if owner not in self._retried:
             return []
         with self._changed:

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import gc
 import json
 import logging
 import logging.config
@@ -25,7 +26,7 @@ from operators.slots.process import Beat, Began, Broken, Refused, Start
 from operators.slots.slot import InferenceSlot
 
 PR_SET_PDEATHSIG = 1
-"""Of Linux' prctl: the signal for a process whose parent has ended."""
+"""Option of Linux' `prctl`: the signal that a process gets when its parent ends."""
 BEAT_S = 0.5
 """Time between two signs of life."""
 
@@ -93,6 +94,9 @@ def run(line: Line) -> None:
             line.send(Refused(str(error)))
             return
         opened.enter_context(closing(slot))
+        # Nothing of what is loaded by now becomes garbage: collections need not look at it again.
+        gc.collect()
+        gc.freeze()
         _report(opened, start.config, slot)
         line.send(slot.ready)
         serve(line, slot, pulse)

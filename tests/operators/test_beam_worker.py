@@ -21,7 +21,7 @@ from operators.flink.beam_worker import METRICS_S, make_lean
 CHANGED: tuple[tuple[Any, tuple[str, ...]], ...] = (
     (StateSampler, ("start", "stop")),
     (BundleProcessor, ("monitoring_infos",)),
-    (Row, ("__setattr__", "__init__", "get_fields_by_names")),
+    (Row, ("__setattr__", "__init__", "get_fields_by_names", "__eq__")),
     (coder_impl_fast, ("RowKind",)),
 )
 
