@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from workloads.config import BadRows
 from workloads.csv_trace import read_csv_trace
-from workloads.trace_rows import TimedRow
+from workloads.trace_rows import Count, TimedRow
 
 EPOCH = datetime(2023, 1, 1, tzinfo=UTC)
 """Near the releases, so that a float of milliseconds still holds their microseconds."""
@@ -21,8 +22,18 @@ EPOCH = datetime(2023, 1, 1, tzinfo=UTC)
 
 class AzureRow(TimedRow):
     timestamp: datetime = Field(alias="TIMESTAMP")
-    prompt_tokens: int = Field(alias="ContextTokens", ge=1)
-    answer_tokens: int = Field(alias="GeneratedTokens", ge=0)
+    prompt_tokens: Count = Field(alias="ContextTokens", ge=1)
+    answer_tokens: Count = Field(alias="GeneratedTokens", ge=0)
+
+    @field_validator("timestamp", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any) -> Any:
+        """A number could be seconds, milliseconds, or a date without separators: none of them is guessed."""
+        try:
+            float(value)
+        except (TypeError, ValueError):
+            return value
+        raise ValueError(f"{value!r} is a number; give date and time, such as 2023-11-16 18:15:46.680590")
 
     @field_validator("timestamp")
     @classmethod

@@ -15,15 +15,15 @@ from pydantic import Field, field_validator
 from workloads.adjustments import KEPT_FAILED_CALLS, SKIPPED_FAILED_CALLS
 from workloads.config import BadRows, FailedCalls
 from workloads.csv_trace import read_csv_trace
-from workloads.trace_rows import TimedRow
+from workloads.trace_rows import Count, TimedRow
 
 MAX_SESSION_CHARACTERS = 200
 
 
 class BurstGPTRow(TimedRow):
     timestamp: float = Field(alias="Timestamp", ge=0)
-    prompt_tokens: int = Field(alias="Request tokens", ge=0)
-    answer_tokens: int = Field(alias="Response tokens", ge=0)
+    prompt_tokens: Count = Field(alias="Request tokens", ge=0)
+    answer_tokens: Count = Field(alias="Response tokens", ge=0)
     session_id: str | None = Field(default=None, alias="Session ID", max_length=MAX_SESSION_CHARACTERS)
 
     @field_validator("session_id")

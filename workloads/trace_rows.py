@@ -1,11 +1,14 @@
 """Reading a trace of any format: lines of bounded length, rows in the order of their time, and what bad ones become."""
 
+import gzip
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from core.errors import UserError, one_line
 from workloads.adjustments import SKIPPED_BAD_ROWS
@@ -13,6 +16,26 @@ from workloads.config import BadRows
 
 MAX_LINE_BYTES = 1 << 20
 """Longest line that is read; above it the file is something else (the longest of the known releases is below 4 KiB)."""
+
+
+_GZIP = b"\x1f\x8b"
+_COMPRESSED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PAR1": "parquet"}
+"""First bytes of formats that are not read."""
+
+
+def _without_exponent(value: Any) -> Any:
+    """Tools that hold numbers as floats write whole ones as `1.2e3`."""
+    if isinstance(value, str) and "e" in value.lower():
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return str(int(number)) if number.is_integer() else value
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_without_exponent)]
+"""A whole number in a CSV file."""
 
 
 class TimedRow(BaseModel):
@@ -39,12 +62,13 @@ Row = TypeVar("Row", bound=TimedRow)
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of each line that is not blank, one in memory at a time.
+    """Number (from 1) and bytes of each line that is not blank, one in memory at a time; gzip is unpacked.
 
-    Raises `UserError` for a file that is missing or unreadable, and for a line above `MAX_LINE_BYTES`.
+    Raises `UserError` for a file that is missing, unreadable or compressed in another way, and for a line above
+    `MAX_LINE_BYTES`.
     """
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
                 if len(line) > MAX_LINE_BYTES:
                     raise UserError(
@@ -52,8 +76,19 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     )
                 if line.strip():
                     yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"--trace: {path} is damaged ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"--trace: cannot read {path}: {error.strerror}; give the path of a trace") from None
+
+
+def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
+    with path.open("rb") as file:
+        begins = file.read(8)
+    for magic, name in _COMPRESSED.items():
+        if begins.startswith(magic):
+            raise UserError(f"--trace: {path} is a {name} file; unpack it, or give it as gzip")
+    return gzip.open(path, "rb") if begins.startswith(_GZIP) else path.open("rb")
 
 
 def read_rows(

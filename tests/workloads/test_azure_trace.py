@@ -1,3 +1,6 @@
+import bz2
+import gzip
+import lzma
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -82,3 +85,46 @@ def test_columns_may_stand_in_any_order_among_others(write_csv: Callable[[str], 
     (row,) = read_azure_trace(path)
     assert (row.prompt_tokens, row.answer_tokens) == (374, 44)
     assert row.timestamp == datetime(2024, 5, 10, 0, 0, 0, 500_000, UTC)
+
+
+@pytest.mark.parametrize("time", ["20231116", "1500", "0", "1.7e9", "1700158546.68"])
+def test_a_number_is_no_date_and_time(write_csv: Callable[[str], Path], time: str) -> None:
+    with pytest.raises(UserError, match=rf"TIMESTAMP: '{time}' is a number; give date and time"):
+        list(read_azure_trace(write_csv(f"{HEADER}{time},374,44\n")))
+
+
+def test_whole_numbers_may_be_written_as_floats(write_csv: Callable[[str], Path]) -> None:
+    path = write_csv(f"{HEADER}2023-11-16 18:15:46,1.2e3,4.4E+01\n2023-11-16 18:15:47,374.0,44.0\n")
+    assert [(row.prompt_tokens, row.answer_tokens) for row in read_azure_trace(path)] == [(1200, 44), (374, 44)]
+    for bad in ("1.25e1", "1e", "e5", "1e400"):
+        with pytest.raises(UserError, match="ContextTokens: Input should be"):
+            list(read_azure_trace(write_csv(f"{HEADER}2023-11-16 18:15:46,{bad},44\n")))
+
+
+PUBLISHED = """TIMESTAMP,NumImages,ContextTokens,GeneratedTokens
+2024-09-01 00:00:00.100000+00:00,3,1800,120
+2024-09-01 00:00:00.200000+00:00,0,30,9
+"""
+
+
+def test_a_trace_may_be_packed_as_it_is_published(tmp_path: Path) -> None:
+    """Azure publishes its trace of 2025 as `.csv.gz`."""
+    path = tmp_path / "trace.csv.gz"
+    path.write_bytes(gzip.compress(PUBLISHED.encode()))
+    rows = list(read_azure_trace(path))
+    assert [(row.prompt_tokens, row.answer_tokens) for row in rows] == [(1800, 120), (30, 9)]
+    assert rows[1].at_ms - rows[0].at_ms == pytest.approx(100.0)
+    path.write_bytes(gzip.compress(PUBLISHED.encode() * 500)[:60])
+    with pytest.raises(UserError, match="is damaged"):
+        list(read_azure_trace(path))
+
+
+@pytest.mark.parametrize(
+    ("packed", "name"),
+    [(bz2.compress(b"x" * 99), "bzip2"), (lzma.compress(b"x"), "xz"), (b"PK\x03\x04xxxxxxxx", "zip")],
+)
+def test_other_compressed_files_are_named(tmp_path: Path, packed: bytes, name: str) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(packed)
+    with pytest.raises(UserError, match=f"is a {name} file; unpack it"):
+        list(read_azure_trace(path))
