@@ -34,7 +34,7 @@ COMMAND = Command(
         "vocab_size": _NOT_HERE,
         "output_scale": _NOT_HERE,
         "long_prompts": _NOT_HERE,
-        "block_tokens": "a Mooncake trace has blocks of its own; give those of others with --trace-block-tokens",
+        "block_tokens": "the laboratory keeps the blocks of a trace; give their size with --trace-block-tokens",
         "shared_blocks": _NOT_HERE,
         "prompt_scale": _NOT_HERE,
         "rate_per_s": _BY_FORMAT,

@@ -17,7 +17,7 @@ from core.errors import UserError
 from workloads.azure_trace import AzureRow, read_azure_trace
 from workloads.burstgpt_trace import BurstGPTRow, read_burstgpt_trace
 from workloads.config import BadRows, FailedCalls
-from workloads.mooncake_trace import TRACE_BLOCK_TOKENS, TraceRow, read_trace
+from workloads.mooncake_trace import MOONCAKE, TRACE_BLOCK_TOKENS, TraceForm, TraceRow, read_trace
 from workloads.token_ids import made_token_ids
 
 SESSION_BLOCKS = 1 << 62
@@ -51,6 +51,7 @@ def read_blocks(
     time_scale: float = 1.0,
     length_scale: float = 1.0,
     block_tokens: int = TRACE_BLOCK_TOKENS,
+    form: TraceForm = MOONCAKE,
     failed_calls: FailedCalls = FailedCalls.SKIP,
     bad_rows: BadRows = BadRows.ERROR,
     counts: Counter[str] | None = None,
@@ -58,7 +59,8 @@ def read_blocks(
     """The requests in order, one in memory at a time; nothing is remembered from one to the next.
 
     Time is divided by `time_scale`, lengths are multiplied by `length_scale` and never become 0. A Mooncake trace has
-    blocks of its own: they stay what they are, their 512 tokens are scaled, and `block_tokens` is not looked at.
+    blocks of its own, which `form` describes: they stay what they are, and their tokens are scaled. `block_tokens` is
+    for the other formats.
     Ids are below 2**63 (a Mooncake trace's are its own) and the same in every process. `failed_calls` is for BurstGPT
     alone. `counts` is added to as by the format's reader, and errors are those of the reader, as rows are read.
     """
@@ -68,12 +70,12 @@ def read_blocks(
     rows: Iterator[TraceRow] | Iterator[BurstGPTRow] | Iterator[AzureRow]
     match trace_format:
         case TraceFormat.MOONCAKE:
-            rows = read_trace(path, bad_rows, counts)
+            rows = read_trace(path, bad_rows, counts, form)
         case TraceFormat.BURSTGPT:
             rows = read_burstgpt_trace(path, failed_calls, bad_rows, counts)
         case TraceFormat.AZURE:
             rows = read_azure_trace(path, bad_rows, counts)
-    return _requests(rows, time_scale, length_scale, block_tokens)
+    return _requests(rows, time_scale, length_scale, block_tokens, form)
 
 
 def _requests(
@@ -81,6 +83,7 @@ def _requests(
     time_scale: float,
     length_scale: float,
     block_tokens: int,
+    form: TraceForm,
 ) -> Iterator[BlockRequest]:
     fresh = count()
     began_ms: float | None = None
@@ -88,8 +91,8 @@ def _requests(
         began_ms = row.at_ms if began_ms is None else began_ms
         at_ms = (row.at_ms - began_ms) / time_scale
         if isinstance(row, TraceRow):
-            scaled = max(1, round(TRACE_BLOCK_TOKENS * length_scale))
-            yield BlockRequest(at_ms, row.hash_ids, row.prompt_tokens(scaled), scaled)
+            scaled = max(1, round(form.block_tokens * length_scale))
+            yield BlockRequest(at_ms, row.hash_ids, row.prompt_tokens(scaled, form), scaled)
             continue
         tokens = max(1, round(row.prompt_tokens * length_scale))
         if row.session_id is None:

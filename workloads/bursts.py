@@ -9,7 +9,7 @@ BLOCK_TOKENS = 32
 SYSTEM_BLOCKS = 8
 """All prompts begin with these."""
 LONGEST_BLOCKS = 60
-"""Of a session: one that has grown longer ends."""
+"""Maximum blocks of a session. A session that has grown longer ends."""
 BURST_S, LULL_S = 20.0, 40.0
 """Mean lengths; 2 s come on top."""
 

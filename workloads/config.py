@@ -49,6 +49,13 @@ class BadRows(StrEnum):
     """It is left out and counted."""
 
 
+class TimeUnit(StrEnum):
+    """Unit of a trace's times."""
+
+    MS = "ms"
+    S = "s"
+
+
 class FailedCalls(StrEnum):
     """What becomes of a trace's request that got no answer."""
 
@@ -95,7 +102,16 @@ class MooncakeConfig(Config):
     """The replay of a Mooncake trace."""
 
     block_tokens: int = Field(
-        default=32, ge=1, le=512, description="mooncake: tokens that a 512-token block of the trace becomes"
+        default=32, ge=1, le=512, description="mooncake: tokens that a block of the trace becomes"
+    )
+    trace_block_tokens: int = Field(
+        default=512,
+        ge=1,
+        le=1 << 20,
+        description="tokens per block of a Mooncake trace (Qwen-Bailian: 16); policy lab: of burstgpt and azure too",
+    )
+    trace_time_unit: TimeUnit = Field(
+        default=TimeUnit.MS, description="mooncake: unit of the trace's timestamps, ms or s; Qwen-Bailian: s"
     )
     shared_blocks: int = Field(
         default=1, ge=0, description="mooncake: leading blocks that requests share without being one session"

@@ -12,7 +12,7 @@ from functools import lru_cache
 from core.errors import UserError
 from workloads.adjustments import CUT_LONG_PROMPTS, OF_EVERY_REPLAY, SKIPPED_LONG_PROMPTS
 from workloads.config import LongPrompts, WorkloadConfig, WorkloadKind, trace_file
-from workloads.mooncake_trace import TRACE_BLOCK_TOKENS, TraceRow, read_trace
+from workloads.mooncake_trace import TraceForm, TraceRow, read_trace
 from workloads.timed_request import TimedRequest, request_id
 from workloads.token_ids import made_token_ids
 
@@ -68,6 +68,7 @@ class MooncakeWorkload:
             )
         self._config = config
         self._trace = trace_file(config)
+        self._form = TraceForm(options.trace_block_tokens, options.trace_time_unit)
         self._counts: Counter[str] = Counter()
         self._block = lru_cache(maxsize=4096)(
             lambda block_id: made_token_ids(config.seed, block_id, options.block_tokens, config.vocab_size)
@@ -86,9 +87,9 @@ class MooncakeWorkload:
         self._counts = counts = Counter[str]()
         began_ms: float | None = None
         index = 0
-        for row in read_trace(self._trace, config.replay.bad_rows, counts):
+        for row in read_trace(self._trace, config.replay.bad_rows, counts, self._form):
             began_ms = row.timestamp if began_ms is None else began_ms
-            session = sessions.of(row.hash_ids[: row.input_length // TRACE_BLOCK_TOKENS])
+            session = sessions.of(row.hash_ids[: row.input_length // self._form.block_tokens])
             prompt = self._prompt(row, counts)
             if prompt is None:
                 continue
@@ -107,7 +108,7 @@ class MooncakeWorkload:
     def _prompt(self, row: TraceRow, counts: Counter[str]) -> tuple[int, ...] | None:
         """The row's prompt; none where it is too long and such are skipped."""
         block_tokens, limit = self._config.mooncake.block_tokens, self._config.max_prompt_tokens
-        tokens = row.prompt_tokens(block_tokens)
+        tokens = row.prompt_tokens(block_tokens, self._form)
         if tokens <= limit:
             return self._tokens(row.hash_ids)[:tokens]
         if self._config.replay.long_prompts is LongPrompts.SKIP:

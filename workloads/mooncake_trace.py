@@ -3,20 +3,37 @@
 A row is one JSON object: `timestamp` (ms since the trace began), `input_length` and `output_length` (tokens), and
 `hash_ids`, one id per 512-token block of the prompt, the last of which may be partial. A block's id stands for the
 block and all that is before it, so that two prompts with equal leading ids have an equal prefix. Fields beyond these
-four are let pass: later releases add some.
+four are let pass: later releases add some. Other traces of this format have blocks of another size, or seconds
+(Qwen-Bailian: 16 tokens, seconds); `TraceForm` says so.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
-from workloads.config import BadRows
+from core.errors import UserError
+from workloads.config import BadRows, TimeUnit
 from workloads.trace_rows import TimedRow, numbered_lines, read_rows
 
 TRACE_BLOCK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class TraceForm:
+    """What the rows of a trace do not say. The default is that of Mooncake's own."""
+
+    block_tokens: int = TRACE_BLOCK_TOKENS
+    time_unit: TimeUnit = TimeUnit.MS
+
+    def blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self.block_tokens)
+
+
+MOONCAKE = TraceForm()
 
 
 class TraceRow(TimedRow):
@@ -27,37 +44,62 @@ class TraceRow(TimedRow):
     output_length: int = Field(ge=0)
     hash_ids: tuple[Annotated[int, Field(ge=0)], ...]
 
-    @model_validator(mode="after")
-    def _blocks_hold_the_input(self) -> Self:
-        needed = -(-self.input_length // TRACE_BLOCK_TOKENS)
-        if len(self.hash_ids) != needed:
-            raise ValueError(
-                f"hash_ids has {len(self.hash_ids)} blocks, but an input_length of {self.input_length} tokens "
-                f"is {needed} blocks of {TRACE_BLOCK_TOKENS}; mend either"
-            )
-        return self
-
     @property
     def at_ms(self) -> float:
         return self.timestamp
 
-    def prompt_tokens(self, block_tokens: int) -> int:
+    def prompt_tokens(self, block_tokens: int, form: TraceForm = MOONCAKE) -> int:
         """Length of the prompt where a block becomes `block_tokens` tokens.
 
         The last block is scaled in proportion to what it holds in the trace, and never to nothing.
         """
         before_last = len(self.hash_ids) - 1
-        held = self.input_length - before_last * TRACE_BLOCK_TOKENS
-        return before_last * block_tokens + max(1, held * block_tokens // TRACE_BLOCK_TOKENS)
+        held = self.input_length - before_last * form.block_tokens
+        return before_last * block_tokens + max(1, held * block_tokens // form.block_tokens)
 
 
-def read_trace(path: Path, bad_rows: BadRows = BadRows.ERROR, counts: Counter[str] | None = None) -> Iterator[TraceRow]:
-    """The rows in order, one in memory at a time; what is bad, counted and raised is said at `read_rows`."""
+def read_trace(
+    path: Path,
+    bad_rows: BadRows = BadRows.ERROR,
+    counts: Counter[str] | None = None,
+    form: TraceForm = MOONCAKE,
+) -> Iterator[TraceRow]:
+    """The rows in order, one in memory at a time, their times in ms; bad rows, `counts` and errors as at `read_rows`.
+
+    Raises `UserError`, whatever `bad_rows` says, if the first row of several blocks has them of another size than
+    `form`: rows of a single block would pass as what they are not.
+    """
     return read_rows(
-        path,
-        numbered_lines(path),
-        TraceRow.model_validate_json,
-        form="trace of JSON lines",
-        bad_rows=bad_rows,
-        counts=counts,
+        path, numbered_lines(path), _parser(path, form), form="trace of JSON lines", bad_rows=bad_rows, counts=counts
     )
+
+
+def _parser(path: Path, form: TraceForm) -> Callable[[bytes], TraceRow]:
+    size_is_known = False
+
+    def parse(line: bytes) -> TraceRow:
+        nonlocal size_is_known
+        row = TraceRow.model_validate_json(line)
+        given, needed = len(row.hash_ids), form.blocks_of(row.input_length)
+        if given == needed:
+            size_is_known = size_is_known or given > 1
+            return row if form.time_unit is TimeUnit.MS else row.model_copy(update={"timestamp": 1000 * row.timestamp})
+        if given > 1 and not size_is_known:
+            raise UserError(
+                f"{path}: a prompt of {row.input_length} tokens has {given} blocks there, and {needed} with "
+                f"{form.block_tokens} tokens each; give the block size of the trace by --trace-block-tokens, "
+                f"{_block_size(row.input_length, given)} for instance"
+            )
+        raise ValueError(
+            f"hash_ids has {given} blocks, but an input_length of {row.input_length} tokens "
+            f"is {needed} blocks of {form.block_tokens}; mend either"
+        )
+
+    return parse
+
+
+def _block_size(tokens: int, blocks: int) -> int:
+    """A size that makes so many blocks of so many tokens; a power of two, if one does."""
+    least = -(-tokens // blocks)
+    power = 1 << (least - 1).bit_length()
+    return power if -(-tokens // power) == blocks else least

@@ -55,9 +55,6 @@ class LabConfig(Config):
     target_prefix_hit_ratio: float | None = Field(
         default=None, gt=0, lt=1, description="add the smallest static capacity of each eviction policy that reaches it"
     )
-    trace_block_tokens: int = Field(
-        default=512, ge=1, le=1 << 20, description="burstgpt, azure: tokens of a block; a Mooncake trace has its own"
-    )
     chunk_tokens: int = Field(
         default=CacheConfig.model_fields["chunk_tokens"].default, ge=1, le=4096, description="phases: tokens of a chunk"
     )
@@ -112,7 +109,7 @@ class LabConfig(Config):
         return distinct_members(self.sizing, Strategy, "policy", str.lower)
 
     def sizing_config(self, strategy: Strategy, capacity_chunks: int) -> SizingConfig:
-        """Of one run: the policy begins at `capacity_chunks`, and moves within the parts of it that are set."""
+        """Sizing of one run: the policy starts at `capacity_chunks` and stays within the configured shares of it."""
         update = {
             "strategy": strategy,
             "capacity_chunks": capacity_chunks,

@@ -11,6 +11,7 @@ from experiments.lab.keys import BLOCK_SHAPE
 from workloads.block_trace import BlockRequest, TraceFormat, read_blocks
 from workloads.bursts import bursts
 from workloads.config import WorkloadConfig, WorkloadKind, trace_file
+from workloads.mooncake_trace import TraceForm
 from workloads.phases import PhasesWorkload
 
 Load = Callable[[], Iterable[BlockRequest]]
@@ -28,7 +29,7 @@ def make_load(config: LabConfig, left_out: Counter[str] | None = None) -> Load:
     if config.format is LoadFormat.BURSTS:
         return lambda: bursts(config.workload.requests, config.workload.seed)
     trace = trace_file(config.workload)
-    replay = config.workload.replay
+    replay, mooncake = config.workload.replay, config.workload.mooncake
     trace_format = TraceFormat(config.format)
 
     def load() -> Iterator[BlockRequest]:
@@ -38,7 +39,8 @@ def make_load(config: LabConfig, left_out: Counter[str] | None = None) -> Load:
             trace,
             trace_format,
             time_scale=replay.time_scale,
-            block_tokens=config.trace_block_tokens,
+            block_tokens=mooncake.trace_block_tokens,
+            form=TraceForm(mooncake.trace_block_tokens, mooncake.trace_time_unit),
             failed_calls=config.workload.burstgpt.failed_calls,
             bad_rows=replay.bad_rows,
             counts=left_out,

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from workloads.config import BadRows
-from workloads.mooncake_trace import read_trace
+from workloads.config import BadRows, MooncakeConfig, TimeUnit, TraceConfig, WorkloadConfig, WorkloadKind
+from workloads.mooncake import MooncakeWorkload
+from workloads.mooncake_trace import TraceForm, read_trace
 from workloads.trace_rows import MAX_LINE_BYTES
 
 GOOD = {"timestamp": 5, "input_length": 600, "output_length": 3, "hash_ids": [0, 1]}
@@ -38,7 +39,7 @@ def test_every_row_is_read_in_order(any_trace: Path) -> None:
         (GOOD | {"hash_ids": [0, -1]}, "hash_ids.1: Input should be greater than or equal to 0"),
         (GOOD | {"timestamp": 4}, "timestamp: 4 is before the row above's 5; sort the trace"),
         (GOOD | {"hash_ids": [0]}, "hash_ids has 1 blocks, but an input_length of 600 tokens is 2 blocks of 512"),
-        (GOOD | {"hash_ids": [0, 1, 2]}, "hash_ids has 3 blocks"),
+        (GOOD | {"hash_ids": [0, 1, 2]}, "hash_ids has 3 blocks, but an input_length of 600 tokens is 2 blocks"),
         ('{"timestamp": 5, "input_le\n', "Invalid JSON"),
         ("[1, 2]\n", "record: Input should be an object"),
         ("\x00\x01\n", "Invalid JSON"),
@@ -84,3 +85,39 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_fields_of_later_releases_are_let_pass(write_trace: Callable[..., Path]) -> None:
     assert len(list(read_trace(write_trace([GOOD | {"type": "text", "turn": 3}])))) == 1
+
+
+SIXTEENS = {"timestamp": 61.114, "input_length": 521, "output_length": 132, "hash_ids": list(range(33)), "turn": 1}
+ONE_BLOCK = {"timestamp": 61.0, "input_length": 9, "output_length": 3, "hash_ids": [77]}
+
+
+@pytest.mark.parametrize("bad_rows", list(BadRows))
+def test_blocks_of_another_size_are_told_of_and_never_left_out(
+    write_trace: Callable[..., Path], bad_rows: BadRows
+) -> None:
+    path = write_trace([ONE_BLOCK, SIXTEENS])
+    with pytest.raises(UserError) as refused:
+        list(read_trace(path, bad_rows))
+    assert str(refused.value) == (
+        f"{path}: a prompt of 521 tokens has 33 blocks there, and 2 with 512 tokens each; give the block size of the "
+        "trace by --trace-block-tokens, 16 for instance"
+    )
+
+
+def test_a_trace_with_small_blocks_and_seconds_is_read(write_trace: Callable[..., Path]) -> None:
+    form = TraceForm(16, TimeUnit.S)
+    one, other = read_trace(write_trace([ONE_BLOCK, SIXTEENS]), form=form)
+    assert (one.at_ms, other.at_ms) == (61_000.0, pytest.approx(61_114.0))
+    assert other.prompt_tokens(16, form) == 521
+    assert other.prompt_tokens(4, form) == 32 * 4 + 2
+
+
+def test_the_replay_takes_size_and_unit_by_option(write_trace: Callable[..., Path]) -> None:
+    config = WorkloadConfig(
+        workload=WorkloadKind.MOONCAKE,
+        replay=TraceConfig(trace=write_trace([ONE_BLOCK, SIXTEENS])),
+        mooncake=MooncakeConfig(block_tokens=16, trace_block_tokens=16, trace_time_unit=TimeUnit.S),
+    )
+    timed = list(MooncakeWorkload(config))
+    assert [len(one.prompt_token_ids or ()) for one in timed] == [9, 521]
+    assert timed[1].at_ms == pytest.approx(114.0)
