@@ -62,7 +62,7 @@ def kafka_settings(brokers: str, access: KafkaAccessConfig) -> dict[str, Any]:
 
 
 def kafka_user(access: KafkaAccessConfig) -> Credentials:
-    """Of a `kafka_security` with a user. Raises `UserError` where this host has none."""
+    """Credentials for a `kafka_security` with a user. Raises `UserError` if this host has none."""
     found = credentials("kafka", access.kafka_credentials_file)
     if found is None or found.username is None:
         raise UserError(

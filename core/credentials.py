@@ -35,7 +35,7 @@ def variable(service: str, name: str) -> str:
 
 
 def credentials(service: str, file: Path | None) -> Credentials | None:
-    """Of `redis` or `kafka`: those in `file` or, without one, in the environment; none where neither has any.
+    """Credentials of `redis` or `kafka`, from `file` or, without one, from the environment; none if neither has any.
 
     Raises `UserError` for a file that is missing, that others may read, or that names no password.
     """

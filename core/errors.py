@@ -17,7 +17,11 @@ class UserError(Exception):
 def faults(error: ValidationError) -> list[tuple[str, str]]:
     """Each fault of a pydantic validation: the dotted path of its field (empty for the whole), and what is wrong."""
     found = []
-    for fault in error.errors(include_url=False, include_context=False, include_input=False):
+    reported = error.errors(include_url=False, include_context=False, include_input=False)
+    for fault in reported:
+        # A collection whose first item is refused is reported as too short as well, which is not true.
+        if fault["type"] == "too_short" and any(_is_within(other["loc"], fault["loc"]) for other in reported):
+            continue
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             message = "unknown field; remove it"
@@ -25,6 +29,10 @@ def faults(error: ValidationError) -> list[tuple[str, str]]:
             message = "missing; add it"
         found.append((".".join(str(part) for part in fault["loc"]), message))
     return found
+
+
+def _is_within(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(place) > len(outer) and place[: len(outer)] == outer
 
 
 def one_line(error: ValidationError) -> str:

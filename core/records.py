@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
     model_validator,
@@ -26,12 +26,17 @@ from core.errors import UserError, one_line
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 Identifier = Annotated[str, Field(min_length=1, max_length=256)]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+MAX_STOPS = 64
+"""Maximum number of stop strings, and of stop tokens, per request."""
+MAX_BIASED_TOKENS = 1024
+"""Maximum number of tokens with a bias per request."""
 MAX_RECORD_BYTES = 1 << 20
 """A request record above this many bytes is a dead letter; Kafka's own default limit is about the same."""
 MAX_RESULT_BYTES = 4 * MAX_RECORD_BYTES
 """Limit of what a job writes: an answer, or a dead letter of a request of twice the allowed size in base64."""
 MAX_DEAD_LETTER_RAW_BYTES = 2 * MAX_RECORD_BYTES
-"""Of a record that is longer still, a dead letter keeps this many bytes."""
+"""Maximum bytes of the original record that a dead letter keeps."""
 RECORD_OVERHEAD_BYTES = 32 << 10
 """More than the other fields of an answer, its key and Kafka's own share of its record take together."""
 MAX_REASON_CHARACTERS = 4096
@@ -45,9 +50,35 @@ def _milliseconds(time_ms: float) -> float:
     return time_ms
 
 
+def _default_for_null(default: Any) -> BeforeValidator:
+    """`null` means that the field is not given."""
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+def _one_or_several(value: Any) -> Any:
+    """A string is a list of one."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _text_of_parts(content: Any) -> Any:
+    """Joins content parts of type `text` by line breaks."""
+    if not isinstance(content, list):
+        return content
+    if not content:
+        raise ValueError("no part in it; send some text")
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
+            raise ValueError(f'part {index} is not of the form {{"type": "text", "text": ...}}; only text is served')
+        if not isinstance(part["text"], str):
+            raise ValueError(f"the text of part {index} is not a string")
+    return "\n".join(part["text"] for part in content)
+
+
 class FinishReason(StrEnum):
     STOP = "stop"
-    """The model produced its end-of-sequence token (which is not part of the answer)."""
+    """The model produced an end token or a stop token (which is not part of the answer), or a stop string."""
     LENGTH = "length"
     """`max_new_tokens` were produced."""
     CONTEXT = "context"
@@ -61,8 +92,8 @@ class Message(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_text_of_parts)] = Field(description="a string, or parts of type text")
 
 
 class Request(BaseModel):
@@ -80,21 +111,49 @@ class Request(BaseModel):
     prompt: str | None = Field(default=None, min_length=1)
     messages: tuple[Message, ...] | None = Field(default=None, min_length=1, fail_fast=True)
     prompt_token_ids: tuple[TokenId, ...] | None = Field(default=None, min_length=1, fail_fast=True)
-    temperature: float | None = Field(default=None, ge=0, le=100, description="0 is greedy; none: the engine's default")
-    seed: int | None = Field(
-        default=None, ge=0, lt=1 << 63, description="of this request's own sampling; none: made of request_id"
+    # Sampling: none means the job's default.
+    temperature: float | None = Field(default=None, ge=0, le=100, description="0 is greedy")
+    top_k: int | None = Field(default=None, ge=0, le=1 << 32, description="sample from this many tokens; 0: from all")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="sample from the likeliest tokens of this mass")
+    min_p: float | None = Field(default=None, ge=0, le=1, description="least probability, relative to the greatest")
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100, description="of tokens of prompt and answer")
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="of each token in the answer so far")
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="the same for each occurrence")
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=MAX_BIASED_TOKENS, description="by token id, added to its logit"
+    )
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63, description="none: derived from request_id")
+    logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="report log-probabilities, and of so many of the likeliest tokens"
+    )
+    # Where the answer ends.
+    min_new_tokens: int | None = Field(default=None, ge=0, le=1 << 20, description="no end or stop before this many")
+    stop: Annotated[tuple[StopString, ...], BeforeValidator(_one_or_several)] | None = Field(
+        default=None, max_length=MAX_STOPS, description="strings that end the answer; they are not part of its text"
+    )
+    stop_token_ids: tuple[TokenId, ...] | None = Field(
+        default=None, max_length=MAX_STOPS, description="tokens that end the answer, like the model's own end tokens"
+    )
+    ignore_eos: Annotated[bool, _default_for_null(False)] = Field(
+        default=False, description="do not end at the model's own end tokens"
     )
     deadline_ms: float | None = Field(default=None, gt=0, le=1e12, description="time allowed, from created_at_ms on")
-    priority: int = Field(default=0, ge=-1000, le=1000, description="higher is served first")
-    cache_salt: str = Field(default="", max_length=256, description="requests share cached chunks only within a salt")
+    priority: Annotated[int, _default_for_null(0)] = Field(
+        default=0, ge=-1000, le=1000, description="higher is served first"
+    )
+    cache_salt: Annotated[str, _default_for_null("")] = Field(
+        default="", max_length=256, description="requests share cached chunks only within a salt"
+    )
     model: str | None = Field(default=None, min_length=1, max_length=256, description="refused where another serves")
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
+    def _consistent(self) -> Self:
         given = [name for name in ("prompt", "messages", "prompt_token_ids") if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise ValueError(f"give exactly one of prompt, messages, prompt_token_ids (found {found})")
+        if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens is above max_new_tokens ({self.min_new_tokens} > {self.max_new_tokens})")
         return self
 
     @classmethod
@@ -123,20 +182,32 @@ class Sampling(BaseModel):
     top_p: float = Field(default=1.0, ge=0, le=1, description="draw from the likeliest tokens of this probability")
     min_p: float = Field(default=0.0, ge=0, le=1, description="least probability, as a share of the greatest")
     repetition_penalty: float = Field(default=1.0, gt=0, description="divides positive logits of tokens seen before")
+    presence_penalty: float = Field(default=0.0, description="subtracted from logits of tokens of the answer so far")
+    frequency_penalty: float = Field(default=0.0, description="the same, times the number of occurrences")
+    logit_bias: dict[int, float] = Field(default={}, description="by token id, added to its logit")
     min_new_tokens: int = Field(default=0, ge=0, description="tokens before the answer may end")
     seed: int | None = Field(default=None, ge=0, lt=1 << 63, description="of the draws; none where it is greedy")
     token_rules: tuple[str, ...] = Field(
         default=(), description="lists of generation_config.json that forbid or force tokens"
     )
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    @model_serializer
+    def _without_defaults(self) -> dict[str, Any]:
         """Only what changes something is written: most answers need none of it."""
-        written = serialize(self)
-        return {name: written[name] for name, value in _NEUTRAL.items() if getattr(self, name) != value}
+        return {name: value for name, value in self.__dict__.items() if value != _NEUTRAL[name]}
 
 
 _NEUTRAL = {name: field.default for name, field in Sampling.model_fields.items()}
+
+
+class TokenLogprob(BaseModel):
+    """The log-probability of one token of an answer, by the model's own logits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    token_id: int
+    logprob: float = Field(le=1e-3)
+    top: tuple[tuple[int, float], ...] = Field(default=(), description="likeliest tokens: ids and log-probabilities")
 
 
 class Response(BaseModel):
@@ -152,6 +223,9 @@ class Response(BaseModel):
     user_id: str
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = Field(
+        default=None, description="one for each of token_ids, if the request asked for them"
+    )
     finish_reason: FinishReason
     sampling: Sampling | None = Field(
         default=None, description="how its tokens were chosen; none in records of versions that did not say"
@@ -199,7 +273,10 @@ class Response(BaseModel):
     def is_too_long(self) -> bool:
         """Whether its record could be above `MAX_RESULT_BYTES`, or its topic would refuse it."""
         # Most are short: then nothing is written to find that out.
-        if RECORD_OVERHEAD_BYTES + 12 * len(self.text) + 12 * len(self.token_ids) <= MAX_RESULT_BYTES:
+        written_bytes = 12 * len(self.text) + 12 * len(self.token_ids)
+        for one in self.logprobs or ():
+            written_bytes += 80 + 40 * len(one.top)
+        if RECORD_OVERHEAD_BYTES + written_bytes <= MAX_RESULT_BYTES:
             return False
         return RECORD_OVERHEAD_BYTES + len(self.to_json()) > MAX_RESULT_BYTES
 

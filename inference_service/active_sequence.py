@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 
 from cache.protocol import Prefetch
-from core.records import Request
+from core.records import Request, TokenLogprob
 from inference_service.pieces import Piece
 from inference_service.sampling import Draw, SequenceSampler
+from inference_service.stop_strings import StopStrings
 
 
 @dataclass(eq=False)
@@ -17,60 +18,65 @@ class ActiveSequence:
     sampler: SequenceSampler
     arrived_ms: float
     expires_ms: float
-    """When its own deadline passes: what there is by then is the answer."""
+    """Wall time of the request's own deadline. The answer is what there is by then."""
     times_out_ms: float
-    """When the engine gives it up."""
+    """Wall time at which the engine times the request out."""
     weight: int
-    """Tokens that it may come to hold."""
+    """Maximum tokens of prompt and answer."""
+    stop: StopStrings | None = None
+    stopped_text: str | None = None
+    """The answer's text, once a stop string has ended it."""
     prefetch: Prefetch | None = None
-    """Its chunks on their way from Redis while it waits."""
+    """Its chunks that are being fetched from Redis while it is queued."""
     waited_for_reuse: bool = False
-    """Whether it was held back once, for a chunk that another request was about to compute."""
+    """Whether it has waited once for a chunk that another request was about to compute."""
     row: int = -1
     began_ms: float = 0.0
     began_with: int = 1
     first_token_ms: float | None = None
     computed_ms: float = 0.0
-    """Wall time at which its latest pass had been computed: its token is there, whatever the step goes on to do."""
+    """Wall time at the end of its latest pass. The step may go on after it."""
     local_tokens: int = 0
     remote_tokens: int = 0
     capacity_chunks: int = 0
     used_chunks: int = 0
     output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each token of `output`, if the request asked for them."""
     held: int = 0
-    """Tokens whose key/value stand in the sequence's row: all but the last sampled one."""
+    """Tokens whose keys and values are in the sequence's row: all but the last sampled one."""
     finite: int = 0
-    """Of those, how many from the first on are known to have finite keys and values."""
+    """Number of leading `held` tokens that are known to have finite keys and values."""
     touched: int = 0
-    """Positions of its row that a pass may have written, up to this one."""
+    """End of the positions of its row that a pass may have written."""
     rows_decoded: int = 0
-    """Sum, over its decode steps, of the sequences that decoded in them."""
+    """Sum of the batch sizes of its decode steps."""
 
     long: bool = False
-    """Whether what was missing of its prompt at the beginning is more than a step computes."""
+    """Whether its prompt, without reused chunks, exceeds the token budget of a step."""
     ms_per_token: float = 0.0
-    """Of a long one's latest piece."""
+    """Cost of the latest piece of a long prompt."""
     piece_tokens: int = 0
-    """Of its prompt, in the step that is under way."""
+    """Prompt tokens to compute in the current step."""
 
     @property
     def ends_ms(self) -> float:
-        """When it leaves the engine at the latest."""
+        """Wall time at which it leaves the engine at the latest."""
         return min(self.expires_ms, self.times_out_ms)
 
     @property
     def is_fetching(self) -> bool:
-        """Whether more of its prompt may come from Redis in time."""
+        """Whether chunks of its prompt may still arrive from Redis in time."""
         return self.prefetch is not None and not self.prefetch.ready
 
     @property
     def missing(self) -> int:
-        """Prompt tokens that are still to be computed."""
+        """Number of prompt tokens that are not computed yet."""
         return len(self.prompt) - self.held
 
     @property
     def ends_prompt(self) -> bool:
-        """Whether the step that is under way computes the rest of its prompt."""
+        """Whether the current step computes the rest of its prompt."""
         return self.piece_tokens == self.missing
 
     @property
@@ -79,11 +85,11 @@ class ActiveSequence:
 
     @property
     def draw(self) -> Draw | None:
-        """The token that the step which is under way is to give; none before the prompt's last piece."""
+        """The token to draw in the current step; none before the last piece of the prompt."""
         return Draw(self.sampler, self.output) if self.output or self.ends_prompt else None
 
     @property
     def piece(self) -> Piece:
-        """What the step that is under way computes of it: of its prompt, or the token that it sampled last."""
+        """Its tokens to compute in the current step: a piece of the prompt, or the last sampled token."""
         tokens = self.output[-1:] or self.prompt[self.held : self.held + self.piece_tokens]
         return Piece(self.row, self.held, tokens)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from core.records import FinishReason, Request, Sampling
+from core.records import FinishReason, Request, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -12,6 +12,8 @@ class Completion:
     request: Request
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    """Of each token, if the request asked for them."""
     finish_reason: FinishReason
     sampling: Sampling
     prompt_tokens: int

@@ -26,12 +26,14 @@ from inference_service.completion import Completion, Failure, timed_out
 from inference_service.detokenize import answer_text
 from inference_service.figures import EngineFigures
 from inference_service.host_memory import keep_freed_memory
+from inference_service.logprobs import token_logprobs
 from inference_service.model import LoadedModel, load_model
 from inference_service.packed_linear import pack_linears
 from inference_service.pieces import Piece
-from inference_service.prompts import prompt_tokens
+from inference_service.prompts import end_tokens_of, prompt_tokens
 from inference_service.protocol import ServedModel
 from inference_service.sampling import BatchSampler, SequenceSampler
+from inference_service.stop_strings import StopStrings
 from inference_service.support import checked
 
 logger = logging.getLogger(__name__)
@@ -39,10 +41,10 @@ logger = logging.getLogger(__name__)
 MOST_PARTIAL = 4
 """Prompts that may be computed in pieces at a time; more would only finish later."""
 MOST_PASS_TOKENS = 2048
-"""Of prompts in one pass, where the step has no budget: more would take memory and save nothing, as products of so many
-rows are bound by arithmetic. A single prompt may be longer."""
+"""Maximum prompt tokens per pass when `step_prefill_tokens` is 0. Larger passes need more memory and are no faster: the
+GEMMs are compute-bound by then. A single prompt may be longer."""
 LONG_SHARE = 0.25
-"""Of the engine's time, for prompts that do not fit into a step, while others decode."""
+"""Share of the engine's time for prompts that exceed a step's budget, while other sequences decode."""
 
 IDLE_WAIT_S = 0.005
 """Longest that a step waits for Redis where nothing runs."""
@@ -93,7 +95,7 @@ class Engine:
         self._done = EngineFigures()
         self._prefill_ms_per_token: float | None = None
         self._decode_ms: float | None = None
-        """Of a pass without pieces of prompts."""
+        """Average duration of decode-only passes."""
         self._long_debt_ms = 0.0
         """Time that long prompts have had beyond their share."""
 
@@ -103,7 +105,7 @@ class Engine:
 
     @property
     def figures(self) -> EngineFigures:
-        """Of this moment; it may be within a step, between two passes."""
+        """Current counters. The moment may be between two passes of a step."""
         return replace(
             self._done, waiting=len(self._waiting), prefilling=len(self._prefilling), running=len(self._running)
         )
@@ -121,21 +123,42 @@ class Engine:
         prompt = prompt_tokens(request, self.model)
         expires_ms = math.inf if request.deadline_ms is None else request.created_at_ms + request.deadline_ms
         weight = min(len(prompt) + request.max_new_tokens, self.model.max_len)
+        sampling, rules = self.model.generation.of(request), self.model.generation.rules
+        end_tokens = end_tokens_of(request, sampling, rules, self.model)
         sampler = SequenceSampler(
-            self.model.generation.of(request),
-            self.model.generation.rules,
-            prompt=prompt,
-            most_tokens=weight - len(prompt),
-            end_tokens=self.model.eos_token_ids,
+            sampling, rules, prompt=prompt, most_tokens=weight - len(prompt), end_tokens=end_tokens
         )
+        stop = StopStrings(request.stop, self.model.tokenizer, sampling.min_new_tokens) if request.stop else None
         times_out_ms = arrived_ms + self._timeout_ms
-        sequence = ActiveSequence(request, prompt, sampler, arrived_ms, expires_ms, times_out_ms, weight)
+        sequence = ActiveSequence(request, prompt, sampler, arrived_ms, expires_ms, times_out_ms, weight, stop)
         if self._cache is not None:
             sequence.prefetch = self._cache.prefetch(
                 prompt, request.cache_salt, self._prefill_ms_per_token, request.priority
             )
         self._next_expiry_ms = min(self._next_expiry_ms, sequence.ends_ms)
         heapq.heappush(self._waiting, (-request.priority, next(self._arrivals), sequence))
+
+    def cancel(self, request: Request) -> bool:
+        """Drop this very object: no completion and no failure follows. To be called between two steps.
+
+        Returns false if it is not in the engine, for instance because it has finished.
+        """
+        for place, (_, _, sequence) in enumerate(self._waiting):
+            if sequence.request is request:
+                _drop_prefetch(sequence)
+                del self._waiting[place]
+                heapq.heapify(self._waiting)
+                return True
+        for sequence in self._prefilling:
+            if sequence.request is request:
+                self._prefilling.remove(sequence)
+                self._clear_doubtful(sequence)
+                return True
+        for sequence in self._running:
+            if sequence.request is request:
+                self._take_out(sequence)
+                return True
+        return False
 
     def step(self) -> list[Completion | Failure]:
         """One token of all that runs, and pieces of prompts within the step's budget; what has finished."""
@@ -347,7 +370,15 @@ class Engine:
         failed: Exception | None = None
         try:
             logits = self._runner.forward(pieces)
-            tokens = self._sampler.sample(logits, [sequence.draw for sequence in sequences])
+            draws = [sequence.draw for sequence in sequences]
+            asked = [
+                place for place, draw in enumerate(draws) if draw and sequences[place].request.logprobs is not None
+            ]
+            # A copy: sampling may overwrite the logits.
+            own_logits = logits[asked] if asked else None
+            tokens = self._sampler.sample(logits, draws)
+            if own_logits is not None:
+                _add_logprobs([(sequences[place], tokens[place]) for place in asked], own_logits)
             computed_ms = self._clock.wall_ms()
         except torch.AcceleratorError:
             raise
@@ -543,8 +574,12 @@ class Engine:
             self._running[last.row] = last
 
     def _finish_reason(self, sequence: ActiveSequence) -> FinishReason | None:
-        if sequence.output[-1] in self.model.eos_token_ids:
+        if sequence.output[-1] in sequence.sampler.end_tokens:
             return FinishReason.STOP
+        if sequence.stop is not None:
+            sequence.stopped_text = sequence.stop.text_before(sequence.prompt, sequence.output)
+            if sequence.stopped_text is not None:
+                return FinishReason.STOP
         if len(sequence.output) >= sequence.request.max_new_tokens:
             return FinishReason.LENGTH
         if len(sequence.prompt) + len(sequence.output) >= self.model.max_len:
@@ -559,13 +594,16 @@ class Engine:
         return Failure(sequence.request, f"{timed_out(self._timeout_ms)} ({where})")
 
     def _complete(self, sequence: ActiveSequence, reason: FinishReason) -> Completion:
-        answer = sequence.output[:-1] if reason is FinishReason.STOP else sequence.output
+        text = sequence.stopped_text
+        ended = reason is FinishReason.STOP and text is None
+        answer = sequence.output[:-1] if ended else sequence.output
         prompt = len(sequence.prompt)
         steps = max(0, len(sequence.output) - 1)
         return Completion(
             request=sequence.request,
-            text=answer_text(self.model.tokenizer, sequence.prompt, answer),
+            text=answer_text(self.model.tokenizer, sequence.prompt, answer) if text is None else text,
             token_ids=tuple(answer),
+            logprobs=None if sequence.request.logprobs is None else tuple(sequence.logprobs[: len(answer)]),
             finish_reason=reason,
             sampling=sequence.sampler.sampling,
             prompt_tokens=prompt,
@@ -598,14 +636,14 @@ class _Room:
     def __init__(
         self, running: Sequence[ActiveSequence], prefilling: Sequence[ActiveSequence], rows: int, most_tokens: int
     ) -> None:
-        """Of a step that has chosen what it computes of those `prefilling`, but for the first of them."""
+        """To be made after the step has chosen its pieces of all `prefilling` sequences but the first."""
         self._most_tokens = most_tokens
         self._held_tokens = sum(one.weight for one in running) + sum(one.weight for one in prefilling)
         self._partial = sum(one is prefilling[0] or not one.ends_prompt for one in prefilling)
         taken = {one.row for one in prefilling}
         self._rows = deque(row for row in range(len(running), rows) if row not in taken)
         self._kept = 0
-        """Of the rows, those that others have been passed for."""
+        """Rows reserved for sequences that wait for chunks while others overtake them."""
 
     def has(self, sequence: ActiveSequence) -> bool:
         """A sequence that is alone always has room, however heavy it is."""
@@ -657,6 +695,18 @@ def _shares(sequence: ActiveSequence, other: ActiveSequence, tokens: int) -> boo
         and tokens < len(sequence.prompt)
         and sequence.prompt[:tokens] == other.prompt[:tokens]
     )
+
+
+def _add_logprobs(drawn: Sequence[tuple[ActiveSequence, int | None]], logits: torch.Tensor) -> None:
+    """`logits` `[drawn, vocabulary]`. A sequence without a token fails, and needs none."""
+    usable = [place for place, (_, token) in enumerate(drawn) if token is not None]
+    if not usable:
+        return
+    sequences = [drawn[place][0] for place in usable]
+    tokens = [token for _, token in drawn if token is not None]
+    found = token_logprobs(logits[usable], tokens, [sequence.request.logprobs or 0 for sequence in sequences])
+    for sequence, logprob in zip(sequences, found, strict=True):
+        sequence.logprobs.append(logprob)
 
 
 def _drop_prefetch(sequence: ActiveSequence) -> None:

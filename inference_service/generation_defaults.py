@@ -28,6 +28,18 @@ _HONOURED = frozenset(
         "forced_eos_token_id",
     )
 )
+_OF_REQUEST = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "min_new_tokens",
+)
+"""Parameters that a request may give, by the same name in `Request` and `Sampling`."""
 _NOT_OF_THE_CHOICE = frozenset(
     (
         # The engine's own: end tokens are read with the model, a request states its length, rows are the cache.
@@ -77,14 +89,14 @@ class GenerationDefaults:
     rules: TokenRules = field(default_factory=TokenRules)
 
     def of(self, request: Request) -> Sampling:
-        """What `request` is answered with. The seed is the request's, or made of its id; none where greedy."""
-        temperature = self.sampling.temperature if request.temperature is None else request.temperature
-        seed = None
-        if temperature > 0:
-            seed = seed_of(request.request_id) if request.seed is None else request.seed
-        if (temperature, seed) == (self.sampling.temperature, self.sampling.seed):
-            return self.sampling
-        return self.sampling.model_copy(update={"temperature": temperature, "seed": seed})
+        """The sampling parameters of `request`: its own where it gives them, these defaults otherwise.
+
+        The seed is the request's, or derived from its id; none for greedy sampling.
+        """
+        given = {name: value for name in _OF_REQUEST if (value := getattr(request, name)) is not None}
+        if given.get("temperature", self.sampling.temperature) > 0:
+            given["seed"] = seed_of(request.request_id) if request.seed is None else request.seed
+        return self.sampling.model_copy(update=given) if given else self.sampling
 
 
 def seed_of(request_id: str) -> int:

@@ -1,8 +1,9 @@
-"""From a request to the token ids of its prompt."""
+"""From a request to the token ids of its prompt, and to those that end its answer."""
 
 from core.errors import UserError
-from core.records import Request
+from core.records import Request, Sampling
 from inference_service.protocol import ServedModel
+from inference_service.sampling import TokenRules
 
 
 def prompt_tokens(request: Request, model: ServedModel) -> list[int]:
@@ -27,6 +28,21 @@ def prompt_tokens(request: Request, model: ServedModel) -> list[int]:
     if len(tokens) >= model.max_len:
         raise UserError(f"{form}: {len(tokens)} tokens leave no room for an answer in the {_longest(model)}")
     return tokens
+
+
+def end_tokens_of(request: Request, sampling: Sampling, rules: TokenRules, model: ServedModel) -> frozenset[int]:
+    """Token ids that end the answer: the model's own, unless they are ignored, and the request's.
+
+    Raises `UserError` for token ids outside the vocabulary, and where no token is left that an answer may begin with.
+    """
+    for field, tokens in (("stop_token_ids", request.stop_token_ids), ("logit_bias", request.logit_bias)):
+        if tokens and max(tokens) >= model.vocab_size:
+            raise UserError(f"{field}: token {max(tokens)} is outside the vocabulary of {model.vocab_size} tokens")
+    own = () if request.ignore_eos else model.eos_token_ids
+    ends = frozenset((*own, *(request.stop_token_ids or ())))
+    if sampling.min_new_tokens and len(ends.union(rules.suppressed, rules.suppressed_first)) >= model.vocab_size:
+        raise UserError("min_new_tokens: every token may end the answer, or is suppressed; lower it to 0")
+    return ends
 
 
 def _longest(model: ServedModel) -> str:

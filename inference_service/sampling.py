@@ -11,11 +11,12 @@ drawn by rejection (von Neumann, 1951), which is exact too: proposed from a boun
 often as its own probability stands to that bound. The bound is the largest logit of each group of tokens, so one pass
 that compares reads the logits, and only proposed tokens need an exponential.
 
-Penalties and filters follow the logits processors of `transformers`, in their order: repetition penalty, forced and
-suppressed tokens, temperature, top-k, top-p, min-p. Of tokens with equal logits a filter keeps all or none.
+Order: repetition penalty, presence and frequency penalty and bias, forced and suppressed tokens, temperature, top-k,
+top-p, min-p. Those that `transformers` has follow its logits processors; presence and frequency penalty and bias are
+OpenAI's. Of tokens with equal logits a filter keeps all or none.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -86,6 +87,9 @@ class SequenceSampler:
         self._most_tokens = most_tokens
         self._end_tokens = end_tokens
         self._seen = _Seen(prompt) if self.penalised else None
+        counts_answer = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        self._subtracted = _Subtracted(sampling) if counts_answer else None
+        self._bias = _arrays(sampling.logit_bias) if sampling.logit_bias else _NO_BIAS
         self._uniforms = _Uniforms(0 if sampling.seed is None else sampling.seed)
 
     def uniforms(self, index: int, attempt: int = 0) -> _Numbers:
@@ -96,6 +100,19 @@ class SequenceSampler:
         """Token ids of the prompt and of `output`, each at least once."""
         assert self._seen is not None
         return self._seen.with_output(output)
+
+    def added(self, output: Sequence[int]) -> tuple[_Ids, _Numbers]:
+        """Token ids, and what presence and frequency penalty and bias add to their logits. An id may be there twice."""
+        ids, amounts = self._bias
+        if self._subtracted is None:
+            return ids, amounts
+        of_answer, subtracted = self._subtracted.of(output)
+        return np.concatenate([ids, of_answer]), np.concatenate([amounts, -subtracted])
+
+    @property
+    def end_tokens(self) -> Collection[int]:
+        """The token ids that end the answer."""
+        return self._end_tokens
 
     def forbidden(self, index: int) -> _Ids:
         """Token ids that token `index` of the answer must not be."""
@@ -114,11 +131,20 @@ class SequenceSampler:
         """Whether anything is penalised, forbidden or forced at token `index`."""
         return (
             self.penalised
+            or self._subtracted is not None
+            or len(self._bias[0]) > 0
             or bool(self._rules.suppressed)
             or (index == 0 and bool(self._rules.suppressed_first))
             or index < self.sampling.min_new_tokens
             or bool(self.forced(index))
         )
+
+
+def _arrays(bias: Mapping[int, float]) -> tuple[_Ids, _Numbers]:
+    return np.fromiter(bias, np.int64), np.fromiter(bias.values(), np.float64)
+
+
+_NO_BIAS = _arrays({})
 
 
 class _Seen:
@@ -138,6 +164,33 @@ class _Seen:
         self._ids[self._prompt + self._output : end] = output[self._output :]
         self._output = len(output)
         return self._ids[:end]
+
+
+class _Subtracted:
+    """The ids of an answer once each, and the presence and frequency penalty of each, as its tokens come."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._presence = sampling.presence_penalty
+        self._frequency = sampling.frequency_penalty
+        self._places: dict[int, int] = {}
+        self._ids = np.empty(64, dtype=np.int64)
+        self._amounts = np.empty(64, dtype=np.float64)
+        self._output = 0
+
+    def of(self, output: Sequence[int]) -> tuple[_Ids, _Numbers]:
+        for token in output[self._output :]:
+            place = self._places.get(token)
+            if place is None:
+                place = self._places[token] = len(self._places)
+                if place == len(self._ids):
+                    self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+                    self._amounts = np.concatenate([self._amounts, np.empty_like(self._amounts)])
+                self._ids[place] = token
+                self._amounts[place] = self._presence
+            self._amounts[place] += self._frequency
+        self._output = len(output)
+        count = len(self._places)
+        return self._ids[:count], self._amounts[:count]
 
 
 class _Uniforms:
@@ -253,6 +306,11 @@ class BatchSampler:
             scores = flat[index]
             # An id that is there twice is penalised once: both write the same value.
             flat[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
+        added = [(row, *draw.sampler.added(draw.output)) for row, draw in draws]
+        ids, _ = _flat_ids(((row, ids) for row, ids, _ in added), vocabulary)
+        if ids.size:
+            amounts = np.concatenate([amounts[ids < vocabulary] for _, ids, amounts in added])
+            flat.index_add_(0, self._there(ids, torch.long), self._there(amounts, torch.float32))
         for row, draw in draws:
             if forced := draw.sampler.forced(draw.index):
                 logits[row] = -torch.inf

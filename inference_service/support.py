@@ -126,7 +126,7 @@ def check_logits(model: LoadedModel) -> None:
 
 @torch.inference_mode()
 def _logits_both_ways(model: LoadedModel) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Of prompts in pieces, with reuse and together: position, logits over the pool, logits by the model alone.
+    """Position, logits with the pool and logits of the model alone, for prompts in pieces, with reuse and together.
 
     Logits are `[vocabulary]`. The cost is that of about three prompts of `_self_test_tokens`.
     """

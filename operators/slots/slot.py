@@ -104,7 +104,7 @@ class InferenceSlot:
 
     @property
     def figures(self) -> SlotFigures:
-        """Of this moment, which may be between two passes of a step."""
+        """Current counters. The moment may be between two passes of a step."""
         return SlotFigures(
             engine=self._engine.figures,
             cache=None if self._cache is None else self._cache.stats(),
@@ -176,6 +176,7 @@ class InferenceSlot:
             user_id=request.user_id,
             text=done.text,
             token_ids=done.token_ids,
+            logprobs=done.logprobs,
             finish_reason=done.finish_reason,
             sampling=done.sampling,
             slot=self.index,

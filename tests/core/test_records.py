@@ -85,11 +85,6 @@ def test_what_is_left_out_has_its_default() -> None:
     assert json.loads(request.to_json()) == REQUEST
 
 
-@pytest.mark.parametrize("field", ["temperature", "seed"])
-def test_null_is_not_given(field: str) -> None:
-    assert Request.from_json(request_json(**{field: None})) == Request.from_json(request_json())
-
-
 prompts = st.one_of(
     st.fixed_dictionaries({"prompt": st.text(min_size=1)}),
     st.fixed_dictionaries({"prompt_token_ids": st.lists(st.integers(0, 2**32 - 1), min_size=1).map(tuple)}),
@@ -326,3 +321,112 @@ def test_a_dead_letter_takes_any_reason() -> None:
     letter = DeadLetter.of(b"x", reason="\ud800 ü", stage="inference", topic="t", partition=0, offset=0)
     assert letter.to_json().isascii()
     assert json.loads(letter.to_json())["reason"] == "\ud800 ü"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "messages", "prompt_token_ids", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+        "presence_penalty", "frequency_penalty", "logit_bias", "seed", "min_new_tokens", "stop", "stop_token_ids",
+        "ignore_eos", "deadline_ms", "priority", "cache_salt", "model",
+    ],
+)  # fmt: skip
+def test_null_is_not_given(field: str) -> None:
+    assert Request.from_json(request_json(**{field: None})) == Request.from_json(request_json())
+
+
+def test_sampling_parameters_are_read_as_they_were_written() -> None:
+    given = {
+        "top_k": 20,
+        "top_p": 0.8,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 1.5,
+        "frequency_penalty": -0.5,
+        "min_new_tokens": 2,
+        "ignore_eos": True,
+    }
+    request = Request.from_json(request_json(**given, logit_bias={"5": 3, "250": -100.0}, stop_token_ids=[3, 4]))
+    assert {name: getattr(request, name) for name in given} == given
+    assert (request.logit_bias, request.stop_token_ids) == ({5: 3.0, 250: -100.0}, (3, 4))
+    assert Request.from_json(request.to_json()) == request
+
+
+@pytest.mark.parametrize(("given", "stop"), [("\n", ("\n",)), (["a", "bc"], ("a", "bc")), ([], ())])
+def test_stop_is_a_string_or_several(given: Any, stop: tuple[str, ...]) -> None:
+    assert Request.from_json(request_json(stop=given)).stop == stop
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": "1"}, "frequency_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"stop": ""}, "stop.0"),
+        ({"stop": 5}, "stop"),
+        ({"stop": ["x"] * 65}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"priority": 1.5}, "priority"),
+        ({"cache_salt": 7}, "cache_salt"),
+    ],
+)
+def test_a_bad_parameter_is_named(fields: dict[str, Any], place: str) -> None:
+    line = refusal(request_json(**fields))
+    assert line.startswith(f"{place}: ")
+    assert ";" not in line
+
+
+def test_more_tokens_asked_for_than_allowed_is_refused() -> None:
+    assert "min_new_tokens is above max_new_tokens (5 > 4)" in refusal(request_json(min_new_tokens=5))
+
+
+MESSAGES = [{"role": "developer", "content": "x"}, {"role": "tool", "content": "{}"}, {"role": "user", "content": "Hi"}]
+
+
+def test_roles_of_agents_and_parts_of_text_are_taken() -> None:
+    request = Request.from_json(request_json("prompt", messages=MESSAGES))
+    assert request.messages is not None
+    assert [message.role for message in request.messages] == ["developer", "tool", "user"]
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
+    request = Request.from_json(request_json("prompt", messages=[{"role": "user", "content": parts}]))
+    assert request.messages is not None
+    assert request.messages[0].content == "Hi\nthere"
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "x"}}], "part 0 is not of the form"),
+        ([{"type": "text", "text": "x"}, "y"], "part 1 is not of the form"),
+        ([{"type": "text", "text": 5}], "the text of part 0 is not a string"),
+        ([], "no part in it; send some text"),
+        (None, "Input should be a valid string"),
+    ],
+)
+def test_what_is_no_text_is_named(content: Any, fault: str) -> None:
+    line = refusal(request_json("prompt", messages=[{"role": "user", "content": content}]))
+    assert line.startswith(f"messages.0.content: {fault}")
+    assert line.count("messages") == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "place"),
+    [
+        ("messages", [{"role": "User", "content": "x"}, {"role": "user", "content": "Hi"}], "messages.0.role"),
+        ("prompt_token_ids", [-1, 5], "prompt_token_ids.0"),
+    ],
+)
+def test_a_bad_first_item_does_not_make_a_list_too_short(field: str, value: Any, place: str) -> None:
+    line = refusal(request_json("prompt", **{field: value}))
+    assert line.startswith(f"{place}: ")
+    assert "at least" not in line
+    assert "at least 1 item" in refusal(request_json("prompt", **{field: []}))

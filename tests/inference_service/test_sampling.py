@@ -105,6 +105,9 @@ SAMPLINGS = st.builds(
     top_p=st.sampled_from([1.0, 0.9, 0.4, 0.0]),
     min_p=st.sampled_from([0.0, 0.05, 0.7]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.7]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 1.5, -1.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.5, -2.0]),
+    logit_bias=st.sampled_from([{}, {}, {5: 3.0, 250: -100.0}, {7: 100.0}]),
     min_new_tokens=st.sampled_from([0, 2]),
 )
 RULES = st.builds(
@@ -155,7 +158,6 @@ def made_row(
         top_k=sampling.top_k,
         top_p=sampling.top_p or 1e-9,
         min_p=sampling.min_p or None,
-        repetition_penalty=sampling.repetition_penalty,
         min_new_tokens=sampling.min_new_tokens,
         suppress_tokens=list(rules.suppressed) or None,
         begin_suppress_tokens=list(rules.suppressed_first) or None,
@@ -166,7 +168,16 @@ def made_row(
     processors = hf.GPT2LMHeadModel._get_logits_processor(
         _Model(), config, input_ids_seq_length=len(prompt), device="cpu"
     )
-    expected = processors(torch.tensor([prompt + answer]), logits[None].clone())[0]
+    ids = torch.tensor([prompt + answer])
+    scores = logits[None].clone()
+    if sampling.repetition_penalty != 1:
+        scores = hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, scores)
+    # As OpenAI's reference has it: mu[j] - c[j] * frequency - float(c[j] > 0) * presence.
+    for token, count in Counter(answer).items():
+        scores[0, token] -= count * sampling.frequency_penalty + sampling.presence_penalty
+    for token, bias in sampling.logit_bias.items():
+        scores[0, token] += bias
+    expected = processors(ids, scores)[0]
     return Row(Draw(sampler, answer), logits, expected)
 
 

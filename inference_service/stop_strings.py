@@ -1,0 +1,43 @@
+"""Strings that end an answer, also where they are spread over several tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from inference_service.detokenize import LONGEST_CHARACTER, answer_text
+
+MARGIN_TOKENS = 8
+"""Tokens that are looked at beyond those that the longest string can be spread over."""
+
+
+class StopStrings:
+    """The stop strings of one request. They are searched for in what follows its first `least` tokens."""
+
+    def __init__(self, strings: Sequence[str], tokenizer: Any, least: int = 0) -> None:
+        self._strings = strings
+        self._tokenizer = tokenizer
+        self._least = least
+        # A token that is part of a string adds a byte of it at least.
+        self._window = LONGEST_CHARACTER * max(map(len, strings)) + MARGIN_TOKENS
+
+    def text_before(self, prompt: Sequence[int], answer: Sequence[int]) -> str | None:
+        """The text of the answer before the first stop string; none while there is no stop string in it.
+
+        To be asked after each token: only the answer's end is searched until something is found there.
+        """
+        searched = answer[self._least :]
+        if not searched:
+            return None
+        before = [*prompt, *answer[: self._least]]
+        recent = searched[-self._window :]
+        context = [*before, *searched[: len(searched) - len(recent)]]
+        if self._first_in(answer_text(self._tokenizer, context, recent)) is None:
+            return None
+        text = answer_text(self._tokenizer, before, searched)
+        end = self._first_in(text)
+        if end is None:
+            return None
+        return answer_text(self._tokenizer, prompt, answer[: self._least]) + text[:end]
+
+    def _first_in(self, text: str) -> int | None:
+        """Where the first stop string begins."""
+        return min((place for string in self._strings if (place := text.find(string)) >= 0), default=None)
