@@ -67,7 +67,7 @@ class Layout:
 
     processes: int
     threads: int
-    """Of each process."""
+    """CPU threads of each process."""
 
     def __str__(self) -> str:
         return f"{self.processes}x{self.threads}"
@@ -191,7 +191,7 @@ def check(config: AlternativesConfig) -> None:
 
 
 def fastest(tried: Mapping[Layout, float]) -> Layout:
-    """Of the tokens a second that each layout has reached."""
+    """The layout with the highest rate; `tried` holds tokens/s of each."""
     return max(tried, key=lambda layout: tried[layout])
 
 
@@ -393,7 +393,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def _sizes(workload: Workload) -> dict[str, float]:
-    """Of one round. A text is counted in bytes, which are the default model's tokens."""
+    """Token counts of one round. A text is counted in bytes, which are the default model's tokens."""
     prompts = [len(timed.prompt_token_ids or (timed.prompt or "").encode()) for timed in workload]
     limits = [timed.max_new_tokens for timed in workload]
     return {

@@ -110,7 +110,7 @@ def _timed_ms(work: Callable[[], object]) -> float:
 
 
 def figures_of(samples: dict[str, list[float]]) -> dict[str, float]:
-    """Of each shape the ratios, taken round by round, and the medians in ms, each with its quartiles."""
+    """Ratios per round and medians in ms of each shape, with quartiles."""
     figures: dict[str, float] = {}
     for shape, chunk in SHAPES.items():
         for what in ("seal", "fetch"):

@@ -33,7 +33,7 @@ SHAPE = ChunkShape(layers=1, kv_heads=1, chunk_tokens=2, head_dim=4, dtype=torch
 LONGEST_PROMPT_CHUNKS = 5
 PROMPTS = 64
 CAPACITY_CHUNKS = 64
-"""Of a local tier: far below what its tenants use, so that all come and go."""
+"""Capacity of a local tier: far below what its tenants use, so that chunks are evicted all the time."""
 CACHES_OF_A_WORLD = 2
 FORGET_EVERY = 2000
 """Look-ups after which Redis loses a third of its chunks, so that there is always something to miss."""

@@ -98,7 +98,7 @@ class Drained:
     took_s: float
     """From that moment until the reader had the last answer."""
     values: tuple[bytes, ...]
-    """Of the answers, in the order in which they were received."""
+    """Values of the answers, in the order in which they were received."""
 
     @property
     def records_per_s(self) -> float:
@@ -116,7 +116,7 @@ class JobUnderTest:
     submitted: FlinkJob
     producer: Producer
     reader: KafkaConsumer
-    """Of responses and dead letters."""
+    """Consumer of responses and dead letters."""
 
     def offer(self, workload: Workload, *, backlog: bool) -> Outcome:
         """Offer `workload` and wait for all answers.

@@ -82,7 +82,7 @@ LOADS = (
     Load("mix", 32, 100, 32),
 )
 PREFIXES = {"default": "", "large": "large_"}
-"""Of a model's figures and samples."""
+"""Prefix of each model's figures and samples."""
 
 
 def _names(text: object) -> object:

@@ -5,7 +5,7 @@ import threading
 from cache.redis_wire import Deadline, RedisAddress, RedisConnection
 
 _DIAL_TIMEOUT_MS = 2000.0
-"""Of one attempt, which goes on after the look-up that began it has given up; the next takes what it achieved."""
+"""Timeout of one connection attempt. It outlives the look-up that started it; the next look-up uses its result."""
 
 
 class _Attempt:

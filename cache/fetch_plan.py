@@ -1,7 +1,7 @@
 """Fetch or prefill: whether chunks are had sooner from Redis than from the model, by averages of what both took."""
 
 _WEIGHT = 0.3
-"""Of the newest sample in the running averages."""
+"""Weight of the newest sample in the running averages."""
 _EXPLORE_EVERY = 16
 """One in this many refused look-ups tries Redis all the same, so that a bad average cannot switch it off for ever."""
 _EXPLORE_CHUNKS = 4

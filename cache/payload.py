@@ -28,7 +28,7 @@ _LEAST_SCALE = 2.0**-126
 _KEPT_SCALE_BITS = -0x100
 """All bits of a float32 but the last 8 of its 24 significant ones."""
 _REDUCED_AXIS = (2, 3)
-"""Of `[layers, kv_heads, tokens, head_dim]`: keys are scaled over their tokens, values over their channels."""
+"""Axis of `[layers, kv_heads, tokens, head_dim]` that shares a scale: tokens for keys, channels for values."""
 
 
 class RecordError(Exception):
@@ -151,7 +151,7 @@ def make_payload(codec: RemoteCodec, shape: ChunkShape) -> Payload:
 
 
 def _scale_sizes(shape: ChunkShape) -> Sequence[tuple[int, int, int, int]]:
-    """Of keys and of values, with 1 where a scale is of all that is there."""
+    """Shapes of the scales of keys and of values; 1 for the axis that shares a scale."""
     layers, _, heads, tokens, dim = shape.size
     return (layers, heads, 1, dim), (layers, heads, tokens, 1)
 

@@ -22,9 +22,9 @@ from core.config import RemoteConfig
 logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 4 << 20
-"""Of one flush: it begins as soon as this much waits, and takes no more (but at least one chunk)."""
+"""Maximum bytes per flush (but at least one chunk). A flush starts as soon as this much is queued."""
 BATCH_TIMEOUT_MS = 5000.0
-"""Of one flush, connecting included. No look-up waits for it."""
+"""Timeout of one flush, including the connection. No look-up waits for it."""
 _DELETE_BYTES = 256
 """What a queued deletion counts as, so that the queue is bounded in them too."""
 

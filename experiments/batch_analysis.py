@@ -14,7 +14,7 @@ from experiments.experiment import Experiment, execute, new_run_id
 from workloads.config import WorkloadConfig
 
 MOST = 1024
-"""Of `core.config.BatchingConfig.batch_size`."""
+"""Maximum of `core.config.BatchingConfig.batch_size`."""
 
 
 class BatchAnalysisConfig(Config):

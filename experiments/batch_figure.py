@@ -17,7 +17,7 @@ from experiments.records import RunRecords
 from workloads.config import WorkloadKind
 
 SIZE_COLOURS = ("#85bcdc", "#56a0ce", "#2f7ebc", "#0f57a0", "#08306b")
-"""Of smaller and larger micro-batches: one hue, as they are one scale."""
+"""Colours from small to large micro-batches: one hue, as the sizes are one scale."""
 CONTINUOUS_COLOUR = "#d55e00"
 PART_COLOURS = {
     "transit": "#bbbbbb", "wait": "#e69f00", "prefill": "#0072b2", "decode": "#56b4e9", "leaving": "#cc79a7",

@@ -22,7 +22,7 @@ COLOURS = {
     Strategy.FREQUENCY: "#009e73",
     Strategy.MRC: "#cc79a7",
 }
-"""Of Okabe and Ito's palette: told apart with any colour vision."""
+"""Palette of Okabe and Ito, which can be told apart with any colour vision."""
 OTHER_COLOURS = ("#e69f00", "#56b4e9", "#555555", "#8c564b", "#b8a900")
 TIER_ALPHA = {"local": 1.0, "remote": 0.45, "computed": 0.0}
 TIER_HATCH = {"local": "", "remote": "", "computed": "///"}
@@ -56,7 +56,7 @@ def _caption(runs: Sequence[RunRecords]) -> str:
 
 
 def _colours(runs: Sequence[RunRecords]) -> list[str]:
-    """Of the strategy for its first run; a further one, with another eviction policy, takes one of the others."""
+    """Colour of each run: the strategy's own for its first run, an unused one for each further eviction policy."""
     others = iter(OTHER_COLOURS * (1 + len(runs) // len(OTHER_COLOURS)))
     strategies = [run.manifest.job.cache.sizing.strategy for run in runs]
     return [

@@ -29,14 +29,14 @@ class Experiment:
     """What one experiment is made of."""
 
     name: str
-    """Of its files: `<name>_<run id>.csv` and `.png`."""
+    """Prefix of its files: `<name>_<run id>.csv` and `.png`."""
     pipeline: Path
     variants: Sequence[Variant]
     workload: WorkloadConfig
     out: Path
     table: Callable[[Sequence[RunRecords]], pd.DataFrame]
     shown: Sequence[Shown]
-    """Of the table, what is shown on the screen."""
+    """Columns of the table that are shown on the screen."""
     figure: Callable[[Sequence[RunRecords], Path], None]
     backlog: bool = False
     """Send the whole load at once instead of on its schedule."""

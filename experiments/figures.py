@@ -32,7 +32,7 @@ STYLE = {
 
 
 CAPTION_CHARACTERS = 145
-"""Of one line, about the width of a figure."""
+"""Maximum characters per caption line, about the width of a figure."""
 
 
 def answered(runs: Sequence[RunRecords]) -> list[RunRecords]:

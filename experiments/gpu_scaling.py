@@ -15,9 +15,9 @@ from experiments.scaling_metrics import SHOWN, notes, table
 from workloads.config import WorkloadConfig
 
 MOST = 128
-"""Of `core.config.JobConfig.parallelism`."""
+"""Maximum of `core.config.JobConfig.parallelism`."""
 MOST_TURNS = 1024
-"""Of `workloads.config.IndependentConfig.even_over`."""
+"""Maximum of `workloads.config.IndependentConfig.even_over`."""
 
 
 class GpuScalingConfig(Config):

@@ -17,7 +17,7 @@ PACKAGES = ("apache-flink", "torch", "transformers", "numpy", "kafka-python", "r
 
 
 def provenance() -> Provenance:
-    """Of this process, now."""
+    """Commit, versions and machine of this process."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain")
     return Provenance(

@@ -36,7 +36,7 @@ class ReadySlot(Config, extra="allow"):
     model: str
     engine: str
     dtype: str | None = None
-    """Of weights, keys and values; none where it does not say."""
+    """Data type of weights, keys and values; none if the record does not say."""
     threads: int | None = None
     """CPU threads that it computes with; none where it does not say."""
 
@@ -99,7 +99,7 @@ class Manifest(Config):
     duplicates: int
     """Answers to a request that had one already."""
     late_duplicates: int
-    """Of `duplicates`, those that came after the last request had its first answer."""
+    """Number of `duplicates` that came after the last request had its first answer."""
     failures: tuple[str, ...]
     """Causes for which Flink restarted the job while it ran: a run that has any measured the recovery too."""
     provenance: Provenance

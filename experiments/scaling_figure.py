@@ -16,7 +16,7 @@ from experiments.scaling_metrics import cores, requests_per_device, table
 from experiments.timeline import begin_ms
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
-"""Of Okabe and Ito's palette: told apart with any colour vision."""
+"""Palette of Okabe and Ito, which can be told apart with any colour vision."""
 MOST_NAMED = 12
 """Devices in all up to which each has its name below its bar."""
 

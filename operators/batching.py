@@ -68,6 +68,6 @@ class Standing:
 
     @property
     def queue_ms(self) -> float:
-        """Of the latest request; 0 once none has come for a second of idleness, as none stands there then."""
+        """Queueing time of the latest request; 0 after an idle second without requests, when the queue is empty."""
         idle_ms = 0.0 if self._busy else self._clock.wall_ms() - self._taken_ms
         return self._stood_ms if idle_ms < 1000 else 0.0

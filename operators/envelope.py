@@ -75,7 +75,7 @@ class Ready(BaseModel):
     engine: str
     model: str
     dtype: str
-    """Of weights, keys and values."""
+    """Data type of weights, keys and values."""
     threads: int
     chunk_bytes: int
     load_s: float

@@ -19,7 +19,7 @@ VERSION = 1
 
 
 def to_state(envelope: Envelope) -> bytes:
-    """Of `(version, slot, raw, topic, partition, offset, decoded_at_ms, attempts)`."""
+    """Pickles the tuple `(version, slot, raw, topic, partition, offset, decoded_at_ms, attempts)`."""
     source = envelope.source
     place = (source.topic, source.partition, source.offset)
     plain = (VERSION, envelope.slot, envelope.raw, *place, envelope.decoded_at_ms, envelope.attempts)

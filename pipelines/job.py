@@ -46,7 +46,7 @@ class Functions:
     """The Python functions of the graph. A benchmark puts others in their place."""
 
     decode: Callable[[JobConfig, Sequence[int]], ProcessFunction] = DecodeFunction
-    """Of rows of `kafka_source`, to rows of `KEYED`. The sequence holds the Flink key of each slot."""
+    """Maps rows of `kafka_source` to rows of type `KEYED`. The sequence holds the Flink key of each slot."""
     infer: Callable[[JobConfig], KeyedProcessFunction] = inference_function
 
 

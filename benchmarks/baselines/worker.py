@@ -36,7 +36,7 @@ class Order(Config):
     requests_topic: str = ""
     responses_topic: str = ""
     partitions: tuple[int, ...] = ()
-    """Of the requests topic: those that this process reads."""
+    """Partitions of the requests topic that this process reads."""
 
 
 class Done(Config):

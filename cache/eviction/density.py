@@ -61,7 +61,7 @@ class HitDensity(EvictionPolicy):
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
         """Those of the records whose key is not in the tier, the one longest in vain first."""
         self._groups: list[OrderedDict[_Group, None]] = [OrderedDict() for _ in range(CLASSES)]
-        """Of each class, those that hold something, the oldest first."""
+        """The groups of each class that hold chunks, oldest first."""
         self._ages = AgeTable()
         self._uses_until_learned = LEAST_RELEARNED
 

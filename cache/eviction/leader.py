@@ -32,7 +32,7 @@ class FollowTheLeader(EvictionPolicy):
         self._inside: OrderedDict[bytes, None] = OrderedDict()
         """The tier's keys, in the order in which they came."""
         self._strays: OrderedDict[bytes, None] = OrderedDict()
-        """Of those, all that the leader does not hold; and some that it has taken in again."""
+        """The keys of the tier that the leader does not hold, and some that it has taken in again."""
         self._known: OrderedDict[bytes, None] = OrderedDict()
         """What the shadows were told of last, as many keys as the tier has room for."""
         self._capacity = 0

@@ -29,7 +29,7 @@ FADING = 0.97
 
 
 def class_of_new(new_chunks: int, uses_before: int) -> int:
-    """Of a chunk's first use, in a prompt with so many new ones, the first of which follows one of so many uses.
+    """Class of a chunk at its first use, in a prompt of `new_chunks` new chunks after a chunk with `uses_before` uses.
 
     None before it is no uses. From 0 to `CLASSES - 1`, as all classes are.
     """
@@ -38,7 +38,7 @@ def class_of_new(new_chunks: int, uses_before: int) -> int:
 
 
 def class_of_used(uses: int) -> int:
-    """Of a chunk that is used for the second time or more."""
+    """Class of a chunk that is used for the second time or more."""
     return FIRST_USED + bisect_right(USES, uses)
 
 

@@ -31,7 +31,7 @@ class GainCurve:
 
     @classmethod
     def of(cls, curve: MissRatioCurve, greatest_chunks: int) -> "GainCurve":
-        """Of the hits that `curve` counted in its time, for capacities up to `greatest_chunks`.
+        """The gain curve of the hits that `curve` counted, for capacities up to `greatest_chunks`.
 
         The majorant, as a capacity within a dent of the curve is never worth its price: either end of the dent is.
         """

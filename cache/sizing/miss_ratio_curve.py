@@ -83,7 +83,7 @@ class MissRatioCurve:
         self.seconds *= weight
 
     def hits(self, capacities: npt.ArrayLike) -> Floats:
-        """Of `accesses`, how many a tier of each of `capacities` chunks would have hit; capacities ascend."""
+        """How many of `accesses` a tier would have hit, for each of the ascending `capacities` in chunks."""
         self._count_pending()
         chunks = np.asarray(capacities)
         if not self.accesses:

@@ -34,7 +34,7 @@ def belady(load: Iterable[BlockRequest], upcoming: "array[int]", capacity_chunks
     began_s = time.perf_counter()
     outcome = Outcome()
     held: dict[int, int] = {}
-    """Of each resident block the place of its next use."""
+    """Position of the next use of each resident block."""
     furthest: list[tuple[int, int]] = []
     """A heap of (- next use, block), with what is out of date left in."""
     place = 0

@@ -24,9 +24,9 @@ class Served:
     capacity_chunks: int
     accesses: int
     hits: int
-    """Of its blocks, those that were resident."""
+    """Number of its blocks that were resident."""
     prefix_hits: int
-    """Of its blocks, those resident from the first on without a gap."""
+    """Number of its leading blocks that were resident without a gap."""
     tokens: int
     hit_tokens: int
     """Tokens of the blocks of `prefix_hits`."""

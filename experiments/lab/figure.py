@@ -12,7 +12,7 @@ from experiments.figures import STYLE
 from experiments.lab.table import BELADY, BELADY_BYPASS, BEST_STATIC, BOUNDS, INFINITE, Row
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
-"""Of Okabe and Ito's palette: told apart with any colour vision."""
+"""Palette of Okabe and Ito, which can be told apart with any colour vision."""
 BOUND_DASHES = {INFINITE: (1, 2), BELADY: (5, 2), BELADY_BYPASS: (8, 2, 2, 2)}
 MARKERS = "osD^vPX"
 WINDOWS = 60

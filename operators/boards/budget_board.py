@@ -38,7 +38,7 @@ class BudgetBoard:
         self._redis.set(self._keys[slot], _REPORT.dump_json(report), px=STALE_MS)
 
     def read(self) -> dict[int, SlotReport]:
-        """Of the slots that have reported lately. Raises `ValueError` for what is no report."""
+        """Reports of the slots that have reported lately, by slot. Raises `ValueError` for an invalid report."""
         values: Any = self._redis.mget(self._keys)
         return {slot: _REPORT.validate_json(value) for slot, value in enumerate(values) if value is not None}
 

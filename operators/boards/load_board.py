@@ -41,7 +41,7 @@ class LoadBoard:
         self._redis.set(self._keys[slot], f"{queue_ms:.0f}", px=STALE_MS)
 
     def read(self) -> dict[int, float]:
-        """Of the slots that have reported lately."""
+        """Queueing times in ms of the slots that have reported lately, by slot."""
         values: Any = self._redis.mget(self._keys)
         return {slot: float(value) for slot, value in enumerate(values) if value is not None}
 
