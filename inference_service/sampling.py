@@ -16,6 +16,7 @@ top-p, min-p. Those that `transformers` has follow its logits processors; presen
 OpenAI's. Of tokens with equal logits a filter keeps all or none.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -167,30 +168,20 @@ class _Seen:
 
 
 class _Subtracted:
-    """The ids of an answer once each, and the presence and frequency penalty of each, as its tokens come."""
+    """Presence and frequency penalty of each token of one answer. Counts only the tokens added since the last call."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._presence = sampling.presence_penalty
         self._frequency = sampling.frequency_penalty
-        self._places: dict[int, int] = {}
-        self._ids = np.empty(64, dtype=np.int64)
-        self._amounts = np.empty(64, dtype=np.float64)
+        self._counts: Counter[int] = Counter()
         self._output = 0
 
     def of(self, output: Sequence[int]) -> tuple[_Ids, _Numbers]:
-        for token in output[self._output :]:
-            place = self._places.get(token)
-            if place is None:
-                place = self._places[token] = len(self._places)
-                if place == len(self._ids):
-                    self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
-                    self._amounts = np.concatenate([self._amounts, np.empty_like(self._amounts)])
-                self._ids[place] = token
-                self._amounts[place] = self._presence
-            self._amounts[place] += self._frequency
+        """The ids of `output` once each, and the penalty of each."""
+        self._counts.update(output[self._output :])
         self._output = len(output)
-        count = len(self._places)
-        return self._ids[:count], self._amounts[:count]
+        ids, counts = _arrays(self._counts)
+        return ids, self._presence + self._frequency * counts
 
 
 class _Uniforms:
@@ -332,8 +323,8 @@ class BatchSampler:
         whole, groups = vocabulary // GROUP, -(-vocabulary // GROUP)
         bound, weights = self._kept(torch.float32, 2, len(draws), groups)
         (cumulated,) = self._kept(torch.float64, 1, len(draws), groups)
-        # A group is every so-manieth token, since neighbours are compared ten times slower than rows of them. What a
-        # whole number of groups leaves over is the last one.
+        # Group g holds the tokens g, g + whole, g + 2 * whole and so on: to compare rows is ten times faster than to
+        # compare neighbours. The remaining tokens are the last group.
         torch.amax(torch.unflatten(logits[:, : whole * GROUP], 1, (GROUP, whole)), 1, out=bound[:, :whole])
         if whole < groups:
             torch.amax(logits[:, whole * GROUP :], 1, keepdim=True, out=bound[:, whole:])

@@ -6,11 +6,11 @@ from typing import Any
 from inference_service.detokenize import LONGEST_CHARACTER, answer_text
 
 MARGIN_TOKENS = 8
-"""Tokens that are looked at beyond those that the longest string can be spread over."""
+"""Tokens searched in addition to those that the longest stop string can span."""
 
 
 class StopStrings:
-    """The stop strings of one request. They are searched for in what follows its first `least` tokens."""
+    """The stop strings of one request. The first `least` tokens of its answer are not searched."""
 
     def __init__(self, strings: Sequence[str], tokenizer: Any, least: int = 0) -> None:
         self._strings = strings
@@ -24,15 +24,14 @@ class StopStrings:
 
         To be asked after each token: only the answer's end is searched until something is found there.
         """
-        searched = answer[self._least :]
-        if not searched:
+        tokens = [*prompt, *answer]
+        begin = len(prompt) + self._least
+        if len(tokens) <= begin:
             return None
-        before = [*prompt, *answer[: self._least]]
-        recent = searched[-self._window :]
-        context = [*before, *searched[: len(searched) - len(recent)]]
-        if self._first_in(answer_text(self._tokenizer, context, recent)) is None:
+        recent = max(begin, len(tokens) - self._window)
+        if self._first_in(answer_text(self._tokenizer, tokens[:recent], tokens[recent:])) is None:
             return None
-        text = answer_text(self._tokenizer, before, searched)
+        text = answer_text(self._tokenizer, tokens[:begin], tokens[begin:])
         end = self._first_in(text)
         if end is None:
             return None
