@@ -73,10 +73,10 @@ class Pump:
         return self._outstanding[owner]
 
     def wait_for_room(self, timeout_s: float) -> bool:
-        """Whether fewer than the most allowed are unanswered, within `timeout_s`.
+        """Whether there is room for one more request, within `timeout_s`.
 
-        Once all are taken, half of what the slot does not run is to be answered first, if that is done in this time: a
-        slow slot would else hold the stream, and its checkpoints, for seconds.
+        Once the slot is full, this waits until half of the queued requests are answered. After `timeout_s`, room for
+        one is enough: a slow slot would otherwise hold the stream, and its checkpoints, for seconds.
         """
         if self._is_full or self.in_flight >= self._max_in_flight:
             with self._changed:
