@@ -133,7 +133,7 @@ class StallProbe:
         for index, prompt in enumerate(running):
             engine.submit(_request(f"running-{index}", prompt, config.output_tokens), self._clock.wall_ms())
         done: list[Completion | Failure] = []
-        while engine.figures.running < config.running:
+        while engine.stats.running < config.running:
             done += engine.step()
         left = list(groups)
         gaps: list[float] = []

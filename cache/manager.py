@@ -178,7 +178,7 @@ class TwoLevelCache:
             self._remote.close(timeout_s)
 
     def stats(self) -> CacheStats:
-        """A snapshot; the figures of the background thread may be a moment apart."""
+        """A snapshot; the counts of the background threads may be slightly older or newer."""
         reads = ReadCounters() if self._remote is None else self._remote.counters
         writes = WriteCounters() if self._remote is None else self._remote.writes.counters
         return CacheStats(

@@ -1,11 +1,11 @@
-"""What a cache has done and holds, at one moment."""
+"""What a cache has done so far, and what it holds now."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counters since the cache was opened, then the state of the moment. Without Redis all of its figures are zero."""
+    """Counters since the cache was opened, then gauges. Without Redis those of Redis are zero."""
 
     lookups: int
     chunks_looked_up: int

@@ -24,7 +24,6 @@ from core.records import FinishReason, Request
 from inference_service.active_sequence import ActiveSequence
 from inference_service.completion import Completion, Failure, timed_out
 from inference_service.detokenize import answer_text
-from inference_service.figures import EngineFigures
 from inference_service.host_memory import keep_freed_memory
 from inference_service.logprobs import token_logprobs
 from inference_service.model import LoadedModel, load_model
@@ -33,6 +32,7 @@ from inference_service.pieces import Piece
 from inference_service.prompts import end_tokens_of, prompt_tokens
 from inference_service.protocol import ServedModel
 from inference_service.sampling import BatchSampler, SequenceSampler
+from inference_service.stats import EngineStats
 from inference_service.stop_strings import StopStrings
 from inference_service.support import checked
 
@@ -92,7 +92,7 @@ class Engine:
         self._unannounced: list[Request] = []
         """Those that begin in this step, and that `on_begin` has not been told of."""
         self._next_expiry_ms = math.inf
-        self._done = EngineFigures()
+        self._done = EngineStats()
         self._prefill_ms_per_token: float | None = None
         self._decode_ms: float | None = None
         """Average duration of decode-only passes."""
@@ -104,7 +104,7 @@ class Engine:
         return len(self._waiting) + len(self._prefilling) + len(self._running)
 
     @property
-    def figures(self) -> EngineFigures:
+    def stats(self) -> EngineStats:
         """Current counters. The moment may be between two passes of a step."""
         return replace(
             self._done, waiting=len(self._waiting), prefilling=len(self._prefilling), running=len(self._running)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cache.stats import CacheStats
 from core.records import DeadLetter, Request
-from inference_service.figures import EngineFigures
+from inference_service.stats import EngineStats
 from operators.written_response import WrittenResponse
 
 
@@ -82,10 +82,10 @@ class Ready(BaseModel):
 
 
 @dataclass(frozen=True)
-class SlotFigures:
-    """What a slot's process has done since it loaded its model, and holds, at one moment."""
+class SlotStats:
+    """Counters since the slot's process loaded its model, and gauges."""
 
-    engine: EngineFigures
+    engine: EngineStats
     cache: CacheStats | None
     """None where nothing is cached."""
     resident_bytes: int

@@ -1,4 +1,4 @@
-"""Where Prometheus reads the figures of a slot: by Flink's worker, which lives while the slot's process hangs."""
+"""Where Prometheus reads the metrics of a slot: by Flink's worker, which lives while the slot's process hangs."""
 
 import logging
 import threading

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from core.clock import Clock, SystemClock
 from core.records import DeadLetter, FinishReason
-from operators.envelope import Queue, SlotFigures
+from operators.envelope import Queue, SlotStats
 from operators.metrics.sliding_window import PERCENTS, SlidingWindow
 from operators.metrics.tally import CountTally, TimeTally
 from operators.written_response import WrittenResponse
@@ -54,16 +54,16 @@ class Rising:
 
     name: str
     help: str
-    read: Callable[[SlotFigures], float]
+    read: Callable[[SlotStats], float]
     labels: tuple[tuple[str, str], ...] = ()
 
 
-def _of_cache(field: str) -> Callable[[SlotFigures], float]:
-    return lambda figures: 0 if figures.cache is None else getattr(figures.cache, field)
+def _of_cache(field: str) -> Callable[[SlotStats], float]:
+    return lambda stats: 0 if stats.cache is None else getattr(stats.cache, field)
 
 
-def _of_engine(field: str) -> Callable[[SlotFigures], float]:
-    return lambda figures: getattr(figures.engine, field)
+def _of_engine(field: str) -> Callable[[SlotStats], float]:
+    return lambda stats: getattr(stats.engine, field)
 
 
 _ENGINE_TOKENS = "Tokens that the engine worked on, those of unanswered requests included"
@@ -96,7 +96,7 @@ RISING = (
 
 
 class SlotMetrics:
-    """The figures of one slot, in a registry of Prometheus of their own. Any thread may call and read.
+    """The metrics of one slot, in a registry of Prometheus of their own. Any thread may call and read.
 
     `duplicates`, `retries` and `restarts` are counters for whoever does that which they count.
     """
@@ -105,7 +105,7 @@ class SlotMetrics:
         self.registry = CollectorRegistry()
         self._slot = str(slot)
         self._clock = clock
-        self._figures: SlotFigures | None = None
+        self._stats: SlotStats | None = None
         self._serves = False
         self._heard_ms = clock.monotonic_ms()
         self._decode_rows = 0.0
@@ -167,16 +167,16 @@ class SlotMetrics:
         self._serves = serves
         self._heard_ms = self._clock.monotonic_ms()
         if not serves:
-            self._figures = None
+            self._stats = None
             self._decode_rows = 0.0
 
-    def heard(self, figures: SlotFigures) -> None:
+    def heard(self, stats: SlotStats) -> None:
         """What the slot's process says of itself."""
-        before, self._figures = self._figures, figures
+        before, self._stats = self._stats, stats
         for rising, counter in zip(RISING, self._rising, strict=True):
-            counter.inc(rising.read(figures) - (0 if before is None else rising.read(before)))
+            counter.inc(rising.read(stats) - (0 if before is None else rising.read(before)))
         self._heard_ms = self._clock.monotonic_ms()
-        passes, tokens = figures.engine.decode_passes, figures.engine.decoded_tokens
+        passes, tokens = stats.engine.decode_passes, stats.engine.decoded_tokens
         if before is not None:
             passes, tokens = passes - before.engine.decode_passes, tokens - before.engine.decoded_tokens
         self._decode_rows = tokens / passes if passes else 0.0
@@ -185,7 +185,7 @@ class SlotMetrics:
         """Name, text and value of each."""
         yield "slot_up", "1 where the slot's process is ready, 0 while it loads or is replaced", lambda: self._serves
         yield "slot_silence_seconds", "Since the slot's process last gave a sign of life", self._silence_s
-        yield "slot_resident_bytes", "Memory of the slot's process", self._now(lambda figures: figures.resident_bytes)
+        yield "slot_resident_bytes", "Memory of the slot's process", self._now(lambda stats: stats.resident_bytes)
         yield "in_flight_requests", "Requests that the slot has not answered", lambda: self.queue().in_flight
         yield "waiting_requests", "Those of them that have not begun", lambda: self.queue().waiting
         yield "oldest_wait_seconds", "Since the first of those was decoded", self._oldest_wait_s
@@ -212,8 +212,8 @@ class SlotMetrics:
                 text = f"{latency.help}: p{percent} of the latest requests"
                 yield f"{latency.name}_p{percent}_seconds", text, partial(window.percentile, percent)
 
-    def _now(self, read: Callable[[SlotFigures], float]) -> Callable[[], float]:
-        return lambda: math.nan if self._figures is None else read(self._figures)
+    def _now(self, read: Callable[[SlotStats], float]) -> Callable[[], float]:
+        return lambda: math.nan if self._stats is None else read(self._stats)
 
     def _silence_s(self) -> float:
         return (self._clock.monotonic_ms() - self._heard_ms) / 1e3

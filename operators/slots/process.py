@@ -22,7 +22,7 @@ from typing import Any
 
 from core.config import JobConfig
 from core.errors import UserError
-from operators.envelope import Answer, Envelope, Group, Ready, SlotFigures, Source
+from operators.envelope import Answer, Envelope, Group, Ready, SlotStats, Source
 from operators.slots.line import Line
 
 SERVER = "operators.slots.server"
@@ -64,7 +64,7 @@ class Began:
 class Beat:
     """The process lives: between two passes, or idle."""
 
-    figures: SlotFigures
+    stats: SlotStats
 
 
 Said = Ready | Began | Beat | list[Answer]

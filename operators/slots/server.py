@@ -53,7 +53,7 @@ class Pulse:
         now_ms = self._clock.monotonic_ms()
         if now_ms >= self._next_ms:
             self._next_ms = now_ms + BEAT_S * 1e3
-            self._line.send(Beat(slot.figures))
+            self._line.send(Beat(slot.stats))
 
 
 def serve(line: Line, slot: InferenceSlot, pulse: Pulse) -> None:

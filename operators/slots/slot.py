@@ -19,7 +19,7 @@ from inference_service.engine import Engine, load_checked_model
 from inference_service.protocol import ServedModel
 from inference_service.simulated import load_simulated
 from operators.boards.budget_board import BudgetShare
-from operators.envelope import Answer, Envelope, Ready, SlotFigures, Source
+from operators.envelope import Answer, Envelope, Ready, SlotStats, Source
 from operators.written_response import WrittenResponse
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,10 @@ class InferenceSlot:
         return 0.0 if since_ms is None else max(0.0, self._clock.wall_ms() - since_ms)
 
     @property
-    def figures(self) -> SlotFigures:
+    def stats(self) -> SlotStats:
         """Current counters. The moment may be between two passes of a step."""
-        return SlotFigures(
-            engine=self._engine.figures,
+        return SlotStats(
+            engine=self._engine.stats,
             cache=None if self._cache is None else self._cache.stats(),
             resident_bytes=self._process.memory_info().rss,
         )

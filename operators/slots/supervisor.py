@@ -190,7 +190,7 @@ class Supervisor:
             if not self._ready.done():
                 self._ready.set_result(said)
         elif isinstance(said, Beat):
-            self._metrics.heard(said.figures)
+            self._metrics.heard(said.stats)
         elif isinstance(said, Began):
             with self._changing:
                 self._custody.began(said.sources)

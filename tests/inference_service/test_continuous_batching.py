@@ -377,7 +377,7 @@ def test_the_engine_counts_what_fails_and_tells_what_it_holds(model: LoadedModel
     held = []
     cache = MemoryCache(model.chunk_shape(CHUNK))
     engine = make_engine(
-        model, cache=cache, max_running=2, step_prefill_tokens=8, on_pass=lambda: held.append(engine.figures)
+        model, cache=cache, max_running=2, step_prefill_tokens=8, on_pass=lambda: held.append(engine.stats)
     )
     cache.store = None  # type: ignore[method-assign,assignment]
     Watch(engine, lambda pieces: len(pieces) > 1)
@@ -389,10 +389,10 @@ def test_the_engine_counts_what_fails_and_tells_what_it_holds(model: LoadedModel
     last = held[-1]
     assert (last.waiting, last.prefilling, last.running) == (1, 1, 1)
     finish(engine)
-    assert engine.figures.failed_passes > 0
+    assert engine.stats.failed_passes > 0
     # Of each prompt, and of the answer that fills a chunk.
-    assert engine.figures.failed_stores == 4
-    assert engine.figures.passes == len(held) == held[-1].passes
+    assert engine.stats.failed_stores == 4
+    assert engine.stats.passes == len(held) == held[-1].passes
 
 
 def test_a_higher_priority_begins_first_and_equals_in_order(model: LoadedModel) -> None:

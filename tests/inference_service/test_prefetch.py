@@ -48,7 +48,7 @@ def test_where_nothing_runs_a_step_waits_for_the_first_of_the_queue(qwen2: Loade
     engine.submit(ask("b", tokens_of(2, 20)), 0.0)
     assert engine.step() == []
     assert (first.waits, second.waits) == (1, 0)
-    assert engine.figures.passes == 0
+    assert engine.stats.passes == 0
     first.ready = True
     engine.step()
     assert begun(engine) == ["a"]

@@ -14,8 +14,8 @@ from core.clock import Clock
 from core.config import JobConfig
 from core.errors import UserError
 from core.records import Response
-from inference_service.figures import EngineFigures
-from operators.envelope import Answer, Envelope, Ready, SlotFigures, Source
+from inference_service.stats import EngineStats
+from operators.envelope import Answer, Envelope, Ready, SlotStats, Source
 from operators.written_response import WrittenResponse
 
 logger = logging.getLogger("stand-in")
@@ -65,10 +65,10 @@ class StandInSlot:
         return len(self._waiting) + len(self._running)
 
     @property
-    def figures(self) -> SlotFigures:
+    def stats(self) -> SlotStats:
         """Of so many passes."""
-        engine = EngineFigures(passes=self._steps, waiting=len(self._waiting), running=len(self._running))
-        return SlotFigures(engine, None, resident_bytes=1 << 20)
+        engine = EngineStats(passes=self._steps, waiting=len(self._waiting), running=len(self._running))
+        return SlotStats(engine, None, resident_bytes=1 << 20)
 
     def submit(self, envelope: Envelope) -> Answer | None:
         if envelope.request.prompt == "tokenize":

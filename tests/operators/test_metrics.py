@@ -21,8 +21,8 @@ from core.clock import ManualClock
 from core.config import JobConfig, MetricsConfig
 from core.records import DeadLetter, FinishReason
 from inference_service.completion import timed_out
-from inference_service.figures import EngineFigures
-from operators.envelope import Queue, SlotFigures
+from inference_service.stats import EngineStats
+from operators.envelope import Queue, SlotStats
 from operators.metrics import endpoint as metrics_endpoint
 from operators.metrics.endpoint import MetricsEndpoint
 from operators.metrics.sliding_window import MOST, SPAN_MS, SlidingWindow
@@ -74,9 +74,9 @@ def letter(reason: str, stage: str = "inference") -> DeadLetter:
     return DeadLetter.of(b"", reason, stage=stage, topic="t", partition=0, offset=1)
 
 
-def figures(resident_bytes: int = 1 << 20, cache: dict[str, int] | None = None, **engine: int) -> SlotFigures:
-    stats = None if cache is None else CacheStats(**(NO_CACHE | cache))
-    return SlotFigures(EngineFigures(**engine), stats, resident_bytes)
+def stats(resident_bytes: int = 1 << 20, cache: dict[str, int] | None = None, **engine: int) -> SlotStats:
+    of_cache = None if cache is None else CacheStats(**(NO_CACHE | cache))
+    return SlotStats(EngineStats(**engine), of_cache, resident_bytes)
 
 
 def test_an_answer_is_counted_by_why_it_ended_and_its_tokens_by_where_they_came_from(metrics: SlotMetrics) -> None:
@@ -147,11 +147,11 @@ def test_counts_of_the_process_go_on_when_another_one_begins_with_nothing(metric
     hits = "cache_hit_chunks_total tier=local"
     counts = []
     for passes, chunks in ((10, 4), (25, 9)):
-        metrics.heard(figures(passes=passes, cache={"local_chunks_hit": chunks}))
+        metrics.heard(stats(passes=passes, cache={"local_chunks_hit": chunks}))
         counts.append((samples(metrics)["passes_total"], samples(metrics)[hits]))
     metrics.serves(False)
     metrics.serves(True)
-    metrics.heard(figures(passes=5, cache={"local_chunks_hit": 2}))
+    metrics.heard(stats(passes=5, cache={"local_chunks_hit": 2}))
     counts.append((samples(metrics)["passes_total"], samples(metrics)[hits]))
     assert counts == [(10, 4), (25, 9), (30, 11)]
 
@@ -159,14 +159,14 @@ def test_counts_of_the_process_go_on_when_another_one_begins_with_nothing(metric
 def test_what_the_process_holds_is_told_while_there_is_one(metrics: SlotMetrics) -> None:
     names = ("running_requests", "cache_used_chunks", "cache_write_queue_bytes", "slot_resident_bytes")
     assert all(math.isnan(samples(metrics)[name]) for name in names)
-    metrics.heard(figures(resident_bytes=5, running=4, cache={"used_chunks": 7, "queued_bytes": 9}))
+    metrics.heard(stats(resident_bytes=5, running=4, cache={"used_chunks": 7, "queued_bytes": 9}))
     assert [samples(metrics)[name] for name in names] == [4, 7, 9, 5]
     metrics.serves(False)
     assert all(math.isnan(samples(metrics)[name]) for name in names)
 
 
 def test_a_slot_without_a_cache_has_nothing_in_it(metrics: SlotMetrics) -> None:
-    metrics.heard(figures())
+    metrics.heard(stats())
     assert samples(metrics)["cache_used_chunks"] == 0
     assert samples(metrics)["cache_hit_chunks_total tier=remote"] == 0
 
@@ -176,7 +176,7 @@ def test_whether_a_process_serves_and_how_long_it_has_been_silent(metrics: SlotM
     clock.advance(9000.0)
     metrics.serves(True)
     assert samples(metrics)["slot_silence_seconds"] == 0
-    metrics.heard(figures())
+    metrics.heard(stats())
     clock.advance(2500.0)
     assert (samples(metrics)["slot_up"], samples(metrics)["slot_silence_seconds"]) == (1, 2.5)
     metrics.serves(False)
@@ -184,10 +184,10 @@ def test_whether_a_process_serves_and_how_long_it_has_been_silent(metrics: SlotM
 
 
 def test_how_many_decode_together_is_of_the_time_since_the_last_sign_of_life(metrics: SlotMetrics) -> None:
-    metrics.heard(figures(decode_passes=10, decoded_tokens=10))
-    metrics.heard(figures(decode_passes=20, decoded_tokens=70))
+    metrics.heard(stats(decode_passes=10, decoded_tokens=10))
+    metrics.heard(stats(decode_passes=20, decoded_tokens=70))
     assert samples(metrics)["decode_rows"] == 6
-    metrics.heard(figures(decode_passes=20, decoded_tokens=70))
+    metrics.heard(stats(decode_passes=20, decoded_tokens=70))
     assert samples(metrics)["decode_rows"] == 0
 
 
@@ -206,7 +206,7 @@ def test_the_queue_is_what_has_not_begun(metrics: SlotMetrics, clock: ManualCloc
 
 
 def test_flink_has_some_of_the_gauges_in_whole_numbers(metrics: SlotMetrics) -> None:
-    metrics.heard(figures(running=4, decode_passes=2, decoded_tokens=5))
+    metrics.heard(stats(running=4, decode_passes=2, decoded_tokens=5))
     metrics.answered(response(e2e_ms=212.4))
     metrics.queue = lambda: Queue(4, 3)
     gauges = {name: read() for name, read in metrics.flink_gauges().items()}

@@ -12,7 +12,7 @@ from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig
 from core.records import DeadLetter, Response
 from inference_service.completion import Completion, Failure
 from inference_service.engine import Engine
-from inference_service.figures import EngineFigures
+from inference_service.stats import EngineStats
 from operators.envelope import Answer, Envelope, Source
 from operators.slots.slot import InferenceSlot
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
@@ -154,14 +154,14 @@ def test_a_conversation_is_reused_from_batch_to_batch(slot: InferenceSlot) -> No
 
 def test_a_slot_tells_what_it_has_done_and_holds(config: JobConfig) -> None:
     made = InferenceSlot(config, 0, SystemClock())
-    before = made.figures
+    before = made.stats
     assert before.cache is not None
-    assert before.engine == EngineFigures()
+    assert before.engine == EngineStats()
     assert before.cache.used_chunks == 0
     prompt = "q" * 24
     answered(made, envelope(1, prompt=prompt, max_new_tokens=3))
     made.answer([envelope(2, prompt=prompt + "r" * 8, max_new_tokens=4), envelope(3, prompt="s" * 9, max_new_tokens=4)])
-    after = made.figures
+    after = made.stats
     assert after.cache is not None
     assert (after.engine.prefilled_tokens, after.engine.local_tokens, after.engine.remote_tokens) == (24 + 8 + 9, 24, 0)
     # Two steps of one sequence, then three of two.

@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 
 from core.clock import ManualClock, SystemClock
-from inference_service.figures import EngineFigures
-from operators.envelope import Answer, Envelope, Group, SlotFigures, Source
+from inference_service.stats import EngineStats
+from operators.envelope import Answer, Envelope, Group, SlotStats, Source
 from operators.slots.line import HungUpError, Line
 from operators.slots.process import Beat
 from operators.slots.server import BEAT_S, Pulse, serve
 from tests.operators.test_pump import WAIT_S, envelope, letter
 
-FIGURES = SlotFigures(EngineFigures(passes=7), None, resident_bytes=1 << 20)
+STATS = SlotStats(EngineStats(passes=7), None, resident_bytes=1 << 20)
 
 
 class SteppedSlot:
     """Each step tells what runs and waits for what comes of it: those that finish, or an error."""
 
-    figures = FIGURES
+    stats = STATS
 
     def __init__(self) -> None:
         self.running: dict[int, Envelope] = {}
@@ -64,7 +64,7 @@ class Server:
         while True:
             assert self.connection.poll(WAIT_S)
             said = self.connection.recv()
-            if said != Beat(FIGURES):
+            if said != Beat(STATS):
                 return said
 
     def join(self) -> None:
@@ -173,7 +173,7 @@ def test_an_engine_that_raises_ends_the_server(server: Server, slot: SteppedSlot
 def test_a_server_that_waits_says_that_it_lives(server: Server, slot: SteppedSlot) -> None:
     for _ in range(2):
         assert server.connection.poll(WAIT_S)
-        assert server.connection.recv() == Beat(FIGURES)
+        assert server.connection.recv() == Beat(STATS)
 
 
 def test_a_pulse_beats_no_faster_than_it_may(slot: SteppedSlot) -> None:
@@ -184,5 +184,5 @@ def test_a_pulse_beats_no_faster_than_it_may(slot: SteppedSlot) -> None:
     for advance_ms in (0.0, BEAT_S * 1e3 - 1.0, 0.5, 0.5, 10 * BEAT_S * 1e3, 1.0):
         clock.advance(advance_ms)
         pulse.beat(slot)  # type: ignore[arg-type]
-        heard.append(ours.poll() and ours.recv() == Beat(FIGURES))
+        heard.append(ours.poll() and ours.recv() == Beat(STATS))
     assert heard == [True, False, False, True, True, False]
