@@ -26,8 +26,8 @@ from pydantic import BeforeValidator, Field
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.baselines.contenders import Contender, InProcess, OnKafka, Ours, Taken
-from benchmarks.baselines.group import Group, Worker
+from benchmarks.baselines.contenders import Contender, InProcess, OnKafka, OurJob, Taken
+from benchmarks.baselines.group import Worker, WorkerGroup
 from benchmarks.baselines.worker import Answers
 from benchmarks.command import carry_out, progress
 from benchmarks.on_flink import CpuSeconds, FlinkConfig, cluster, running
@@ -274,7 +274,7 @@ class Alternatives:
         return Worker(name, engine, config.batch, self._log / f"{name}.log", config.flink.ready_timeout_s)
 
     def contender(self, name: str, layout: Layout) -> Contender:
-        group = Group(self._workers[name, layout.threads][: layout.processes])
+        group = WorkerGroup(self._workers[name, layout.threads][: layout.processes])
         if name == IN_BOTH:
             return OnKafka(group, name, self._brokers, self._config.flink.idle_timeout_s)
         return InProcess(group)
@@ -313,7 +313,7 @@ def measure(config: AlternativesConfig, console: Console) -> Report:
         task = bar.add_task("starting all", total=names * len(config.layouts) + len(LOADS) * (1 + config.rounds))
         found = cleanup.enter_context(cluster(config.flink, slots=job.parallelism))
         alternatives = cleanup.enter_context(started(config, found.brokers, log))
-        ours = Ours(cleanup.enter_context(running(config.flink, found, "alternatives", job)))
+        ours = OurJob(cleanup.enter_context(running(config.flink, found, "alternatives", job)))
         contenders: dict[str, dict[str, Contender]] = {}
         for load, of_load in LOADS.items():
             bar.update(task, description=f"trials, {load}")

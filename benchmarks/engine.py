@@ -49,7 +49,7 @@ class UsageError(Exception):
     """Something that was asked for cannot be; `str(error)` is one line that says what and how to mend it."""
 
 
-class WrongMeasurementError(Exception):
+class ReuseMismatchError(Exception):
     """What was measured is not what its name says."""
 
 
@@ -172,7 +172,7 @@ class Probe:
         reused = self._runner.forward([Piece(0, reuse - 1, self._tokens[reuse - 1 : reuse])]).float().cpu()
         difference = float((computed - reused).abs().max() / computed.abs().max())
         if not difference <= TOLERANCE[self._model.dtype]:
-            raise WrongMeasurementError(f"reuse and recompute of {reuse} tokens differ by {difference:.2g}")
+            raise ReuseMismatchError(f"reuse and recompute of {reuse} tokens differ by {difference:.2g}")
 
 
 def longest_row(options: argparse.Namespace) -> int:

@@ -90,7 +90,7 @@ class Counts:
 
 
 @dataclass
-class Trial:
+class ChunkTrial:
     """Caches of all worlds on one Redis, and what they have handed out."""
 
     caches: Sequence[tuple[int, TwoLevelCache]]
@@ -140,7 +140,7 @@ class Trial:
         return self._stamps[about]
 
 
-def try_all(config: ForeignChunksConfig, url: str, directory: Path, console: Console) -> Trial:
+def try_all(config: ForeignChunksConfig, url: str, directory: Path, console: Console) -> ChunkTrial:
     """Ask `config.lookups` times."""
     key_file = directory / "chunk.key"
     key_file.touch(mode=0o600)
@@ -155,7 +155,7 @@ def try_all(config: ForeignChunksConfig, url: str, directory: Path, console: Con
                 opened.callback(cache.close)
                 caches.append((position, cache))
         opened.callback(delete_namespace, url, NAMESPACE)
-        trial = Trial(caches, config.seed)
+        trial = ChunkTrial(caches, config.seed)
         bar = opened.enter_context(progress(console))
         task = bar.add_task("look-ups", total=config.lookups)
         for number in range(config.lookups):

@@ -54,7 +54,7 @@ class FlinkConfig(Config):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ReceivedResponse:
     response: Response
     received_ms: float
     """Wall time at which the reader of the responses topic had it."""
@@ -66,10 +66,10 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LoadResult:
     """What became of one load; `answers` in the order in which they were received."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[ReceivedResponse, ...]
     load: LoadReport
 
     @property
@@ -118,7 +118,7 @@ class JobUnderTest:
     reader: KafkaConsumer
     """Consumer of responses and dead letters."""
 
-    def offer(self, workload: Workload, *, backlog: bool) -> Outcome:
+    def offer(self, workload: Workload, *, backlog: bool) -> LoadResult:
         """Offer `workload` and wait for all answers.
 
         Raises `UserError` if Kafka does not take it, a request becomes a dead letter, is answered twice, or nothing
@@ -126,7 +126,7 @@ class JobUnderTest:
         """
         clock = SystemClock()
         generator = KafkaLoadGenerator(self.producer, self.job.kafka.requests_topic, workload, clock, backlog=backlog)
-        answers: dict[str, Answer] = {}
+        answers: dict[str, ReceivedResponse] = {}
         all_sent = False
         with offered(generator) as load:
             last_s = time.monotonic()
@@ -141,7 +141,7 @@ class JobUnderTest:
                     self.submitted.require_alive(untouched=True)
                     raise UserError(f"{self.name}: {load.result().sent - len(answers)} requests stay unanswered")
         self.submitted.require_alive(untouched=True)
-        return Outcome(tuple(answers.values()), load.result())
+        return LoadResult(tuple(answers.values()), load.result())
 
     def drain(self, workload: Workload) -> Drained:
         """Offer `workload` all at once, and wait for as many answers. Raises `UserError` as `offer` does."""
@@ -167,7 +167,7 @@ class JobUnderTest:
                 raise UserError(f"{self.name}: Flink's metrics lag by more than {METRICS_TIMEOUT_S:.0f} s")
             time.sleep(METRICS_POLL_S)
 
-    def _receive(self, answers: dict[str, Answer]) -> bool:
+    def _receive(self, answers: dict[str, ReceivedResponse]) -> bool:
         polled = self.reader.poll(timeout_ms=POLL_MS)
         received_ms = SystemClock().wall_ms()
         for partition, records in polled.items():
@@ -177,7 +177,7 @@ class JobUnderTest:
                 response = Response.model_validate_json(record.value)
                 if response.request_id in answers:
                     raise UserError(f"{self.name}: {response.request_id} was answered twice")
-                answers[response.request_id] = Answer(response, received_ms)
+                answers[response.request_id] = ReceivedResponse(response, received_ms)
         return bool(polled)
 
 

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.batching import by_round
 from benchmarks.command import carry_out, progress, stated
-from benchmarks.on_flink import Answer, CpuSeconds, FlinkConfig, JobUnderTest, cluster, running
+from benchmarks.on_flink import CpuSeconds, FlinkConfig, JobUnderTest, ReceivedResponse, cluster, running
 from benchmarks.placement_figure import placement_figure
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from benchmarks.reuse_probe import WrongMeasurementError
@@ -206,7 +206,7 @@ def offer(job: JobUnderTest, work: Workload, samples: Samples) -> None:
         samples[f"{job.name}_reused_tokens"].append(response.local_tokens + response.remote_tokens)
 
 
-def split_share(answers: Sequence[Answer]) -> float:
+def split_share(answers: Sequence[ReceivedResponse]) -> float:
     """Share of the sessions that were answered at more than one slot."""
     slots: dict[str, set[int]] = defaultdict(set)
     for answer in answers:

@@ -26,7 +26,7 @@ from core.errors import exit_on_user_error
 from experiments.config import ROOT
 from experiments.figures import STYLE
 from experiments.lab.config import Drive, LabConfig, LoadFormat
-from experiments.lab.drive import Outcome, run
+from experiments.lab.drive import ReplayResult, run
 from experiments.lab.load import make_load
 from experiments.report import write_csv
 from workloads.block_trace import BlockRequest
@@ -93,7 +93,7 @@ def cases(attainable: float) -> Iterator[Case]:
         yield Case("MRC, price", f"{price:g} hits a chunk-second", priced)
 
 
-def serve(load: Sequence[BlockRequest], sizing: SizingConfig) -> Outcome:
+def serve(load: Sequence[BlockRequest], sizing: SizingConfig) -> ReplayResult:
     return run(load, make_eviction(Eviction.LRU), make_sizing(sizing), Drive.REQUEST)
 
 
@@ -126,7 +126,7 @@ class Fixed:
         return sorted(self._ratios.items())
 
 
-def hit_ratio(outcome: Outcome) -> float:
+def hit_ratio(outcome: ReplayResult) -> float:
     return outcome.prefix_hits / outcome.accesses
 
 

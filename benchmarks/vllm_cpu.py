@@ -60,7 +60,7 @@ LARGE_SHAPE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Load:
+class PromptBatch:
     """Requests that are handed over together."""
 
     name: str
@@ -75,11 +75,11 @@ class Load:
 
 
 LOADS = (
-    Load("decode1", 1, 16, 64),
-    Load("decode8", 8, 16, 64),
-    Load("decode32", 32, 16, 64),
-    Load("prefill1024", 1, 1024, 1),
-    Load("mix", 32, 100, 32),
+    PromptBatch("decode1", 1, 16, 64),
+    PromptBatch("decode8", 8, 16, 64),
+    PromptBatch("decode32", 32, 16, 64),
+    PromptBatch("prefill1024", 1, 1024, 1),
+    PromptBatch("mix", 32, 100, 32),
 )
 PREFIXES = {"default": "", "large": "large_"}
 """Prefix of each model's figures and samples."""
@@ -104,7 +104,7 @@ class VllmCpuConfig(Config):
     seed: int = Field(default=0, ge=0, description="of the prompts' random tokens")
 
 
-class Ours:
+class OurEngine:
     """Our engine without a cache; every answer has the length that was asked for."""
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
@@ -180,7 +180,7 @@ def _measure_one(name: str, cores: Sequence[int], config: VllmCpuConfig, console
     generator = torch.Generator().manual_seed(config.seed)
     with VllmProcess(path, MAX_LEN, ROWS, cores) as vllm:
         facts = vllm.ready()
-        ours = Ours(load_checked_model(engine), engine)
+        ours = OurEngine(load_checked_model(engine), engine)
         with progress(console) as bar:
             task = bar.add_task(name, total=(config.rounds + 1) * len(LOADS))
             for index in range(config.rounds + 1):

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from benchmarks.baselines.contenders import orders_of
-from benchmarks.baselines.group import Group, Worker
+from benchmarks.baselines.group import Worker, WorkerGroup
 from benchmarks.baselines.worker import Order
 from benchmarks.on_flink import (
     PASS_THROUGH,
@@ -135,7 +135,7 @@ class ZeroEngine:
         with self._baseline("run_inference") as worker:
             for _ in self._bar.track(range(rounds), description="zero-time RunInference"):
                 requests = [timed.created(0.0) for timed in self._loads.next(1)]
-                took_s, answers = Group([worker]).answer(orders_of(requests, 1))
+                took_s, answers = WorkerGroup([worker]).answer(orders_of(requests, 1))
                 self._samples["records_per_s_run_inference"].append(len(answers) / took_s)
 
     def _drain(self, name: str, job: JobUnderTest, slots: int, cpu: CpuSeconds) -> float:

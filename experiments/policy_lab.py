@@ -13,7 +13,7 @@ from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 from experiments.lab.config import LabConfig
 from experiments.lab.figure import over_capacity, over_time
 from experiments.lab.load import make_load
-from experiments.lab.table import BOUNDS, SHOWN, Row, rows, steps, table
+from experiments.lab.table import BOUNDS, SHOWN, LabRow, rows, steps, table
 from experiments.report import show, write_csv
 from workloads.progress import progress_bar
 
@@ -68,7 +68,7 @@ def main() -> None:
     _report(config, results, left_out)
 
 
-def _report(config: LabConfig, results: Sequence[Row], left_out: Mapping[str, int]) -> None:
+def _report(config: LabConfig, results: Sequence[LabRow], left_out: Mapping[str, int]) -> None:
     found = table(results)
     write_csv(found, config.out)
     made = {"CSV": config.out}

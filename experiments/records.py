@@ -41,7 +41,7 @@ class ReadySlot(Config, extra="allow"):
     """CPU threads that it computes with; none where it does not say."""
 
 
-class Load(Config):
+class LoadSummary(Config):
     """What the load generator offered and reached; rates in requests per second, none where there is none."""
 
     sent: int
@@ -57,7 +57,7 @@ class Load(Config):
     adjustments: dict[str, int]
 
     @classmethod
-    def of(cls, report: LoadReport) -> "Load":
+    def of(cls, report: LoadReport) -> "LoadSummary":
         return cls(
             sent=report.sent,
             acknowledged=report.acknowledged,
@@ -95,7 +95,7 @@ class Manifest(Config):
     workload: WorkloadConfig
     job_id: str
     slots: tuple[ReadySlot, ...]
-    load: Load
+    load: LoadSummary
     duplicates: int
     """Answers to a request that had one already."""
     late_duplicates: int

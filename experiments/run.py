@@ -21,7 +21,7 @@ from experiments.config import RunConfig, Variant
 from experiments.flink_job import FlinkCluster, FlinkJob
 from experiments.kafka_topics import fresh_topics, reading
 from experiments.provenance import provenance
-from experiments.records import Load, Manifest, RunRecords
+from experiments.records import LoadSummary, Manifest, RunRecords
 from workloads.config import WorkloadConfig
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connected, offered
 from workloads.progress import progress_bar
@@ -94,7 +94,7 @@ def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords
             workload=setting.workload_config,
             job_id=submitted.job_id,
             slots=slots,
-            load=Load.of(report),
+            load=LoadSummary.of(report),
             duplicates=ledger.duplicates,
             late_duplicates=late,
             failures=tuple(failures),

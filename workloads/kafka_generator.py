@@ -25,7 +25,7 @@ DELIVERY_TIMEOUT_MS = 10_000
 """Longest that a record may be on its way; then it counts as an error."""
 
 
-class Delivery(Protocol):
+class PendingSend(Protocol):
     """A record on its way; callbacks may come from another thread."""
 
     def add_callback(self, callback: Callable[[Any], None]) -> Any: ...
@@ -36,7 +36,7 @@ class Delivery(Protocol):
 class Producer(Protocol):
     """What the generator needs of a `kafka.KafkaProducer`."""
 
-    def send(self, topic: str, value: bytes, key: bytes) -> Delivery: ...
+    def send(self, topic: str, value: bytes, key: bytes) -> PendingSend: ...
 
     def flush(self, timeout: float) -> None:
         """Block until every delivery has ended, or raise a `KafkaError` after `timeout` seconds."""

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmarks.baselines.group import Group
+from benchmarks.baselines.group import WorkerGroup
 from benchmarks.baselines.worker import Answers, Order
 from benchmarks.on_flink import POLL_MS, JobUnderTest
 from core.clock import SystemClock
@@ -39,7 +39,7 @@ class Contender(Protocol):
         ...
 
 
-class Ours:
+class OurJob:
     """A running job; the last answer counts once a reader of the responses topic has it."""
 
     def __init__(self, job: JobUnderTest) -> None:
@@ -54,7 +54,7 @@ class Ours:
 class InProcess:
     """A baseline that is given its requests and gives its answers without Kafka: the last one counts when made."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: WorkerGroup) -> None:
         self._group = group
 
     def answer(self, workload: Workload) -> Taken:
@@ -69,7 +69,7 @@ class OnKafka:
     Measured as our own jobs are: by the load's own clock and a reader of the responses topic.
     """
 
-    def __init__(self, group: Group, name: str, brokers: str, idle_timeout_s: float) -> None:
+    def __init__(self, group: WorkerGroup, name: str, brokers: str, idle_timeout_s: float) -> None:
         self._group = group
         self._name = name
         self._brokers = brokers

@@ -108,7 +108,7 @@ class Worker:
         self._lines.put("")
 
 
-class Group:
+class WorkerGroup:
     """Workers that share a load."""
 
     def __init__(self, workers: Sequence[Worker]) -> None:

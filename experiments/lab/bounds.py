@@ -5,17 +5,17 @@ import time
 from array import array
 from collections.abc import Iterable, Iterator
 
-from experiments.lab.drive import Outcome, Served
+from experiments.lab.drive import ReplayResult, Served
 from workloads.block_trace import BlockRequest
 
 NEVER = (1 << 63) - 1
 
 
-def infinite(load: Iterable[BlockRequest]) -> Outcome:
+def infinite(load: Iterable[BlockRequest]) -> ReplayResult:
     """Every block stays. Its capacity is the number of distinct blocks, all along."""
     began_s = time.perf_counter()
     seen: set[int] = set()
-    outcome = Outcome()
+    outcome = ReplayResult()
     for request in load:
         held = [_use(seen, block) for block in request.blocks]
         outcome.add(_served(request, held, 0))
@@ -25,14 +25,14 @@ def infinite(load: Iterable[BlockRequest]) -> Outcome:
     return outcome
 
 
-def belady(load: Iterable[BlockRequest], upcoming: "array[int]", capacity_chunks: int, *, bypass: bool) -> Outcome:
+def belady(load: Iterable[BlockRequest], upcoming: "array[int]", capacity_chunks: int, *, bypass: bool) -> ReplayResult:
     """Belady's optimum (1966): out goes the block whose next use is furthest away.
 
     With `bypass` that may be the one that has just come, which is then not kept; without, every block comes in, as
     with most policies. `upcoming` is what `next_uses` made of the same load. O(log capacity) for an access.
     """
     began_s = time.perf_counter()
-    outcome = Outcome()
+    outcome = ReplayResult()
     held: dict[int, int] = {}
     """Position of the next use of each resident block."""
     furthest: list[tuple[int, int]] = []

@@ -33,7 +33,7 @@ class Served:
 
 
 @dataclass
-class Outcome:
+class ReplayResult:
     """Sums over one run."""
 
     requests: int = 0
@@ -80,9 +80,9 @@ def run(
     sizing: SizingPolicy,
     drive: Drive,
     watch: Callable[[Served], None] = lambda served: None,
-) -> Outcome:
+) -> ReplayResult:
     """Serve the whole load; `watch` is told of every request. The policies must be fresh."""
-    outcome = Outcome()
+    outcome = ReplayResult()
     local = LocalTier(sizing.capacity_chunks, BLOCK_SHAPE.size_bytes, eviction)
     serve = _requests if drive is Drive.REQUEST else _accesses
     began_s = time.perf_counter()
@@ -95,7 +95,7 @@ def run(
 
 
 def _requests(
-    load: Iterable[BlockRequest], local: LocalTier, sizing: SizingPolicy, outcome: Outcome
+    load: Iterable[BlockRequest], local: LocalTier, sizing: SizingPolicy, outcome: ReplayResult
 ) -> Iterator[Served]:
     """By the manager: a prompt is looked up as a whole, released, then stored."""
     clock = ManualClock()
@@ -113,7 +113,7 @@ def _requests(
 
 
 def _accesses(
-    load: Iterable[BlockRequest], local: LocalTier, sizing: SizingPolicy, outcome: Outcome
+    load: Iterable[BlockRequest], local: LocalTier, sizing: SizingPolicy, outcome: ReplayResult
 ) -> Iterator[Served]:
     """Block by block: a miss comes in before the next block is asked for. Sizing policies still see whole prompts."""
     content = torch.empty(BLOCK_SHAPE.size, dtype=BLOCK_SHAPE.dtype)

@@ -9,7 +9,7 @@ import numpy as np
 
 from core.config import Strategy
 from experiments.figures import STYLE
-from experiments.lab.table import BELADY, BELADY_BYPASS, BEST_STATIC, BOUNDS, INFINITE, Row
+from experiments.lab.table import BELADY, BELADY_BYPASS, BEST_STATIC, BOUNDS, INFINITE, LabRow
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 """Palette of Okabe and Ito, which can be told apart with any colour vision."""
@@ -20,7 +20,7 @@ WINDOWS = 60
 MOST_PANELS = 3
 
 
-def over_capacity(results: Sequence[Row], path: Path) -> None:
+def over_capacity(results: Sequence[LabRow], path: Path) -> None:
     """Prefix hit ratio over the fixed capacity: a line for each eviction policy, the bounds dashed."""
     fixed = [row for row in results if row.sizing == Strategy.STATIC.lower()]
     with plt.rc_context(STYLE):
@@ -46,7 +46,7 @@ def over_capacity(results: Sequence[Row], path: Path) -> None:
             plt.close(figure)
 
 
-def over_time(results: Sequence[Row], path: Path) -> None:
+def over_time(results: Sequence[LabRow], path: Path) -> None:
     """For each sizing policy capacity, above, and prefix hits, below; a column for each eviction and capacity.
 
     Of more combinations than fit, the first. Raises `ValueError` if no run has a capacity that may change.
@@ -81,7 +81,7 @@ def over_time(results: Sequence[Row], path: Path) -> None:
             plt.close(figure)
 
 
-def _draw_bound(axes: Any, bound: str, found: Sequence[Row]) -> None:
+def _draw_bound(axes: Any, bound: str, found: Sequence[LabRow]) -> None:
     if not found:
         return
     style = {"color": "black", "lw": 1.5, "dashes": BOUND_DASHES[bound], "label": bound}
@@ -92,7 +92,7 @@ def _draw_bound(axes: Any, bound: str, found: Sequence[Row]) -> None:
         axes.plot(*zip(*points, strict=True), **style)
 
 
-def _draw_course(capacity: Any, hits: Any, row: Row, colour: str) -> None:
+def _draw_course(capacity: Any, hits: Any, row: LabRow, colour: str) -> None:
     course = row.course
     if course is None:
         return
@@ -105,17 +105,17 @@ def _draw_course(capacity: Any, hits: Any, row: Row, colour: str) -> None:
     hits.plot(((edges[1:] + edges[:-1]) / 2)[some], 100 * found[some] / accesses[some], color=colour, lw=1.8)
 
 
-def _draw_best_static(capacity: Any, results: Sequence[Row]) -> None:
+def _draw_best_static(capacity: Any, results: Sequence[LabRow]) -> None:
     for row in results:
         if row.sizing == BEST_STATIC:
             capacity.axhline(row.capacity_chunks, color="black", lw=1.5, dashes=BOUND_DASHES[BELADY], label=BEST_STATIC)
 
 
-def _names(results: Sequence[Row], but: Sequence[str]) -> list[str]:
+def _names(results: Sequence[LabRow], but: Sequence[str]) -> list[str]:
     return [name for name in dict.fromkeys(row.eviction for row in results) if name not in (*but, BEST_STATIC)]
 
 
-def _percent(row: Row) -> float:
+def _percent(row: LabRow) -> float:
     return 100 * row.outcome.prefix_hits / row.outcome.accesses if row.outcome.accesses else 0.0
 
 

@@ -11,7 +11,7 @@ from cache.sizing import make_sizing
 from core.config import Eviction, SizingConfig, Strategy
 from experiments.lab import bounds
 from experiments.lab.config import LabConfig
-from experiments.lab.drive import Outcome, Served, run
+from experiments.lab.drive import ReplayResult, Served, run
 from experiments.lab.load import Load
 from experiments.report import Shown
 
@@ -50,14 +50,14 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Row:
+class LabRow:
     """One combination and what came of it; `capacity_chunks` is the one that the run began with."""
 
     trace: str
     eviction: str
     sizing: str
     capacity_chunks: int
-    outcome: Outcome
+    outcome: ReplayResult
     course: Course | None = None
     """Where sizing policies are compared."""
 
@@ -86,32 +86,34 @@ def steps(config: LabConfig) -> int:
     return found
 
 
-def rows(config: LabConfig, load: Load, trace: str, step: Callable[[str], None] = lambda doing: None) -> Iterator[Row]:
+def rows(
+    config: LabConfig, load: Load, trace: str, step: Callable[[str], None] = lambda doing: None
+) -> Iterator[LabRow]:
     """Run all of it; `step` is told of each run before it begins."""
     for eviction, strategy, capacity in combinations(config):
         step(f"{eviction} {strategy} {capacity}".lower())
         sizing = config.sizing_config(strategy, capacity)
         course = None if config.sizings == (Strategy.STATIC,) else Course()
         outcome = _run(config, load, eviction, sizing, course)
-        yield Row(trace, eviction.lower(), strategy.lower(), capacity, outcome, course)
+        yield LabRow(trace, eviction.lower(), strategy.lower(), capacity, outcome, course)
     if config.bounds:
         yield from _bounds(config, load, trace, step)
     if config.target_prefix_hit_ratio is not None:
         for eviction in config.evictions:
             found = best_static(config, load, eviction, config.target_prefix_hit_ratio, step)
             if found is not None:
-                yield Row(trace, eviction.lower(), BEST_STATIC, *found)
+                yield LabRow(trace, eviction.lower(), BEST_STATIC, *found)
 
 
 def best_static(
     config: LabConfig, load: Load, eviction: Eviction, target: float, step: Callable[[str], None] = lambda doing: None
-) -> tuple[int, Outcome] | None:
+) -> tuple[int, ReplayResult] | None:
     """The smallest fixed capacity whose prefix hit ratio is `target`, and its run; none where all blocks miss it.
 
     Found by halving, and so exact where more room never costs hits: of LRU surely, of the others nearly.
     """
 
-    def at(capacity: int) -> Outcome:
+    def at(capacity: int) -> ReplayResult:
         step(f"{eviction} {BEST_STATIC}, {capacity}?".lower())
         return _run(config, load, eviction, config.sizing_config(Strategy.STATIC, capacity), None)
 
@@ -130,29 +132,31 @@ def best_static(
     return enough, best
 
 
-def table(results: Sequence[Row]) -> pd.DataFrame:
+def table(results: Sequence[LabRow]) -> pd.DataFrame:
     """One row a combination; the columns are described in docs/metrics.md."""
     return pd.DataFrame([_columns(row) for row in results])
 
 
-def _run(config: LabConfig, load: Load, eviction: Eviction, sizing: SizingConfig, course: Course | None) -> Outcome:
+def _run(
+    config: LabConfig, load: Load, eviction: Eviction, sizing: SizingConfig, course: Course | None
+) -> ReplayResult:
     watch = (lambda served: None) if course is None else course.add
     return run(load(), make_eviction(eviction), make_sizing(sizing), config.drive, watch)
 
 
-def _bounds(config: LabConfig, load: Load, trace: str, step: Callable[[str], None]) -> Iterator[Row]:
+def _bounds(config: LabConfig, load: Load, trace: str, step: Callable[[str], None]) -> Iterator[LabRow]:
     step(INFINITE)
     outcome = bounds.infinite(load())
-    yield Row(trace, INFINITE, Strategy.STATIC.lower(), outcome.peak_capacity_chunks, outcome)
+    yield LabRow(trace, INFINITE, Strategy.STATIC.lower(), outcome.peak_capacity_chunks, outcome)
     upcoming = bounds.next_uses(load())
     for name in (BELADY, BELADY_BYPASS):
         for capacity in config.capacities:
             step(f"{name} {capacity}")
             outcome = bounds.belady(load(), upcoming, capacity, bypass=name == BELADY_BYPASS)
-            yield Row(trace, name, Strategy.STATIC.lower(), capacity, outcome)
+            yield LabRow(trace, name, Strategy.STATIC.lower(), capacity, outcome)
 
 
-def _columns(row: Row) -> dict[str, object]:
+def _columns(row: LabRow) -> dict[str, object]:
     outcome = row.outcome
     hit_ratio = _ratio(outcome.hits, outcome.accesses)
     prefix_hit_ratio = _ratio(outcome.prefix_hits, outcome.accesses)

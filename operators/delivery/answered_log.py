@@ -12,15 +12,15 @@ from pydantic import ValidationError
 
 from core.config import KafkaConfig
 from core.records import DeadLetter
-from operators.delivery.journal import Journal, Partition, Record
+from operators.delivery.journal import Journal, Partition, TopicRecord
 from operators.envelope import Envelope, Source
 
 
 @dataclass(frozen=True)
-class Hidden:
+class UncommittedAnswer:
     """An answer that could not be seen when it was read."""
 
-    record: Record
+    record: TopicRecord
     was_open: bool
     """Its transaction had not ended then; else it was aborted."""
 
@@ -43,11 +43,11 @@ class AnsweredLog:
         self._covered: dict[Partition, int] = {}
         """From where on each topic of answers has been read, up to where it ended at first."""
         self._visible: set[str] = set()
-        self._hidden: dict[str, list[Hidden]] = {}
+        self._hidden: dict[str, list[UncommittedAnswer]] = {}
         self.answered = 0
         self.written_again = 0
 
-    def look(self, envelope: Envelope) -> Sequence[Record] | None:
+    def look(self, envelope: Envelope) -> Sequence[TopicRecord] | None:
         """None where the request has no answer: it is to be asked.
 
         Else it is not, and the records are to be written that it returns: the recorded answer where nobody can see it,
@@ -94,10 +94,10 @@ class AnsweredLog:
         rest = {place: range(gapless_to[place], span.stop) for place, span in spans.items()}
         for record in self._journal.read(rest, committed=False):
             for request_id in self._answered_by(record) - self._visible:
-                found = Hidden(record, record.offset >= open_from[record.partition])
+                found = UncommittedAnswer(record, record.offset >= open_from[record.partition])
                 self._hidden.setdefault(request_id, []).append(found)
 
-    def _is_committed(self, hidden: Hidden) -> bool:
+    def _is_committed(self, hidden: UncommittedAnswer) -> bool:
         """Whether it has become visible meanwhile; waits until that is decided."""
         if not hidden.was_open:
             return False
@@ -105,7 +105,7 @@ class AnsweredLog:
         partition, offset = hidden.record.partition, hidden.record.offset
         return any(True for _ in self._journal.read({partition: range(offset, offset + 1)}, committed=True))
 
-    def _answered_by(self, record: Record) -> set[str]:
+    def _answered_by(self, record: TopicRecord) -> set[str]:
         """The request that it is an answer to; none for the letter of a record that was no request, and a stranger."""
         if record.partition.topic == self._kafka.responses_topic:
             return set() if record.key is None else {record.key.decode(errors="replace")}

@@ -11,7 +11,7 @@ class Partition(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Record:
+class TopicRecord:
     """One record of a topic, as it lies there."""
 
     partition: Partition
@@ -37,7 +37,7 @@ class Journal(Protocol):
         """The first offset whose record is of that time or later, of every partition; its end if there is none."""
         ...
 
-    def read(self, spans: Mapping[Partition, range], *, committed: bool) -> Iterator[Record]:
+    def read(self, spans: Mapping[Partition, range], *, committed: bool) -> Iterator[TopicRecord]:
         """The records of these offsets that are still there, each partition's in order.
 
         `committed`: without those of transactions that were aborted; waits for transactions that have not ended.

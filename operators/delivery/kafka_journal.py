@@ -9,7 +9,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from core.clients import kafka_settings
 from core.config import KafkaConfig
-from operators.delivery.journal import Partition, Record
+from operators.delivery.journal import Partition, TopicRecord
 
 PATIENCE_S = 60.0
 """Longest that Kafka may give nothing new. Beyond it the operator fails, and Flink restarts it, later and later."""
@@ -44,7 +44,7 @@ class KafkaJournal:
         found = self._consumer(committed=False).offsets_for_times(times)
         return ends | {Partition(*place): there.offset for place, there in found.items() if there is not None}
 
-    def read(self, spans: Mapping[Partition, range], *, committed: bool) -> Iterator[Record]:
+    def read(self, spans: Mapping[Partition, range], *, committed: bool) -> Iterator[TopicRecord]:
         begins = self.begins(sorted({partition.topic for partition in spans}))
         ends = {TopicPartition(*partition): span.stop for partition, span in spans.items() if span}
         consumer = self._consumer(committed=committed)
@@ -67,7 +67,7 @@ class KafkaJournal:
                 partition = Partition(*place)
                 for record in records:
                     if record.offset < spans[partition].stop:
-                        yield Record(partition, record.offset, record.key, record.value, record.timestamp)
+                        yield TopicRecord(partition, record.offset, record.key, record.value, record.timestamp)
 
     def _consumer(self, *, committed: bool) -> KafkaConsumer:
         if committed not in self._consumers:

@@ -7,7 +7,7 @@ from pyflink.common import Row, Types
 from pyflink.datastream import OutputTag
 
 from core.records import DeadLetter
-from operators.delivery.journal import Record
+from operators.delivery.journal import TopicRecord
 from operators.envelope import Answer, Envelope, WarmUp
 from operators.envelope_state import from_plain, to_state
 
@@ -46,7 +46,7 @@ def dead_letter_row(letter: DeadLetter) -> Row:
     return Row(letter.request_id or place, letter.to_json())
 
 
-def written_row(record: Record, dead_letters_topic: str) -> Any:
+def written_row(record: TopicRecord, dead_letters_topic: str) -> Any:
     """What was written before, byte for byte."""
     row = Row((record.key or b"").decode(), (record.value or b"").decode())
     return (DEAD_LETTERS, row) if record.partition.topic == dead_letters_topic else row

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.on_flink import PARTS, PASS_THROUGH, PIPELINE, Answer, Drained, OperatorTimes, Outcome
+from benchmarks.on_flink import PARTS, PASS_THROUGH, PIPELINE, Drained, LoadResult, OperatorTimes, ReceivedResponse
 from core.config import JobConfig
 from core.records import FinishReason, Response
 from experiments.records import ReadySlot
@@ -17,7 +17,7 @@ from workloads.timed_request import Workload
 
 def made_answer(
     created_ms: float, received_ms: float, tokens: int = 4, request_id: str = "r", user: str = "u"
-) -> Answer:
+) -> ReceivedResponse:
     response = Response(
         request_id=request_id, session_id="s", user_id=user, text="", token_ids=tuple(range(tokens)),
         finish_reason=FinishReason.LENGTH, slot=0, device="cpu", engine="e", model="m", batch_id="b", batch_size=1,
@@ -25,12 +25,12 @@ def made_answer(
         created_at_ms=created_ms, completed_at_ms=received_ms - 1, wait_ms=0.0, ttft_ms=1.0, tpot_ms=1.0,
         inference_ms=1.0, e2e_ms=1.0, cache_capacity_chunks=0, cache_used_chunks=0, chunk_bytes=0,
     )  # fmt: skip
-    return Answer(response, received_ms)
+    return ReceivedResponse(response, received_ms)
 
 
-def made_outcome(*answers: Answer) -> Outcome:
+def made_load_result(*answers: ReceivedResponse) -> LoadResult:
     count = len(answers)
-    return Outcome(answers, LoadReport(count, count, 0, None, 1.0, None, None, Lag()))
+    return LoadResult(answers, LoadReport(count, count, 0, None, 1.0, None, None, Lag()))
 
 
 class MadeJob:
@@ -45,7 +45,7 @@ class MadeJob:
         self._answered = 0
         self._seen: set[str] = set()
 
-    def offer(self, workload: Workload, *, backlog: bool) -> Outcome:
+    def offer(self, workload: Workload, *, backlog: bool) -> LoadResult:
         answers = []
         for index, timed in enumerate(workload):
             assert timed.request_id not in self._seen
@@ -54,7 +54,7 @@ class MadeJob:
             received_ms = self._pace_ms * (index + 1) if backlog else at_ms + self._pace_ms
             answers.append(made_answer(at_ms, received_ms, timed.max_new_tokens, timed.request_id, timed.user_id))
         self._answered += len(answers)
-        return made_outcome(*answers)
+        return made_load_result(*answers)
 
     def drain(self, workload: Workload) -> Drained:
         outcome = self.offer(workload, backlog=True)

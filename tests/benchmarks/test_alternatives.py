@@ -36,7 +36,7 @@ FIGURES = {
 }
 
 
-class Timed:
+class TimedContender:
     """Answers in a given time, and notes when it was its turn."""
 
     def __init__(self, name: str, took_s: float, answers: Answers, turns: list[str]) -> None:
@@ -94,7 +94,7 @@ def test_answers_to_other_requests_end_the_run() -> None:
 
 def test_the_order_turns() -> None:
     turns: list[str] = []
-    contenders = {name: Timed(name, 1.0, {}, turns) for name in ("ours", "loop", "beam")}
+    contenders = {name: TimedContender(name, 1.0, {}, turns) for name in ("ours", "loop", "beam")}
     workload = load_of(AlternativesConfig(), NO_REUSE, 1, 0)
     assert list(round_of(contenders, workload, turned=False)) == ["ours", "loop", "beam"]
     round_of(contenders, workload, turned=True)

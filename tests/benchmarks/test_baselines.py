@@ -16,7 +16,7 @@ from kafka import TopicPartition
 
 from benchmarks.baselines import consumer_loop
 from benchmarks.baselines.consumer_loop import ConsumerLoop
-from benchmarks.baselines.group import Group, Worker
+from benchmarks.baselines.group import Worker, WorkerGroup
 from benchmarks.baselines.padded import answer_together, cut, pad_left
 from benchmarks.baselines.worker import Answers, Order, WorkerConfig, serve
 from core.config import EngineConfig
@@ -121,7 +121,7 @@ class FakeConsumer:
         pass
 
 
-class FakeProducer:
+class RecordingProducer:
     sent: list[tuple[str, bytes, bytes]]
 
     def __init__(self, **settings: Any) -> None:
@@ -144,14 +144,14 @@ def test_the_consumer_loop_answers_every_request_under_its_id(
     model: LoadedModel, requests: tuple[Request, ...], plain: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(consumer_loop, "KafkaConsumer", FakeConsumer)
-    monkeypatch.setattr(consumer_loop, "KafkaProducer", FakeProducer)
+    monkeypatch.setattr(consumer_loop, "KafkaProducer", RecordingProducer)
     FakeConsumer.records = [request.to_json().encode() for request in requests]
-    FakeProducer.sent = []
+    RecordingProducer.sent = []
     loop = ConsumerLoop(model, WorkerConfig(batch=2))
     loop.prepare(Order(brokers="b:1", requests_topic="requests", responses_topic="responses", partitions=(0,)))
-    loop.answer(lambda: len(FakeProducer.sent) == len(requests))
+    loop.answer(lambda: len(RecordingProducer.sent) == len(requests))
     found = {}
-    for topic, key, value in FakeProducer.sent:
+    for topic, key, value in RecordingProducer.sent:
         answer = json.loads(value)
         assert (topic, key.decode()) == ("responses", answer["request_id"])
         found[answer["request_id"]] = answer["token_ids"]
@@ -162,14 +162,14 @@ def test_a_consumer_loop_that_takes_no_time_asks_no_model(
     model: LoadedModel, requests: tuple[Request, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(consumer_loop, "KafkaConsumer", FakeConsumer)
-    monkeypatch.setattr(consumer_loop, "KafkaProducer", FakeProducer)
+    monkeypatch.setattr(consumer_loop, "KafkaProducer", RecordingProducer)
     monkeypatch.setattr(model.model, "generate", None)
     FakeConsumer.records = [request.to_json().encode() for request in requests]
-    FakeProducer.sent = []
+    RecordingProducer.sent = []
     loop = ConsumerLoop(model, WorkerConfig(batch=2, zero_time=True))
     loop.prepare(Order(brokers="b:1", requests_topic="requests", responses_topic="responses", partitions=(0,)))
-    loop.answer(lambda: len(FakeProducer.sent) == len(requests))
-    found = {key.decode(): json.loads(value)["token_ids"] for _, key, value in FakeProducer.sent}
+    loop.answer(lambda: len(RecordingProducer.sent) == len(requests))
+    found = {key.decode(): json.loads(value)["token_ids"] for _, key, value in RecordingProducer.sent}
     assert found == {request.request_id: [0] for request in requests}
 
 
@@ -178,7 +178,7 @@ def test_processes_share_a_load_and_answer_it_as_the_plain_model(
     module: str, engine: EngineConfig, requests: tuple[Request, ...], plain: Answers, tmp_path: Path
 ) -> None:
     workers = [Worker(module, engine, 4, tmp_path / "log", TIMEOUT_S) for _ in range(2)]
-    with Group(workers) as group:
+    with WorkerGroup(workers) as group:
         for worker in workers:
             assert worker.ready()["model"]["dtype"] == "float32"
         for _ in range(2):
@@ -190,7 +190,7 @@ def test_processes_share_a_load_and_answer_it_as_the_plain_model(
 def test_a_process_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
     engine = EngineConfig(model=str(tmp_path / "nothing"), device="cpu")
     worker = Worker("consumer_loop", engine, 8, tmp_path / "log", TIMEOUT_S)
-    with Group([worker]), pytest.raises(UserError, match=r"^baseline consumer_loop has ended: .*nothing[^\n]*$"):
+    with WorkerGroup([worker]), pytest.raises(UserError, match=r"^baseline consumer_loop has ended: .*nothing[^\n]*$"):
         worker.ready()
 
 

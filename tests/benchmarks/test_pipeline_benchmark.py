@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_job import MadeCpuSeconds, MadeJob, made_answer, made_cluster, made_outcome, made_running
+from made_job import MadeCpuSeconds, MadeJob, made_answer, made_cluster, made_load_result, made_running
 
 from benchmarks import pipeline, zero_engine
 from benchmarks.baselines.worker import Answers, Order
@@ -83,7 +83,7 @@ def test_the_zero_time_engine_s_records_are_spread_evenly_over_the_slots() -> No
 
 
 def test_a_load_takes_from_the_first_hand_over_to_the_last_answer_read() -> None:
-    outcome = made_outcome(made_answer(1000.0, 1500.0), made_answer(1001.0, 2000.0), made_answer(1002.0, 3000.0))
+    outcome = made_load_result(made_answer(1000.0, 1500.0), made_answer(1001.0, 2000.0), made_answer(1002.0, 3000.0))
     assert outcome.took_s == 2.0
     assert outcome.tokens_per_s == 6.0
     assert outcome.requests_per_s == 1.5
@@ -193,7 +193,7 @@ def test_a_whole_run_on_a_made_job_writes_a_complete_report(
         ("fresh_topics", made_cluster),
         ("reading", made_cluster),
         ("Worker", MadeWorker),
-        ("Group", MadeGroup),
+        ("WorkerGroup", MadeGroup),
     ):
         monkeypatch.setattr(zero_engine, name, instead)
     out = tmp_path / "made" / "pipeline.json"

@@ -16,7 +16,7 @@ import pytest
 from made_job import MadeCpuSeconds, MadeJob, made_answer
 
 from benchmarks import placement
-from benchmarks.on_flink import Answer, FlinkConfig, Outcome
+from benchmarks.on_flink import FlinkConfig, LoadResult, ReceivedResponse
 from benchmarks.placement import PLACEMENTS, SLOTS, PlacementBenchmarkConfig, SkewedSessions
 from benchmarks.placement_figure import SLOT_COLOURS, caption, placement_figure
 from benchmarks.report import Report
@@ -86,7 +86,7 @@ class PlacedJob(MadeJob):
         super().__init__(name, job)
         self._balanced = job.placing.placement is Placement.BALANCED
 
-    def offer(self, workload: Workload, *, backlog: bool) -> Outcome:
+    def offer(self, workload: Workload, *, backlog: bool) -> LoadResult:
         outcome = super().offer(workload, backlog=backlog)
         slots: dict[str, int] = {}
         answers = []
@@ -100,7 +100,7 @@ class PlacedJob(MadeJob):
         return replace(outcome, answers=tuple(sorted(answers, key=lambda one: one.received_ms)))
 
 
-def at(answer: Answer, session_id: str, slot: int) -> Answer:
+def at(answer: ReceivedResponse, session_id: str, slot: int) -> ReceivedResponse:
     counts = {"prompt_tokens": 10, "local_tokens": 3, "remote_tokens": 1, "computed_tokens": 6}
     response = answer.response.model_copy(update={"session_id": session_id, "slot": slot, **counts})
     return replace(answer, response=response)

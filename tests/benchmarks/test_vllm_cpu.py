@@ -13,13 +13,13 @@ import transformers
 from benchmarks import vllm_cpu
 from benchmarks.baselines import vllm_process
 from benchmarks.reuse_probe import WrongMeasurementError
-from benchmarks.vllm_cpu import Load, Ours
+from benchmarks.vllm_cpu import OurEngine, PromptBatch
 from core.config import EngineConfig
 from core.errors import UserError
 from inference_service.engine import load_checked_model
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 
-LOADS = (Load("decode1", 1, 4, 3), Load("prefill1024", 1, 20, 1), Load("mix", 3, 5, 2))
+LOADS = (PromptBatch("decode1", 1, 4, 3), PromptBatch("prefill1024", 1, 20, 1), PromptBatch("mix", 3, 5, 2))
 
 
 class Stand:
@@ -29,7 +29,7 @@ class Stand:
 
     def __init__(self, model: Path, max_len: int, rows: int, cores: Sequence[int]) -> None:
         config = EngineConfig(model=str(model), device="cpu", max_running=rows, max_model_len=max_len)
-        self._engine = Ours(load_checked_model(config), config)
+        self._engine = OurEngine(load_checked_model(config), config)
 
     def __enter__(self) -> "Stand":
         return self

@@ -53,7 +53,7 @@ def bursts(requests: int, seed: int) -> Load:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SizingResult:
     hit_rate: float
     """Of the chunks that were looked up."""
     mean_chunks: float
@@ -95,11 +95,11 @@ def replay(policy: SizingPolicy, load: Load, answer_tokens: int = 0) -> CacheSta
     return cache.stats()
 
 
-def outcome(config: SizingConfig, load: Load, answer_tokens: int = 0) -> Outcome:
+def outcome(config: SizingConfig, load: Load, answer_tokens: int = 0) -> SizingResult:
     """What a policy makes of the load."""
     policy = Metered(make_sizing(config))
     stats = replay(policy, load, answer_tokens)
-    return Outcome(stats.local_chunks_hit / stats.chunks_looked_up, policy.chunk_ms / (load[-1][0] - load[0][0]))
+    return SizingResult(stats.local_chunks_hit / stats.chunks_looked_up, policy.chunk_ms / (load[-1][0] - load[0][0]))
 
 
 class Hindsight:

@@ -90,7 +90,7 @@ class SteadyLoad:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ReceivedRecord:
     """An answer, or a dead letter, as the reader of the topics had it."""
 
     received_ms: float
@@ -102,7 +102,7 @@ class Book(Ledger):
 
     def __init__(self) -> None:
         super().__init__()
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[ReceivedRecord] = []
         self.requests: dict[str, Request] = {}
 
     def sent(self, request: Request) -> None:
@@ -110,11 +110,11 @@ class Book(Ledger):
         super().sent(request)
 
     def response(self, response: Response) -> None:
-        self.outcomes.append(Outcome(SystemClock().wall_ms(), response))
+        self.outcomes.append(ReceivedRecord(SystemClock().wall_ms(), response))
         super().response(response)
 
     def dead_letter(self, letter: DeadLetter) -> None:
-        self.outcomes.append(Outcome(SystemClock().wall_ms(), letter))
+        self.outcomes.append(ReceivedRecord(SystemClock().wall_ms(), letter))
         super().dead_letter(letter)
 
     @property

@@ -19,7 +19,7 @@ from core.records import MAX_RECORD_BYTES, DeadLetter, Request, Response
 from tests.chaos.begins import BeginLog
 from tests.chaos.figure import draw
 from tests.chaos.hostile import MUTATIONS, Hostile, Verdicts, mixed_records
-from tests.chaos.load import Book, LoadShape, Outcome, SteadyLoad
+from tests.chaos.load import Book, LoadShape, ReceivedRecord, SteadyLoad
 from tests.chaos.proxy import SlowProxy
 from tests.chaos.scenario import Trial
 from tests.chaos.table import COLUMNS, failings, recovery_s, row, slowest_s, table
@@ -44,7 +44,7 @@ def answer(request: Request, slot: int = 0, token_ids: tuple[int, ...] = (1, 2))
     return Response.model_validate(RESPONSE | said)
 
 
-class Known:
+class KnownAnswers:
     """A reference that knows one answer to all."""
 
     model = "m"
@@ -67,7 +67,7 @@ def trial(tmp_path: Path) -> Trial:
         book.sent(request)
         slot = second % 2
         at_s = max(8.5, second + 0.5) if slot == 1 and second > 3 else second + 0.5
-        book.outcomes.append(Outcome(BEGAN_MS + 1000 * at_s, answer(request, slot)))
+        book.outcomes.append(ReceivedRecord(BEGAN_MS + 1000 * at_s, answer(request, slot)))
         lines.append(f"DEBUG request {request.request_id!r} begins")
     lines += ["DEBUG request 't/5' begins", "DEBUG request 'another/5' begins", "ERROR request 't/6' failed"]
     (tmp_path / "begins" / "begins.log").write_text("\n".join(lines) + "\n")
@@ -111,7 +111,7 @@ def test_recovery_is_that_of_the_slot_that_takes_longest(trial: Trial) -> None:
 
 
 def test_a_row_has_the_columns_and_a_promise_that_is_kept_says_nothing(trial: Trial) -> None:
-    result = row(trial, Known())  # type: ignore[arg-type]
+    result = row(trial, KnownAnswers())  # type: ignore[arg-type]
     assert tuple(table([result]).columns) == COLUMNS
     assert COLUMNS[:9] == (
         "scenario", "requests", "answered", "dead_lettered", "lost", "duplicated", "wrong", "recovery_s",
@@ -128,7 +128,7 @@ def test_a_promise_that_is_not_kept_is_told(trial: Trial) -> None:
     trial.book.response(answer(created("t/2", 2.0), token_ids=(1, 3)))
     trial.book.response(answer(created("nobody's", 2.0)))
     broken = replace(trial, evidence="", unacknowledged=2, problems=("it did not drain",))
-    said = " | ".join(failings(broken, row(broken, Known())))  # type: ignore[arg-type]
+    said = " | ".join(failings(broken, row(broken, KnownAnswers())))  # type: ignore[arg-type]
     for part in (
         "did not drain",
         "take 2",
@@ -185,9 +185,9 @@ def test_each_hostile_record_is_accounted_for_by_its_place() -> None:
     assert verdicts.lost == [(0, 2), (0, 5)]
     assert verdicts.doubled == [(0, 1)]
     assert verdicts.foreign == 1
-    assert verdicts.wrong(Known()) == 0  # type: ignore[arg-type]
+    assert verdicts.wrong(KnownAnswers()) == 0  # type: ignore[arg-type]
     book.outcomes.clear()
-    assert Verdicts(records, book, 0, ()).wrong(Known()) == 1  # type: ignore[arg-type]
+    assert Verdicts(records, book, 0, ()).wrong(KnownAnswers()) == 1  # type: ignore[arg-type]
 
 
 def test_the_proxy_holds_what_comes_back() -> None:
@@ -213,5 +213,5 @@ def _echo(server: socket.socket) -> None:
 
 
 def test_the_table_leaves_empty_what_is_not_known(trial: Trial) -> None:
-    result = row(replace(trial, fault_ms=0.0), Known())  # type: ignore[arg-type]
+    result = row(replace(trial, fault_ms=0.0), KnownAnswers())  # type: ignore[arg-type]
     assert pd.isna(table([result])["recovery_s"][0])

@@ -8,7 +8,7 @@ from core.config import Batching, BatchingConfig, CacheConfig, EngineConfig, Eng
 from core.records import DeadLetter, Response
 from experiments.cache_experiments import with_strategy
 from experiments.config import in_own_space
-from experiments.records import Load, Manifest, Provenance, ReadySlot, RunRecords, Sent
+from experiments.records import LoadSummary, Manifest, Provenance, ReadySlot, RunRecords, Sent
 from workloads.config import WorkloadConfig, WorkloadKind
 
 BEGIN_MS = 1_800_000_000_000.0
@@ -58,7 +58,7 @@ def manifest(**fields: Any) -> Manifest:
         "workload": WorkloadConfig(requests=200),
         "job_id": "0" * 32,
         "slots": (ReadySlot(slot=0, device="cpu", model="random-qwen2-30m", engine="transformers 5.0", pid=7),),
-        "load": Load(
+        "load": LoadSummary(
             sent=200, acknowledged=200, errors=0, first_error=None, duration_ms=66_000.0, offered_rate=3.03,
             reached_rate=3.02, lag_mean_ms=0.4, lag_max_ms=3.0, lag_late=0, adjustments={"restarted_sessions": 3},
         ),

@@ -21,7 +21,7 @@ KAFKA = KafkaConfig()
 
 
 @dataclass
-class Record:
+class PolledRecord:
     value: bytes
     offset: int = 0
 
@@ -33,9 +33,9 @@ class Consumer:
         self._partition = TopicPartition(topic, 0)
         self._values: Iterator[str] = iter(values)
 
-    def poll(self, timeout_ms: int) -> dict[TopicPartition, list[Record]]:
+    def poll(self, timeout_ms: int) -> dict[TopicPartition, list[PolledRecord]]:
         value = next(self._values, None)
-        return {} if value is None else {self._partition: [Record(value.encode())]}
+        return {} if value is None else {self._partition: [PolledRecord(value.encode())]}
 
 
 def request(request_id: str) -> Request:

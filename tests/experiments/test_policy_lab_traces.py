@@ -12,7 +12,7 @@ from cache.sizing import make_sizing
 from core.config import Eviction, SizingConfig
 from experiments.lab import bounds
 from experiments.lab.config import Drive
-from experiments.lab.drive import Outcome, run
+from experiments.lab.drive import ReplayResult, run
 from experiments.lab.load import phases_blocks
 from workloads.block_trace import BlockRequest, TraceFormat, read_blocks
 from workloads.config import WorkloadConfig
@@ -53,7 +53,7 @@ def load(request: pytest.FixtureRequest) -> tuple[list[BlockRequest], tuple[int,
     return list(read_blocks(trace, TraceFormat.MOONCAKE)), REAL_CAPACITIES
 
 
-def served(load: list[BlockRequest], eviction: Eviction, capacity: int, drive: Drive) -> Outcome:
+def served(load: list[BlockRequest], eviction: Eviction, capacity: int, drive: Drive) -> ReplayResult:
     return run(load, make_eviction(eviction), make_sizing(SizingConfig(capacity_chunks=capacity)), drive)
 
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from operators.delivery.journal import Partition, Record
+from operators.delivery.journal import Partition, TopicRecord
 
 
-class Outcome(Enum):
+class TransactionState(Enum):
     OPEN = "open"
     COMMITTED = "committed"
     ABORTED = "aborted"
@@ -16,10 +16,10 @@ class Outcome(Enum):
 
 @dataclass
 class Transaction:
-    outcome: Outcome = Outcome.OPEN
+    outcome: TransactionState = TransactionState.OPEN
 
 
-NONE = Transaction(Outcome.COMMITTED)
+NONE = Transaction(TransactionState.COMMITTED)
 """What is written outside any transaction."""
 
 
@@ -28,7 +28,9 @@ class MemoryJournal:
     """`logs[partition][offset]` is the record and its transaction; none for one that is no longer there."""
 
     partitions: int = 1
-    logs: dict[Partition, list[tuple[Record, Transaction] | None]] = field(default_factory=lambda: defaultdict(list))
+    logs: dict[Partition, list[tuple[TopicRecord, Transaction] | None]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
     now_ms: int = 1_000_000
     reads: list[dict[Partition, range]] = field(default_factory=list)
 
@@ -37,7 +39,7 @@ class MemoryJournal:
     ) -> int:
         partition = Partition(topic, number)
         log = self.logs[partition]
-        record = Record(partition, len(log), None if key is None else key.encode(), value, self.now_ms)
+        record = TopicRecord(partition, len(log), None if key is None else key.encode(), value, self.now_ms)
         log.append((record, transaction))
         return record.offset
 
@@ -61,18 +63,18 @@ class MemoryJournal:
 
         return {place: first(place) for place in self._all(topics)}
 
-    def read(self, spans: Mapping[Partition, range], *, committed: bool) -> Iterator[Record]:
+    def read(self, spans: Mapping[Partition, range], *, committed: bool) -> Iterator[TopicRecord]:
         self.reads.append({place: span for place, span in spans.items() if span})
         for place, span in spans.items():
             if committed and span and self._first_open(place) < min(span.stop, len(self.logs[place])):
                 raise TimeoutError(f"{place}: a transaction is open")
             for one in self.logs[place][span.start : span.stop] if span else ():
-                if one is not None and (not committed or one[1].outcome is Outcome.COMMITTED):
+                if one is not None and (not committed or one[1].outcome is TransactionState.COMMITTED):
                     yield one[0]
 
     def _first_open(self, place: Partition) -> int:
         log = self.logs[place]
-        return next((at for at, one in enumerate(log) if one and one[1].outcome is Outcome.OPEN), len(log))
+        return next((at for at, one in enumerate(log) if one and one[1].outcome is TransactionState.OPEN), len(log))
 
     def _all(self, topics: Sequence[str]) -> list[Partition]:
         return [Partition(topic, number) for topic in topics for number in range(self.partitions)]

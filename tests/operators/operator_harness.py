@@ -23,7 +23,7 @@ from pyflink.fn_execution.datastream.process.runtime_context import StreamingRun
 from core.clock import ManualClock
 from tests.operators.flink.key_groups import MAX_PARALLELISM, subtask_of
 from tests.operators.flink.keyed_state import Key, KeyedState
-from tests.operators.flink.metrics import Record, RecordedGroup
+from tests.operators.flink.metrics import RecordedGroup, RecordedMetrics
 from tests.operators.flink.snapshot import NOTHING, Snapshot
 from tests.operators.flink.timers import Timer, Timers
 
@@ -65,7 +65,7 @@ class OperatorHarness:
         self._begin(NOTHING)
 
     def _begin(self, snapshot: Snapshot) -> None:
-        self.metrics = Record()
+        self.metrics = RecordedMetrics()
         self._state = KeyedState(snapshot.contents)
         self._timers = Timers(self.clock, self._state, snapshot.timers)
         self._function: Any = None

@@ -9,7 +9,7 @@ from core.records import DeadLetter
 from operators.delivery.answered_log import AnsweredLog
 from operators.delivery.journal import Partition
 from operators.envelope import Envelope, Source
-from tests.operators.memory_journal import MemoryJournal, Outcome, Transaction
+from tests.operators.memory_journal import MemoryJournal, Transaction, TransactionState
 
 KAFKA = KafkaConfig()
 REQUESTS, RESPONSES, LETTERS = KAFKA.requests_topic, KAFKA.responses_topic, KAFKA.dead_letters_topic
@@ -41,7 +41,7 @@ class Topics:
         return AnsweredLog(KAFKA, MARGIN_MS, self.journal)
 
 
-def end(transaction: Transaction, outcome: Outcome, topics: Topics) -> None:
+def end(transaction: Transaction, outcome: TransactionState, topics: Topics) -> None:
     transaction.outcome = outcome
     topics.journal.gap(RESPONSES, 0)
 
@@ -133,9 +133,9 @@ def test_an_answer_in_an_aborted_transaction_is_written_again_as_it_was() -> Non
     topics = Topics(3)
     committed, aborted = Transaction(), Transaction()
     topics.answer("r0", committed)
-    end(committed, Outcome.COMMITTED, topics)
+    end(committed, TransactionState.COMMITTED, topics)
     topics.answer("r1", aborted, b"first")
-    end(aborted, Outcome.ABORTED, topics)
+    end(aborted, TransactionState.ABORTED, topics)
     log = topics.log()
     assert log.look(topics.envelopes[0]) == ()
     (again,) = log.look(topics.envelopes[1]) or ()
@@ -146,21 +146,21 @@ def test_an_answer_in_an_aborted_transaction_is_written_again_as_it_was() -> Non
 
 def test_an_answer_that_was_written_again_counts_and_not_its_aborted_ones() -> None:
     topics = Topics(1)
-    for outcome in (Outcome.ABORTED, Outcome.ABORTED, Outcome.COMMITTED):
+    for outcome in (TransactionState.ABORTED, TransactionState.ABORTED, TransactionState.COMMITTED):
         transaction = Transaction()
         topics.answer("r0", transaction)
         end(transaction, outcome, topics)
     assert topics.log().look(topics.envelopes[0]) == ()
 
 
-@pytest.mark.parametrize("outcome", [Outcome.COMMITTED, Outcome.ABORTED])
-def test_a_transaction_that_is_open_is_waited_for(outcome: Outcome) -> None:
+@pytest.mark.parametrize("outcome", [TransactionState.COMMITTED, TransactionState.ABORTED])
+def test_a_transaction_that_is_open_is_waited_for(outcome: TransactionState) -> None:
     """Another one behind it has been committed; it cannot be seen either before the first has ended."""
     topics = Topics(3)
     left, done = Transaction(), Transaction()
     topics.answer("r0", left, b"left")
     topics.answer("r1", done)
-    end(done, Outcome.COMMITTED, topics)
+    end(done, TransactionState.COMMITTED, topics)
     log = topics.log()
     assert log.look(topics.envelopes[2]) is None
     with pytest.raises(TimeoutError):
@@ -169,7 +169,7 @@ def test_a_transaction_that_is_open_is_waited_for(outcome: Outcome) -> None:
     assert log.look(topics.envelopes[1]) == ()
     found = log.look(topics.envelopes[0])
     assert found is not None
-    assert [record.value for record in found] == ([] if outcome is Outcome.COMMITTED else [b"left"])
+    assert [record.value for record in found] == ([] if outcome is TransactionState.COMMITTED else [b"left"])
 
 
 def test_what_other_slots_write_meanwhile_is_not_waited_for() -> None:

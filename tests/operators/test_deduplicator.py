@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from operators.delivery.deduplicator import Deduplicator
 from operators.delivery.journal import Partition
 from operators.envelope import Source
-from tests.operators.memory_journal import MemoryJournal, Outcome, Transaction
+from tests.operators.memory_journal import MemoryJournal, Transaction, TransactionState
 
 TOPIC = "llm.requests"
 
@@ -57,7 +57,7 @@ def test_what_is_no_request_makes_no_copies_and_takes_up_room() -> None:
 def test_a_request_that_was_aborted_makes_the_next_one_no_copy() -> None:
     """A client whose transaction was aborted sends its requests again, under the same ids."""
     journal = MemoryJournal()
-    journal.append(TOPIC, 0, None, request("a"), Transaction(Outcome.ABORTED))
+    journal.append(TOPIC, 0, None, request("a"), Transaction(TransactionState.ABORTED))
     journal.gap(TOPIC, 0)
     again = journal.append(TOPIC, 0, None, request("a"))
     assert not Deduplicator(10, journal).is_copy("a", Source(TOPIC, 0, again))

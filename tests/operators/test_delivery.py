@@ -53,7 +53,7 @@ class Checkpoint:
     """By key."""
 
 
-class Delivery(RuleBasedStateMachine):
+class DeliveryMachine(RuleBasedStateMachine):
     """Requests are known by their offset in the topic; each has a session, and that a slot."""
 
     function: ClassVar[type[SlotFunction]]
@@ -239,6 +239,6 @@ class Delivery(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("function", [ContinuousFunction, MicroBatchFunction])
 def test_nothing_is_lost_or_doubled_or_hangs(function: type[SlotFunction]) -> None:
-    machine = type(function.__name__, (Delivery,), {"function": function})
+    machine = type(function.__name__, (DeliveryMachine,), {"function": function})
     how = settings(max_examples=100, stateful_step_count=30, deadline=None, report_multiple_bugs=False)
     run_state_machine_as_test(machine, settings=how)

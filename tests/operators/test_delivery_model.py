@@ -23,7 +23,7 @@ from operators.delivery.deduplicator import Deduplicator
 from operators.delivery.journal import Partition
 from operators.envelope import Envelope, Source
 from operators.placement import SessionAffinity
-from tests.operators.memory_journal import NONE, MemoryJournal, Outcome, Transaction
+from tests.operators.memory_journal import NONE, MemoryJournal, Transaction, TransactionState
 
 KAFKA = KafkaConfig()
 PARTITIONS = 2
@@ -32,7 +32,7 @@ slots = st.integers(min_value=1, max_value=3)
 
 
 @dataclass
-class Snapshot:
+class JobSnapshot:
     """What a checkpoint holds."""
 
     offsets: dict[int, int] = field(default_factory=lambda: dict.fromkeys(range(PARTITIONS), 0))
@@ -40,7 +40,7 @@ class Snapshot:
     """By key: that of the slot that took the request in, at the parallelism of that time."""
 
 
-class Delivery(RuleBasedStateMachine):
+class JobMachine(RuleBasedStateMachine):
     exactly_once = False
 
     def __init__(self) -> None:
@@ -48,14 +48,14 @@ class Delivery(RuleBasedStateMachine):
         self.journal = MemoryJournal(PARTITIONS)
         self.sent: list[tuple[str, int]] = []
         self.calls = 0
-        self.checkpoint = Snapshot()
+        self.checkpoint = JobSnapshot()
         self.group = self.checkpoint.offsets
         self.unconfirmed: list[Transaction] = []
         """Of the last checkpoint: written for good, and not committed yet."""
 
     @initialize(parallelism=slots)
     def begin(self, parallelism: int) -> None:
-        self._start(Snapshot(), parallelism)
+        self._start(JobSnapshot(), parallelism)
 
     @rule(session=st.integers(min_value=0, max_value=4), pause_ms=st.integers(min_value=0, max_value=5000))
     def send(self, session: int, pause_ms: int) -> None:
@@ -113,7 +113,7 @@ class Delivery(RuleBasedStateMachine):
     @rule(confirmed=st.booleans())
     def make_checkpoint(self, confirmed: bool) -> None:
         self._confirm()
-        self.checkpoint = Snapshot(dict(self.offsets), deepcopy(self.in_flight))
+        self.checkpoint = JobSnapshot(dict(self.offsets), deepcopy(self.in_flight))
         self.unconfirmed, self.open = list(self.open.values()), {}
         if confirmed:
             self._confirm()
@@ -122,10 +122,10 @@ class Delivery(RuleBasedStateMachine):
     def fail(self, parallelism: int, with_state: bool) -> None:
         if with_state:
             self._confirm()
-        self._end([*self.unconfirmed, *self.open.values()], Outcome.ABORTED)
+        self._end([*self.unconfirmed, *self.open.values()], TransactionState.ABORTED)
         self.unconfirmed = []
         if not with_state:
-            self.checkpoint = Snapshot({number: max(0, offset - WINDOW) for number, offset in self.group.items()})
+            self.checkpoint = JobSnapshot({number: max(0, offset - WINDOW) for number, offset in self.group.items()})
         self._start(self.checkpoint, parallelism)
 
     @invariant()
@@ -155,7 +155,7 @@ class Delivery(RuleBasedStateMachine):
         raw = json.dumps(fields | {"request_id": request_id, "session_id": f"s{session}"}).encode()
         self.journal.append(KAFKA.requests_topic, session % PARTITIONS, None, raw)
 
-    def _start(self, state: Snapshot, parallelism: int) -> None:
+    def _start(self, state: JobSnapshot, parallelism: int) -> None:
         self.parallelism = parallelism
         self.offsets, self.in_flight = dict(state.offsets), deepcopy(state.in_flight)
         self.running: dict[int, list[Envelope]] = {}
@@ -194,11 +194,11 @@ class Delivery(RuleBasedStateMachine):
         self.journal.append(topic, subtask % PARTITIONS, key, value, transaction)
 
     def _confirm(self) -> None:
-        self._end(self.unconfirmed, Outcome.COMMITTED)
+        self._end(self.unconfirmed, TransactionState.COMMITTED)
         self.unconfirmed = []
         self.group = self.checkpoint.offsets
 
-    def _end(self, transactions: list[Transaction], outcome: Outcome) -> None:
+    def _end(self, transactions: list[Transaction], outcome: TransactionState) -> None:
         for transaction in transactions:
             transaction.outcome = outcome
             for number in range(PARTITIONS):
@@ -207,7 +207,7 @@ class Delivery(RuleBasedStateMachine):
 
     def _answered(self, *, committed: bool) -> Counter[str]:
         """How often each request is answered; with what is not committed yet and may still be, unless `committed`."""
-        wanted = (Outcome.COMMITTED,) if committed else (Outcome.COMMITTED, Outcome.OPEN)
+        wanted = (TransactionState.COMMITTED,) if committed else (TransactionState.COMMITTED, TransactionState.OPEN)
         return Counter(request_id for request_id, _, outcome in self._outputs() if outcome in wanted)
 
     def _said(self) -> dict[str, set[bytes]]:
@@ -217,7 +217,7 @@ class Delivery(RuleBasedStateMachine):
             found.setdefault(request_id, set()).add(value)
         return found
 
-    def _outputs(self) -> Iterator[tuple[str, bytes, Outcome]]:
+    def _outputs(self) -> Iterator[tuple[str, bytes, TransactionState]]:
         for partition, log in self.journal.logs.items():
             for record, transaction in filter(None, log):
                 value = record.value or b""
@@ -226,12 +226,12 @@ class Delivery(RuleBasedStateMachine):
                     yield (record.key or b"").decode(), value, transaction.outcome
 
 
-class ExactlyOnce(Delivery):
+class ExactlyOnce(JobMachine):
     exactly_once = True
 
 
-Delivery.TestCase.settings = ExactlyOnce.TestCase.settings = settings(
+JobMachine.TestCase.settings = ExactlyOnce.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None
 )
-TestAtLeastOnce = Delivery.TestCase
+TestAtLeastOnce = JobMachine.TestCase
 TestExactlyOnce = ExactlyOnce.TestCase

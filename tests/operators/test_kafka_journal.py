@@ -13,13 +13,13 @@ from core.config import KafkaConfig
 from local_stack import LocalStack
 from operators.delivery.journal import Journal, Partition
 from operators.delivery.kafka_journal import KafkaJournal
-from tests.operators.memory_journal import MemoryJournal, Outcome, Transaction
+from tests.operators.memory_journal import MemoryJournal, Transaction, TransactionState
 
 TOPIC, OTHER = "answers", "letters"
 CODECS = ("gzip", "snappy", "lz4", "zstd")
 
 
-class Topics(Protocol):
+class TopicPair(Protocol):
     """Two topics of two partitions, and a journal of them."""
 
     journal: Journal
@@ -53,7 +53,7 @@ class InMemory:
             self.journal.append(TOPIC, number, key, b"v", *within)
 
     def end(self, transaction: str, *, commit: bool) -> None:
-        self._open.pop(transaction).outcome = Outcome.COMMITTED if commit else Outcome.ABORTED
+        self._open.pop(transaction).outcome = TransactionState.COMMITTED if commit else TransactionState.ABORTED
         self.journal.gap(TOPIC, 0)
 
     def forget(self, number: int, before: int) -> None:
@@ -106,7 +106,7 @@ class InKafka:
 
 
 @pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.integration)])
-def topics(request: pytest.FixtureRequest) -> Iterator[Topics]:
+def topics(request: pytest.FixtureRequest) -> Iterator[TopicPair]:
     if request.param == "memory":
         yield InMemory()
         return
@@ -115,7 +115,7 @@ def topics(request: pytest.FixtureRequest) -> Iterator[Topics]:
         yield made
 
 
-def read(topics: Topics, *spans: range, committed: bool) -> dict[int, list[str]]:
+def read(topics: TopicPair, *spans: range, committed: bool) -> dict[int, list[str]]:
     """Keys by partition; a span for each."""
     wanted = {Partition(topics.named(TOPIC), number): span for number, span in enumerate(spans)}
     found: dict[int, list[str]] = {}
@@ -125,12 +125,12 @@ def read(topics: Topics, *spans: range, committed: bool) -> dict[int, list[str]]
     return found
 
 
-def ends(topics: Topics, *, decided: bool = False) -> dict[int, int]:
+def ends(topics: TopicPair, *, decided: bool = False) -> dict[int, int]:
     found = topics.journal.ends([topics.named(TOPIC)], decided=decided)
     return {place.number: offset for place, offset in found.items()}
 
 
-def test_spans_are_read_as_often_as_one_likes_and_no_more_than_them(topics: Topics) -> None:
+def test_spans_are_read_as_often_as_one_likes_and_no_more_than_them(topics: TopicPair) -> None:
     topics.write(None, 0, "a", "b", "c", "d")
     topics.write(None, 1, "e")
     for _ in range(2):
@@ -141,7 +141,7 @@ def test_spans_are_read_as_often_as_one_likes_and_no_more_than_them(topics: Topi
     assert topics.journal.begins([topics.named(OTHER)]) == {Partition(topics.named(OTHER), n): 0 for n in (0, 1)}
 
 
-def test_what_was_aborted_is_seen_by_those_alone_who_do_not_ask_for_committed_records(topics: Topics) -> None:
+def test_what_was_aborted_is_seen_by_those_alone_who_do_not_ask_for_committed_records(topics: TopicPair) -> None:
     topics.write("one", 0, "a", "b")
     topics.end("one", commit=True)
     topics.write("two", 0, "c")
@@ -155,7 +155,7 @@ def test_what_was_aborted_is_seen_by_those_alone_who_do_not_ask_for_committed_re
     assert read(topics, range(2, 5), committed=True) == {}
 
 
-def test_a_transaction_that_has_not_ended_holds_what_comes_after_it(topics: Topics) -> None:
+def test_a_transaction_that_has_not_ended_holds_what_comes_after_it(topics: TopicPair) -> None:
     topics.write(None, 0, "a")
     topics.write("left", 0, "b")
     topics.write(None, 0, "c")
@@ -169,7 +169,7 @@ def test_a_transaction_that_has_not_ended_holds_what_comes_after_it(topics: Topi
     assert read(topics, range(3), committed=True) == {0: ["a", "b", "c"]}
 
 
-def test_records_that_are_gone_are_left_out(topics: Topics) -> None:
+def test_records_that_are_gone_are_left_out(topics: TopicPair) -> None:
     topics.write(None, 0, "a", "b", "c")
     topics.forget(0, 2)
     assert topics.journal.begins([topics.named(TOPIC)]) == {
@@ -179,7 +179,7 @@ def test_records_that_are_gone_are_left_out(topics: Topics) -> None:
     assert read(topics, range(2), committed=False) == {}
 
 
-def test_offsets_are_found_by_time(topics: Topics) -> None:
+def test_offsets_are_found_by_time(topics: TopicPair) -> None:
     topics.write(None, 0, "a")
     (record,) = topics.journal.read({Partition(topics.named(TOPIC), 0): range(1)}, committed=False)
     first = Partition(topics.named(TOPIC), 0)

@@ -47,7 +47,7 @@ def test_a_rule_that_never_reaches_a_slot_is_an_error() -> None:
         key_of_each_slot(lambda key: key % 2, 3, max_tries=100)
 
 
-class Known:
+class KnownLoads:
     """Loads that a test sets."""
 
     def __init__(self, **queues_ms: float) -> None:
@@ -64,20 +64,23 @@ def at_home(slot: int, slots: int, count: int = 1) -> list[str]:
     return list(islice(found, count))
 
 
-def balanced(loads: Known, slots: int = 2, **options: int) -> BalancedPlacement:
+def balanced(loads: KnownLoads, slots: int = 2, **options: int) -> BalancedPlacement:
     return BalancedPlacement(slots, PlacementConfig(overload_ms=500, overload_ratio=2, **options), loads)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
 def test_sessions_are_at_home_as_long_as_no_queue_stands_out(slots: int) -> None:
-    placements = [balanced(Known(), slots), balanced(Known(**{f"s{slot}": 9000.0 for slot in range(slots)}), slots)]
+    placements = [
+        balanced(KnownLoads(), slots),
+        balanced(KnownLoads(**{f"s{slot}": 9000.0 for slot in range(slots)}), slots),
+    ]
     for number in range(200):
         for placement in placements:
             assert placement.slot_of(f"u{number}") == SessionAffinity(slots).slot_of(f"u{number}")
 
 
 def test_a_new_session_goes_around_an_overloaded_home_and_an_old_one_stays() -> None:
-    loads = Known(s0=0.0, s1=0.0)
+    loads = KnownLoads(s0=0.0, s1=0.0)
     placement = balanced(loads)
     old, new = at_home(0, 2, 2)
     assert placement.slot_of(old) == 0
@@ -90,22 +93,22 @@ def test_a_new_session_goes_around_an_overloaded_home_and_an_old_one_stays() -> 
 
 @pytest.mark.parametrize(("home", "other"), [(500.0, 0.0), (1900.0, 1000.0), (3000.0, 3000.0)])
 def test_a_queue_that_is_short_or_hardly_longer_than_the_others_is_no_overload(home: float, other: float) -> None:
-    assert balanced(Known(s0=home, s1=other)).slot_of(at_home(0, 2)[0]) == 0
+    assert balanced(KnownLoads(s0=home, s1=other)).slot_of(at_home(0, 2)[0]) == 0
 
 
 def test_between_two_reports_not_all_are_sent_to_one_slot() -> None:
-    placement = balanced(Known(s0=9000.0, s1=0.0, s2=50.0), slots=3)
+    placement = balanced(KnownLoads(s0=9000.0, s1=0.0, s2=50.0), slots=3)
     found = [placement.slot_of(session) for session in at_home(0, 3, 8)]
     assert found == [1, 2, 1, 2, 1, 2, 1, 2]
 
 
 def test_a_slot_that_has_said_nothing_is_not_gone_to_nor_left() -> None:
-    assert balanced(Known(s1=0.0)).slot_of(at_home(0, 2)[0]) == 0
-    assert balanced(Known(s0=9000.0)).slot_of(at_home(0, 2)[0]) == 0
+    assert balanced(KnownLoads(s1=0.0)).slot_of(at_home(0, 2)[0]) == 0
+    assert balanced(KnownLoads(s0=9000.0)).slot_of(at_home(0, 2)[0]) == 0
 
 
 def test_a_session_that_is_long_forgotten_begins_anew() -> None:
-    loads = Known(s0=9000.0, s1=0.0)
+    loads = KnownLoads(s0=9000.0, s1=0.0)
     placement = balanced(loads, remembered_sessions=2)
     first, second, third = at_home(0, 2, 3)
     assert placement.slot_of(first) == 1

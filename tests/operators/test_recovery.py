@@ -14,7 +14,7 @@ from operators.flink.micro_batch import MicroBatchFunction
 from operators.flink.rows import DEAD_LETTERS, READY
 from operators.flink.slot_function import SlotFunction
 from tests.experiments.experiment_samples import response
-from tests.operators.memory_journal import MemoryJournal, Outcome, Transaction
+from tests.operators.memory_journal import MemoryJournal, Transaction, TransactionState
 from tests.operators.operator_harness import Output
 from tests.operators.slot_harness import SlotHarness
 from tests.operators.stand_in_slot import StandInSlots, no_waits
@@ -103,7 +103,7 @@ def test_an_answer_that_a_failure_took_back_leaves_as_it_was(job: Job) -> None:
     aborted = Transaction()
     job.journal.append(KAFKA.responses_topic, 0, "r0", '{"ä": 1}'.encode(), aborted)
     job.journal.append(KAFKA.dead_letters_topic, 0, "r1", letter.encode(), aborted)
-    aborted.outcome = Outcome.ABORTED
+    aborted.outcome = TransactionState.ABORTED
     outputs = [*job.harness.process(again, KEY), *job.wake()]
     left = sorted((output.tag or "", tuple(output.value)) for output in outputs if output.tag != READY.tag_id)
     assert left == [("", ("r0", '{"ä": 1}')), (DEAD_LETTERS.tag_id, ("r1", letter))]

@@ -30,7 +30,7 @@ from operators.slots.supervisor import Process, Supervisor, backoff_s
 from tests.operators.answers import response_of
 from tests.operators.test_pump import letter
 from tests.operators.test_slot import envelope
-from tests.operators.test_slot_server import FIGURES
+from tests.operators.test_slot_server import STATS
 
 WAIT_S = 60.0
 """Never reached unless something is wrong."""
@@ -182,12 +182,12 @@ def test_deaths_are_counted_and_the_slot_is_down_meanwhile(start: Start) -> None
     slot.send(envelope(2))
     assert (read("infertuner_in_flight_requests"), read("infertuner_waiting_requests")) == (2, 2)
     (first,) = scripts.made
-    first.says.put(Beat(FIGURES))
+    first.says.put(Beat(STATS))
     first.says.put(Began([envelope(1).source]))
     deadline_s = time.monotonic() + WAIT_S
     while read("infertuner_waiting_requests") == 2:
         assert time.monotonic() < deadline_s
-    assert read("infertuner_passes_total") == FIGURES.engine.passes
+    assert read("infertuner_passes_total") == STATS.engine.passes
     scripts.ready = False
     first.says.put(SlotDiedError("was ended by SIGKILL"))
     second = scripts.wait_for(2)
@@ -352,7 +352,7 @@ def test_a_process_hangs_that_says_nothing_for_the_time_allowed(start: Start) ->
     slot.send(envelope(1))
     first.says.put(Began([envelope(1).source]))
     for _ in range(5):
-        first.says.put(Beat(FIGURES))
+        first.says.put(Beat(STATS))
     second = scripts.wait_for(2)
     assert first.killed
     # Five beats came at once, so its time ran from the last of them on.

@@ -8,7 +8,7 @@ from typing import Any
 from pyflink.metrics import Counter, Distribution, Meter, MetricGroup
 
 
-class Record:
+class RecordedMetrics:
     """All groups' metrics by name."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Record:
 
 
 class RecordedGroup(MetricGroup):
-    def __init__(self, record: Record, prefix: str = "") -> None:
+    def __init__(self, record: RecordedMetrics, prefix: str = "") -> None:
         self._record = record
         self._prefix = prefix
 
@@ -57,7 +57,7 @@ class RecordedGroup(MetricGroup):
 class Recorded(Counter, Meter, Distribution):
     """A metric of any kind that is told numbers."""
 
-    def __init__(self, record: Record, name: str) -> None:
+    def __init__(self, record: RecordedMetrics, name: str) -> None:
         self._record = record
         self._name = name
 
