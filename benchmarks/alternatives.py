@@ -33,11 +33,13 @@ from benchmarks.command import carry_out, progress
 from benchmarks.on_flink import CpuSeconds, FlinkConfig, cluster, running
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from benchmarks.reuse_probe import WrongMeasurementError
-from core.config import Config, JobConfig, SamplingDefaults
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
 from core.machine import usable_cores
-from core.model_path import with_model_found
 from experiments.config import Command
+from inference_service.config import SamplingDefaults
+from operators.config import JobConfig
+from operators.job_files import with_absolute_paths
 from workloads.catalogue import make_workload
 from workloads.config import (
     IndependentConfig,
@@ -301,7 +303,7 @@ def measure(config: AlternativesConfig, console: Console) -> Report:
     check(config)
     # Greedy, whatever the model's defaults are: so do the others answer.
     engine = config.job.engine.model_copy(update={"device": "cpu", "sampling_defaults": SamplingDefaults.NEUTRAL})
-    job = with_model_found(config.job.model_copy(update={"engine": engine}))
+    job = with_absolute_paths(config.job.model_copy(update={"engine": engine}))
     config = config.model_copy(update={"job": job})
     samples: dict[str, list[float]] = defaultdict(list)
     tried: dict[str, dict[str, dict[Layout, float]]] = {load: {} for load in LOADS}

@@ -12,12 +12,12 @@ import torch
 
 from benchmarks.report import device_facts, model_facts
 from core.clock import SystemClock
-from core.config import JobConfig
 from core.errors import UserError
 from core.records import Request
 from inference_service.completion import Completion, Failure
 from inference_service.engine import Engine, load_checked_model
 from inference_service.model import LoadedModel
+from operators.config import JobConfig
 
 
 class BareEngine:

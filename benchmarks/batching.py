@@ -26,9 +26,12 @@ from rich.table import Table
 from benchmarks.command import carry_out, progress, stated
 from benchmarks.on_flink import CpuSeconds, FlinkConfig, JobUnderTest, cluster, running
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
-from core.config import Batching, BatchingConfig, CacheConfig, Config, EngineConfig, EngineKind, JobConfig
+from cache.config import CacheConfig
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
-from core.model_path import with_model_found
+from inference_service.config import EngineConfig, EngineKind
+from operators.config import Batching, BatchingConfig, JobConfig
+from operators.job_files import with_absolute_paths
 from workloads.catalogue import make_workload
 from workloads.config import Arrivals, IndependentConfig, TraceConfig, WorkloadConfig, WorkloadKind
 from workloads.timed_request import TimedRequest, Workload
@@ -201,7 +204,7 @@ def by_round(values: Sequence[float], rounds: int, percent: float) -> list[float
 def measure(config: BatchingBenchmarkConfig, console: Console) -> Report:
     """Run everything. Raises `UserError`."""
     check(config)
-    engine = with_model_found(job_of(CONTINUOUS, config.engine)).engine
+    engine = with_absolute_paths(job_of(CONTINUOUS, config.engine)).engine
     samples: Samples = defaultdict(list)
     cpu = CpuSeconds(config.flink.stack_dir)
     with ExitStack() as cleanup:

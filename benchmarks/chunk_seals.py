@@ -20,13 +20,15 @@ from rich.table import Table
 from benchmarks.command import carry_out, progress, stated
 from benchmarks.raw_redis import delete_namespace, running_redis
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
+from cache.config import CacheConfig, RemoteConfig, SizingConfig
 from cache.manager import TwoLevelCache, open_cache
 from cache.payload import payload_view
 from cache.protocol import ChunkShape, ModelIdentity
 from cache.seal import CHECKSUM, Authentication, Seal
 from core.clock import SystemClock
-from core.config import CacheConfig, Config, RedisUrl, RemoteConfig, SizingConfig
+from core.config import Config
 from core.errors import UserError
+from core.redis_config import RedisUrl
 
 CHUNK_TOKENS = 32
 SHAPES = {

@@ -23,11 +23,13 @@ from rich.console import Console
 from benchmarks.command import carry_out, progress, stated
 from benchmarks.raw_redis import delete_namespace, running_redis
 from benchmarks.report import Report, conditions_of
+from cache.config import CacheConfig, RemoteConfig, SizingConfig
 from cache.manager import TwoLevelCache, open_cache
 from cache.protocol import ChunkShape, ModelIdentity
 from core.clients import redis_settings
 from core.clock import SystemClock
-from core.config import CacheConfig, Config, RedisUrl, RemoteConfig, SizingConfig
+from core.config import Config
+from core.redis_config import RedisUrl
 
 SHAPE = ChunkShape(layers=1, kv_heads=1, chunk_tokens=2, head_dim=4, dtype=torch.float32)
 LONGEST_PROMPT_CHUNKS = 5

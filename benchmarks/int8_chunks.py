@@ -30,10 +30,12 @@ from benchmarks.raw_redis import delete_namespace, running_redis
 from benchmarks.report import Neighbours, Report, conditions, ratios, spread
 from benchmarks.reuse_probe import FLUSH_TIMEOUT_S, SteadyClock, WrongMeasurementError
 from cache.codec import decode, encode, record_bytes
+from cache.config import CacheConfig, RemoteCodec, RemoteConfig, SizingConfig
 from cache.manager import TwoLevelCache, open_cache
-from core.config import CacheConfig, Config, RedisUrl, RemoteCodec, RemoteConfig, SizingConfig
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
 from core.machine import usable_cores
+from core.redis_config import RedisUrl
 from inference_service.engine import load_checked_model
 from inference_service.model import LoadedModel
 from inference_service.pieces import Piece

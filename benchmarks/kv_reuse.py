@@ -27,9 +27,12 @@ from benchmarks.command import carry_out, progress, stated
 from benchmarks.raw_redis import delete_namespace, running_redis
 from benchmarks.report import Neighbours, Report, conditions, median_noise, ratios, spread
 from benchmarks.reuse_probe import TTFTS, ReuseProbe, held_tokens
-from core.config import CacheConfig, Config, EngineConfig, RedisUrl
+from cache.config import CacheConfig
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
 from core.machine import usable_cores
+from core.redis_config import RedisUrl
+from inference_service.config import EngineConfig
 from inference_service.engine import load_checked_model
 
 

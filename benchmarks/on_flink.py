@@ -17,8 +17,9 @@ from pydantic import Field
 
 from core.clients import kafka_settings
 from core.clock import SystemClock
-from core.config import Config, JobConfig, KafkaConfig
+from core.config import Config
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 from core.options import to_options
 from core.records import DeadLetter, Response
 from experiments.collector import wait_ready
@@ -30,6 +31,7 @@ from experiments.run import delete_keys
 from experiments.services import Services, services
 from local_stack import LocalStack
 from local_stack.processes import members
+from operators.config import JobConfig
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, Producer, connected, offered
 from workloads.timed_request import Workload
 

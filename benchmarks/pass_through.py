@@ -9,8 +9,8 @@ from typing import Any
 from pyflink.common import Row
 from pyflink.datastream import KeyedProcessFunction, ProcessFunction, RuntimeContext
 
-from core.config import JobConfig
 from core.errors import exit_on_user_error
+from operators.config import JobConfig
 from operators.envelope import Ready
 from operators.flink.rows import READY, WARM_UP
 from pipelines.job import Functions, run

@@ -35,11 +35,14 @@ from benchmarks.command import carry_out, progress, stated
 from benchmarks.on_flink import PARTS, STATES, CpuSeconds, FlinkConfig, JobUnderTest, cluster, running
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from benchmarks.zero_engine import JOBS, OURS, SLOTS, ZeroEngine, ZeroLoads
+from cache.config import CacheConfig
 from core.clock import SystemClock
-from core.config import CacheConfig, Config, EngineConfig, EngineKind, JobConfig
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
-from core.model_path import with_model_found
 from core.records import Request
+from inference_service.config import EngineConfig, EngineKind
+from operators.config import JobConfig
+from operators.job_files import with_absolute_paths
 from workloads.config import Arrivals, IndependentConfig, WorkloadConfig, WorkloadKind
 from workloads.independent import IndependentWorkload
 from workloads.timed_request import Workload
@@ -130,7 +133,7 @@ def measure(config: PipelineConfig, console: Console) -> Report:
     """Run everything. Raises `UserError`."""
     if config.engine.engine is not EngineKind.TRANSFORMERS:
         raise UserError("--engine: the pipeline is measured around a real engine and one of its own; leave it out")
-    job = with_model_found(JobConfig(parallelism=1, engine=config.engine, cache=CacheConfig(cache=False)))
+    job = with_absolute_paths(JobConfig(parallelism=1, engine=config.engine, cache=CacheConfig(cache=False)))
     samples: Samples = defaultdict(list)
     cpu = CpuSeconds(config.flink.stack_dir)
     with ExitStack() as cleanup:

@@ -28,9 +28,11 @@ from benchmarks.on_flink import CpuSeconds, FlinkConfig, JobUnderTest, ReceivedR
 from benchmarks.placement_figure import placement_figure
 from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from benchmarks.reuse_probe import WrongMeasurementError
-from core.config import Config, EngineConfig, EngineKind, JobConfig, Placement, PlacementConfig
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
-from core.model_path import with_model_found
+from inference_service.config import EngineConfig, EngineKind
+from operators.config import JobConfig, Placement, PlacementConfig
+from operators.job_files import with_absolute_paths
 from workloads.independent import session_at_home
 from workloads.timed_request import TimedRequest, Workload, request_id
 from workloads.token_ids import made_token_ids
@@ -147,7 +149,7 @@ def check(config: PlacementBenchmarkConfig) -> None:
 def measure(config: PlacementBenchmarkConfig, console: Console) -> Report:
     """Run everything. Raises `UserError`, and `WrongMeasurementError` if a session did not stay where it began."""
     check(config)
-    engine = with_model_found(job_of(Placement.SESSION, config.engine)).engine
+    engine = with_absolute_paths(job_of(Placement.SESSION, config.engine)).engine
     samples: Samples = defaultdict(list)
     cpu = CpuSeconds(config.flink.stack_dir)
     with ExitStack() as cleanup:

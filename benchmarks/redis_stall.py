@@ -30,13 +30,15 @@ from benchmarks.delaying_proxy import delayed
 from benchmarks.raw_redis import delete_namespace, running_redis
 from benchmarks.report import Neighbours, Report, conditions, ratios, spread
 from benchmarks.reuse_probe import FLUSH_TIMEOUT_S, SteadyClock, WrongMeasurementError
+from cache.config import CacheConfig, RemoteConfig, SizingConfig
 from cache.manager import TwoLevelCache, open_cache
 from cache.protocol import Lease, Prefetch
-from core.config import CacheConfig, Config, EngineConfig, RemoteConfig, SizingConfig
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
 from core.machine import usable_cores
 from core.records import Request
 from inference_service.completion import Completion, Failure
+from inference_service.config import EngineConfig
 from inference_service.engine import Engine, load_checked_model
 from inference_service.model import LoadedModel
 

@@ -8,13 +8,14 @@ import torch
 
 from benchmarks.raw_redis import RawReader
 from cache.codec import record_bytes
+from cache.config import CacheConfig, RemoteConfig, SizingConfig
 from cache.keys import KeySchema
 from cache.manager import TwoLevelCache, open_cache
 from cache.protocol import Lease, Prefetch
-from core.config import CacheConfig, EngineConfig, RemoteConfig, SizingConfig
 from core.errors import UserError
 from core.records import Request
 from inference_service.completion import Completion
+from inference_service.config import EngineConfig
 from inference_service.engine import Engine
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel

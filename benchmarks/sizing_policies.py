@@ -19,9 +19,10 @@ from pydantic import Field
 from rich.console import Console
 
 from benchmarks.command import progress, stated
+from cache.config import Eviction, MrcGoal, SizingConfig, Strategy
 from cache.eviction import make_eviction
 from cache.sizing import make_sizing
-from core.config import Config, Eviction, MrcGoal, SizingConfig, Strategy
+from core.config import Config
 from core.errors import exit_on_user_error
 from experiments.config import ROOT
 from experiments.figures import STYLE

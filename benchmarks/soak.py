@@ -28,13 +28,16 @@ from benchmarks.on_flink import CpuSeconds, FlinkConfig, JobUnderTest, cluster, 
 from benchmarks.report import Neighbours, Report, conditions_of
 from benchmarks.soak_figure import Series, soak_figure
 from benchmarks.trend import Trend
+from cache.config import CacheConfig
 from core.clock import SystemClock
-from core.config import CacheConfig, Config, EngineConfig, JobConfig
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
-from core.model_path import with_model_found
 from experiments.collector import Collector, Ledger
 from experiments.report import write_csv
+from inference_service.config import EngineConfig
 from local_stack import LocalStack
+from operators.config import JobConfig
+from operators.job_files import with_absolute_paths
 from workloads.kafka_generator import KafkaLoadGenerator, offered
 
 
@@ -78,7 +81,7 @@ def measure(config: SoakConfig, console: Console) -> Report:
     load = config.load
     if load.longest_prompt_tokens + load.max_new_tokens > config.engine.max_model_len:
         raise UserError(f"--turns: {config.turns} turns do not fit into --max-model-len; lower it or raise that")
-    job = with_model_found(JobConfig(parallelism=config.parallelism, engine=config.engine, cache=config.cache))
+    job = with_absolute_paths(JobConfig(parallelism=config.parallelism, engine=config.engine, cache=config.cache))
     ledger = Ledger()
     with ExitStack() as cleanup:
         found = cleanup.enter_context(cluster(config.flink, config.parallelism, remote=True))

@@ -32,10 +32,11 @@ from benchmarks.command import carry_out, progress, stated
 from benchmarks.report import Report, conditions_of, device_facts, model_facts, ratios, spread
 from benchmarks.reuse_probe import WrongMeasurementError
 from core.clock import SystemClock
-from core.config import Config, EngineConfig, SamplingDefaults
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
 from core.records import Request
 from inference_service.completion import Completion
+from inference_service.config import EngineConfig, SamplingDefaults
 from inference_service.default_model import byte_tokenizer, default_model_path
 from inference_service.engine import Engine, load_checked_model
 from inference_service.model import LoadedModel

@@ -30,13 +30,15 @@ from benchmarks.on_flink import (
     running,
 )
 from benchmarks.report import ratios, spread
-from core.config import BatchingConfig, CacheConfig, EngineConfig, EngineKind, JobConfig
+from cache.config import CacheConfig
 from core.errors import UserError
 from core.records import Response
 from experiments.config import in_own_space
 from experiments.kafka_topics import fresh_topics, reading
 from experiments.services import Services
+from inference_service.config import EngineConfig, EngineKind
 from inference_service.device_profile import DeviceProfile
+from operators.config import BatchingConfig, JobConfig
 from workloads.config import IndependentConfig, WorkloadConfig, WorkloadKind
 from workloads.independent import IndependentWorkload
 

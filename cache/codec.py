@@ -25,10 +25,10 @@ import struct
 
 import torch
 
+from cache.config import RemoteCodec
 from cache.payload import Buffer, RecordError, make_payload, payload_bytes
 from cache.protocol import ChunkShape
 from cache.seal import CHECKSUM, Seal
-from core.config import RemoteCodec
 
 MAGIC = b"INFTKVC\x00"
 VERSION = 1

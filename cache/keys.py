@@ -12,8 +12,8 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from cache.config import RemoteCodec
 from cache.protocol import ChunkShape, ModelIdentity
-from core.config import RemoteCodec
 
 SCHEMA_VERSION = 1
 """Part of every key; a new meaning of keys or tensors takes a new number, and old entries are never found."""

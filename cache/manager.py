@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from cache.config import CacheConfig
 from cache.eviction import make_eviction
 from cache.keys import KeySchema
 from cache.lease import PrefixLease, Source
@@ -19,7 +20,6 @@ from cache.sizing import Shares, SizingPolicy, StoreObserver, make_sizing
 from cache.stats import CacheStats
 from cache.write_behind import WriteCounters
 from core.clock import Clock
-from core.config import CacheConfig
 from core.credentials import chunk_key
 
 logger = logging.getLogger(__name__)

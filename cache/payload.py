@@ -16,8 +16,8 @@ from typing import Protocol
 
 import torch
 
+from cache.config import RemoteCodec
 from cache.protocol import ChunkShape
-from core.config import RemoteCodec
 
 Buffer = bytes | bytearray | memoryview
 

@@ -17,9 +17,9 @@ from typing import Any, Self
 
 from redis.connection import SSLConnection, UnixDomainSocketConnection, parse_url
 
-from core.config import RedisAccessConfig
 from core.credentials import Credentials, credentials, without_secrets
 from core.errors import UserError
+from core.redis_config import RedisAccessConfig
 
 _LINE_BUFFER_BYTES = 4096
 _MOST_PIECES = 512

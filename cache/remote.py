@@ -10,6 +10,7 @@ import torch
 
 from cache.breaker import CircuitBreaker
 from cache.codec import HEADER_BYTES, check_header, check_payload, record_bytes
+from cache.config import RemoteConfig
 from cache.dialer import Dialer
 from cache.fetch_plan import FetchPlan
 from cache.known_keys import KnownKeys
@@ -27,7 +28,6 @@ from cache.redis_wire import (
 from cache.seal import Seal
 from cache.write_behind import WriteBehind
 from core.clock import Clock
-from core.config import RemoteConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ import torch
 
 from cache.breaker import CircuitBreaker
 from cache.codec import encode_header, record_bytes
+from cache.config import RemoteConfig
 from cache.known_keys import KnownKeys
 from cache.lone_thread import compute_alone
 from cache.payload import UnfitChunkError, make_payload
 from cache.protocol import ChunkShape
 from cache.redis_wire import ClusterModeError, Deadline, RedisConnection, ReplyError, WireError, encode_command
 from cache.seal import Seal
-from core.config import RemoteConfig
 
 logger = logging.getLogger(__name__)
 

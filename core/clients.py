@@ -7,9 +7,10 @@ import logging
 from typing import Any
 from urllib.parse import urlsplit
 
-from core.config import KafkaAccessConfig, RedisAccessConfig
 from core.credentials import Credentials, credentials, variable
 from core.errors import UserError
+from core.kafka_config import KafkaAccessConfig
+from core.redis_config import RedisAccessConfig
 
 _TELLING_LOGGERS = ("kafka.admin.client", "kafka.net.connection", "kafka.protocol.parser")
 """At DEBUG these write out what kafka-python is configured with and sends, passwords included."""

@@ -5,16 +5,17 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from core.config import Batching, Config, JobConfig
+from core.config import Config
 from core.errors import exit_on_user_error
 from experiments.batch_figure import batch_figure
 from experiments.batch_metrics import SHOWN, notes, table
 from experiments.config import ROOT, Command, RunConfig, Variant, distinct_numbers, in_own_space
 from experiments.experiment import Experiment, execute, new_run_id
+from operators.config import Batching, JobConfig
 from workloads.config import WorkloadConfig
 
 MOST = 1024
-"""Maximum of `core.config.BatchingConfig.batch_size`."""
+"""Maximum of `operators.config.BatchingConfig.batch_size`."""
 
 
 class BatchAnalysisConfig(Config):

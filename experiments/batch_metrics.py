@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-from core.config import Batching
 from experiments.metrics import (
     batches,
     busy_share_percent,
@@ -20,6 +19,7 @@ from experiments.metrics import (
 )
 from experiments.records import RunRecords
 from experiments.report import Shown
+from operators.config import Batching
 
 SEED_COLUMNS = (
     "batch_size", "avg_wait_ms", "avg_latency_ms", "throughput_req_per_sec", "total_requests", "efficiency_notes",

@@ -4,12 +4,14 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from core.config import Config, Eviction, JobConfig, Strategy
+from cache.config import Eviction, Strategy
+from core.config import Config
 from core.errors import exit_on_user_error
 from experiments.cache_figure import cache_figure
 from experiments.cache_metrics import SHOWN, table
 from experiments.config import ROOT, Command, RunConfig, Variant, distinct_members, in_own_space
 from experiments.experiment import Experiment, execute, new_run_id
+from operators.config import JobConfig
 from workloads.config import WorkloadConfig
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from core.config import Strategy
+from cache.config import Strategy
 from experiments import metrics
 from experiments.cache_metrics import TIERS, token_share_percent
 from experiments.figures import answered, caption, four_panels, head, legend

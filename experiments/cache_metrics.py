@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from core.config import JobConfig, Strategy
+from cache.config import Strategy
 from experiments.metrics import began_at_ms, frame, ratio, shared, throughput_req_per_s
 from experiments.records import RunRecords
 from experiments.report import Shown
+from operators.config import JobConfig
 
 SEED_COLUMNS = (
     "strategy", "total_requests", "cache_hits", "hit_rate_percent", "avg_latency_ms", "strategy_config",

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from kafka import KafkaConsumer
 from pydantic import ValidationError
 
-from core.config import KafkaConfig
 from core.errors import UserError, one_line
+from core.kafka_config import KafkaConfig
 from core.records import DeadLetter, Request, Response
 from experiments.kafka_topics import at_end
 from experiments.records import ReadySlot, Sent

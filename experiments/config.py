@@ -9,9 +9,10 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import Field
 
-from core.config import Config, JobConfig
+from core.config import Config
 from core.errors import UserError
 from core.options import Parser, add_options, from_options, set_own_defaults
+from operators.config import JobConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

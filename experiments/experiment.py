@@ -10,16 +10,16 @@ import pandas as pd
 from kafka.errors import KafkaError
 from rich.console import Console
 
-from core.config import JobConfig
 from core.credentials import in_one_line
 from core.errors import UserError
-from core.model_path import with_model_found
 from experiments.config import RunConfig, Variant, check_writable, with_addresses, with_profile_found
 from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 from experiments.records import RunRecords, read_runs, write_run
 from experiments.report import Shown, notes, show, write_csv
 from experiments.run import Setting, run_variant
 from experiments.services import services
+from operators.config import JobConfig
+from operators.job_files import with_absolute_paths
 from workloads.catalogue import make_workload
 from workloads.config import WorkloadConfig
 
@@ -68,7 +68,7 @@ def carry_out(experiment: Experiment, run: RunConfig, run_id: str) -> None:
     Whatever can be checked is checked before anything is started. Raises `UserError`.
     """
     variants = [
-        Variant(variant.name, with_profile_found(with_model_found(variant.job))) for variant in experiment.variants
+        Variant(variant.name, with_profile_found(with_absolute_paths(variant.job))) for variant in experiment.variants
     ]
     workload = make_workload(experiment.workload)
     # A trace is opened by its first request; a path that is wrong must show now.

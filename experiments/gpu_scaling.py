@@ -6,16 +6,17 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from core.config import Config, JobConfig
+from core.config import Config
 from core.errors import exit_on_user_error
 from experiments.config import ROOT, Command, RunConfig, Variant, distinct_numbers, in_own_space
 from experiments.experiment import Experiment, execute, new_run_id
 from experiments.scaling_figure import scaling_figure
 from experiments.scaling_metrics import SHOWN, notes, table
+from operators.config import JobConfig
 from workloads.config import WorkloadConfig
 
 MOST = 128
-"""Maximum of `core.config.JobConfig.parallelism`."""
+"""Maximum of `operators.config.JobConfig.parallelism`."""
 MOST_TURNS = 1024
 """Maximum of `workloads.config.IndependentConfig.even_over`."""
 

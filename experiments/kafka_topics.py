@@ -10,9 +10,9 @@ from kafka.admin import NewTopic
 from kafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from core.clients import kafka_settings
-from core.config import KafkaConfig
 from core.credentials import in_one_line
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 
 CONNECT_TIMEOUT_MS = 5_000
 METADATA_TIMEOUT_S = 15.0

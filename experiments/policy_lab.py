@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from core.config import Strategy
+from cache.config import Strategy
 from core.errors import exit_on_user_error
 from experiments.config import Command, check_writable
 from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible

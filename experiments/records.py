@@ -11,9 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from core.config import Config, EngineKind, JobConfig
+from core.config import Config
 from core.errors import UserError, one_line
 from core.records import DeadLetter, Response
+from inference_service.config import EngineKind
+from operators.config import JobConfig
 from workloads.config import WorkloadConfig
 from workloads.kafka_generator import LoadReport
 

@@ -12,16 +12,17 @@ from redis.exceptions import RedisError
 
 from core.clients import redis_settings
 from core.clock import SystemClock
-from core.config import JobConfig, RedisAccessConfig
 from core.credentials import in_one_line
 from core.errors import UserError
 from core.options import to_options
+from core.redis_config import RedisAccessConfig
 from experiments.collector import Collector, Ledger, wait_ready
 from experiments.config import RunConfig, Variant
 from experiments.flink_job import FlinkCluster, FlinkJob
 from experiments.kafka_topics import fresh_topics, reading
 from experiments.provenance import provenance
 from experiments.records import LoadSummary, Manifest, RunRecords
+from operators.config import JobConfig
 from workloads.config import WorkloadConfig
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connected, offered
 from workloads.progress import progress_bar

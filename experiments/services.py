@@ -10,13 +10,15 @@ from redis.exceptions import RedisError
 from rich.console import Console
 
 from core.clients import redis_settings
-from core.config import JobConfig, KafkaSecurity, RedisAccessConfig
 from core.credentials import in_one_line
 from core.errors import UserError
+from core.kafka_config import KafkaSecurity
+from core.redis_config import RedisAccessConfig
 from experiments.config import ROOT, RunConfig
 from experiments.flink_job import FlinkCluster
 from experiments.kafka_topics import require_broker
 from local_stack import LocalStack, StackConfig, flink_cli
+from operators.config import JobConfig
 
 TASK_MANAGERS = 2
 

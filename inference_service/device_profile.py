@@ -12,8 +12,9 @@ from typing import Self
 
 from pydantic import Field, ValidationError
 
-from core.config import DTYPES, Config
+from core.config import Config
 from core.errors import UserError, one_line
+from inference_service.config import DTYPES
 
 
 class DeviceProfile(Config):

@@ -18,11 +18,11 @@ import torch
 
 from cache.protocol import KVCache
 from core.clock import Clock
-from core.config import EngineConfig
 from core.errors import UserError
 from core.records import FinishReason, Request
 from inference_service.active_sequence import ActiveSequence
 from inference_service.completion import Completion, Failure, timed_out
+from inference_service.config import EngineConfig
 from inference_service.detokenize import answer_text
 from inference_service.host_memory import keep_freed_memory
 from inference_service.logprobs import token_logprobs

@@ -15,10 +15,10 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from cache.protocol import ChunkShape, ModelIdentity
-from core.config import DTYPES, EngineConfig, SamplingDefaults
 from core.errors import UserError
 from core.model_path import model_folder
 from inference_service.attention_window import AttentionWindow
+from inference_service.config import DTYPES, EngineConfig, SamplingDefaults
 from inference_service.default_model import default_model_path
 from inference_service.generation_defaults import GenerationDefaults, read_generation_defaults
 from inference_service.kv_pool import KVPool

@@ -14,8 +14,8 @@ import torch
 
 from cache.protocol import ChunkShape
 from core.clock import Clock, SystemClock
-from core.config import EngineConfig
 from core.errors import UserError
+from inference_service.config import EngineConfig
 from inference_service.default_model import byte_tokenizer
 from inference_service.device_profile import DeviceProfile
 from inference_service.generation_defaults import GenerationDefaults

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from core.config import Config, HostFile, KafkaAccessConfig, KafkaSecurity, RedisAccessConfig, RedisUrl
+from core.config import Config, HostFile
+from core.kafka_config import KafkaAccessConfig, KafkaSecurity
+from core.redis_config import RedisAccessConfig, RedisUrl
 
 HOST = "127.0.0.1"
 ROOT = Path(__file__).resolve().parent.parent

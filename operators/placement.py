@@ -4,9 +4,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from core.config import PlacementConfig
 from core.session_home import home_slot
 from operators.boards.load_board import Loads
+from operators.config import PlacementConfig
 
 DETOUR_MS = 100.0
 """What a session is taken to add to the queue it is sent to, until that slot reports again."""

@@ -8,8 +8,8 @@ Submit it with
 Every option and its default: `python pipelines/cache_experiment.py --help`.
 """
 
-from core.config import Batching, Placement
 from core.errors import exit_on_user_error
+from operators.config import Batching, Placement
 from pipelines.job import run
 
 OWN_DEFAULTS = {"batching": Batching.MICRO, "placement": Placement.SESSION}

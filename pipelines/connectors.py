@@ -16,10 +16,11 @@ from pyflink.datastream import DataStream
 from pyflink.table import DataTypes, Schema, StatementSet, StreamTableEnvironment
 
 from core.clients import kafka_settings
-from core.config import Delivery, JobConfig, KafkaConfig
 from core.credentials import in_one_line
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 from core.records import MAX_RESULT_BYTES
+from operators.config import Delivery, JobConfig
 from operators.flink.rows import WARM_UP
 from pipelines.kafka_security import security_properties
 

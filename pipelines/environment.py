@@ -4,8 +4,8 @@ from pyflink.common import Configuration
 from pyflink.datastream import StreamExecutionEnvironment
 from pyflink.java_gateway import get_gateway
 
-from core.config import Batching, JobConfig
 from core.errors import UserError
+from operators.config import Batching, JobConfig
 from pipelines.connectors import connector_jars
 
 MAX_PARALLELISM = 128

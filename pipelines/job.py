@@ -18,14 +18,14 @@ from pyflink.java_gateway import get_gateway
 from pyflink.table import StreamTableEnvironment
 from pyflink.util.exceptions import JavaException
 
-from core.config import JobConfig
 from core.errors import UserError
-from core.model_path import with_model_found
 from core.options import Parser, add_options, from_options, set_own_defaults
 from core.stack_trace import root_cause
+from operators.config import JobConfig
 from operators.flink.decode import DecodeFunction
 from operators.flink.inference import inference_function
 from operators.flink.rows import DEAD_LETTERS, KEY_VALUE, KEYED, READY
+from operators.job_files import with_absolute_paths
 from operators.placement import key_of_each_slot
 from operators.slots.check import check_before_start
 from pipelines.connectors import (
@@ -107,7 +107,7 @@ def run(prog: str, description: str, own_defaults: Mapping[str, Any], functions:
     parser = Parser(prog=prog, description=description)
     add_options(parser, JobConfig)
     set_own_defaults(parser, own_defaults)
-    config = with_model_found(from_options(JobConfig, parser.parse_args()))
+    config = with_absolute_paths(from_options(JobConfig, parser.parse_args()))
     check_before_start(config)
     ensure_topics(config)
     check_transactions(config)

@@ -4,8 +4,8 @@ Options of a table are seen on Flink's pages and in its logs, so no secret stand
 `${file:PATH:name}` are put in place by Kafka's config providers in each client, with what its own host has.
 """
 
-from core.config import KafkaAccessConfig, SaslMechanism
 from core.credentials import variable
+from core.kafka_config import KafkaAccessConfig, SaslMechanism
 
 SHADED = "org.apache.flink.kafka.shaded."
 """What stands before the name of each of Kafka's classes in Flink's SQL connector."""

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pydantic import Field
 
 from core.clock import SystemClock
-from core.config import Config, KafkaConfig
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
+from core.kafka_config import KafkaConfig
 from core.options import Parser, add_options, from_options
 from workloads.catalogue import make_workload
 from workloads.config import WorkloadConfig

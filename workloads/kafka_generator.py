@@ -12,9 +12,9 @@ from kafka.errors import KafkaError
 
 from core.clients import kafka_settings
 from core.clock import Clock
-from core.config import KafkaConfig
 from core.credentials import in_one_line
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 from core.records import Request
 from workloads.pacing import Backlog, Lag, OpenLoop
 from workloads.timed_request import Workload

@@ -8,7 +8,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from benchmarks.baselines.padded import answer_in_no_time, answer_together
 from benchmarks.baselines.worker import Answers, Order, WorkerConfig, run_worker
 from core.clients import kafka_settings
-from core.config import KafkaAccessConfig
+from core.kafka_config import KafkaAccessConfig
 from core.records import Request
 from inference_service.model import LoadedModel
 from inference_service.prompts import prompt_tokens

@@ -11,11 +11,11 @@ from benchmarks.baselines.group import WorkerGroup
 from benchmarks.baselines.worker import Answers, Order
 from benchmarks.on_flink import POLL_MS, JobUnderTest
 from core.clock import SystemClock
-from core.config import JobConfig
 from core.errors import UserError
 from core.records import Request
 from experiments.config import in_own_space
 from experiments.kafka_topics import fresh_topics, reading
+from operators.config import JobConfig
 from workloads.kafka_generator import KafkaLoadGenerator, connected, offered
 from workloads.timed_request import Workload
 

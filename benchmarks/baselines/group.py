@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from benchmarks.baselines.worker import GO, STOP, Answers, Done, Order
-from core.config import EngineConfig
 from core.errors import UserError
 from core.options import to_options
 from experiments.config import ROOT
+from inference_service.config import EngineConfig
 
 END_TIMEOUT_S = 10.0
 

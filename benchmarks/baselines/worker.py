@@ -16,10 +16,11 @@ import torch
 from pydantic import Field
 
 from benchmarks.report import device_facts, model_facts
-from core.config import Config, EngineConfig
+from core.config import Config
 from core.errors import exit_on_user_error
 from core.options import Parser, add_options, from_options
 from core.records import Request
+from inference_service.config import EngineConfig
 from inference_service.model import LoadedModel, load_model
 
 GO, STOP = "go", "stop"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from cache.config import Eviction
 from cache.eviction.arc import ARC
 from cache.eviction.density import HitDensity
 from cache.eviction.fifo import FIFO
@@ -10,7 +11,6 @@ from cache.eviction.lfu import LFU
 from cache.eviction.lru import LRU
 from cache.eviction.mq import MQ
 from cache.eviction.protocol import EvictionPolicy
-from core.config import Eviction
 
 _POLICIES: dict[Eviction, Callable[[], EvictionPolicy]] = {
     Eviction.LRU: LRU,

@@ -1,12 +1,12 @@
 """Sizing policies: how many chunks the local tier may hold now."""
 
+from cache.config import SizingConfig, Strategy
 from cache.sizing.budgeted import Budgeted, Shares
 from cache.sizing.fluid import Fluid
 from cache.sizing.frequency import Frequency
 from cache.sizing.mrc import MRC
 from cache.sizing.protocol import SizingPolicy, StoreObserver
 from cache.sizing.static import Static
-from core.config import SizingConfig, Strategy
 
 _POLICIES: dict[Strategy, type[Static] | type[Fluid] | type[Frequency] | type[MRC]] = {
     Strategy.STATIC: Static,

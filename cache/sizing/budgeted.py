@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from cache.config import SizingConfig
 from cache.sizing.budget import SlotReport
 from cache.sizing.gain_curve import GainCurve
 from cache.sizing.miss_ratio_curve import MissRatioCurve
-from core.config import SizingConfig
 
 
 class Shares(Protocol):

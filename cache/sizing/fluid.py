@@ -4,8 +4,8 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
+from cache.config import SizingConfig
 from cache.sizing.protocol import clamp
-from core.config import SizingConfig
 
 LEAST_SPAN_MS = 1000.0
 """Requests that came within less than this are taken to span it: a burst of two is no rate of thousands a second."""

@@ -3,8 +3,8 @@
 from collections import Counter, deque
 from collections.abc import Sequence
 
+from cache.config import SizingConfig
 from cache.sizing.protocol import clamp
-from core.config import SizingConfig
 
 _ROUNDING = 1e-9
 

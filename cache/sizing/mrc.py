@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cache.config import MrcGoal, SizingConfig
 from cache.sizing.gain_curve import GainCurve
 from cache.sizing.miss_ratio_curve import MissRatioCurve
 from cache.sizing.protocol import clamp
-from core.config import MrcGoal, SizingConfig
 
 
 class MRC:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from core.config import SizingConfig
+from cache.config import SizingConfig
 
 
 class SizingPolicy(Protocol):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from core.config import SizingConfig
+from cache.config import SizingConfig
 
 
 class Static:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from core.config import CacheConfig, Config, Eviction, SizingConfig, Strategy
+from cache.config import CacheConfig, Eviction, SizingConfig, Strategy
+from core.config import Config
 from experiments.config import ROOT, distinct_members, distinct_numbers
 from workloads.block_trace import TraceFormat
 from workloads.config import WorkloadConfig

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from core.config import Strategy
+from cache.config import Strategy
 from experiments.figures import STYLE
 from experiments.lab.table import BELADY, BELADY_BYPASS, BEST_STATIC, BOUNDS, INFINITE, LabRow
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from cache.config import Eviction, SizingConfig, Strategy
 from cache.eviction import make_eviction
 from cache.sizing import make_sizing
-from core.config import Eviction, SizingConfig, Strategy
 from experiments.lab import bounds
 from experiments.lab.config import LabConfig
 from experiments.lab.drive import ReplayResult, Served, run

@@ -13,12 +13,14 @@ from pydantic import TypeAdapter
 from redis import Redis
 from redis.exceptions import RedisError
 
+from cache.config import Strategy
 from cache.sizing.budget import Budget, SlotReport
 from core.clients import FROM_ENVIRONMENT, redis_settings
 from core.clock import Clock
-from core.config import JobConfig, RedisAccessConfig, Strategy
+from core.redis_config import RedisAccessConfig
 from operators.boards.load_board import TIMEOUT_S
 from operators.boards.periodic import Periodic
+from operators.config import JobConfig
 
 STALE_MS = 3000
 """A slot that has said nothing for this long has lost its share."""

@@ -11,8 +11,9 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from core.clients import FROM_ENVIRONMENT, redis_settings
-from core.config import JobConfig, Placement, RedisAccessConfig
+from core.redis_config import RedisAccessConfig
 from operators.boards.periodic import Periodic
+from operators.config import JobConfig, Placement
 
 STALE_MS = 2000
 """What a slot has said is forgotten after this."""

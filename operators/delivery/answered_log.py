@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from core.config import KafkaConfig
+from core.kafka_config import KafkaConfig
 from core.records import DeadLetter
 from operators.delivery.journal import Journal, Partition, TopicRecord
 from operators.envelope import Envelope, Source

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from kafka import KafkaConsumer, TopicPartition
 
 from core.clients import kafka_settings
-from core.config import KafkaConfig
+from core.kafka_config import KafkaConfig
 from operators.delivery.journal import Partition, TopicRecord
 
 PATIENCE_S = 60.0

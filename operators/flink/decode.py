@@ -8,9 +8,10 @@ from pyflink.common import Row
 from pyflink.datastream import ProcessFunction, RuntimeContext
 
 from core.clock import SystemClock
-from core.config import IsolationLevel, JobConfig, KafkaConfig
+from core.kafka_config import KafkaConfig
 from core.records import DeadLetter
 from operators.boards.load_board import LoadBoard, LoadView
+from operators.config import IsolationLevel, JobConfig
 from operators.decoding import Decoder
 from operators.delivery.deduplicator import Deduplicator
 from operators.delivery.kafka_journal import KafkaJournal

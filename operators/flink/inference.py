@@ -2,7 +2,7 @@
 
 from pyflink.datastream import KeyedProcessFunction
 
-from core.config import Batching, JobConfig
+from operators.config import Batching, JobConfig
 from operators.flink.continuous import ContinuousFunction
 from operators.flink.micro_batch import MicroBatchFunction
 

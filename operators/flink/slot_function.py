@@ -10,7 +10,8 @@ from pyflink.common import Row
 from pyflink.datastream import KeyedProcessFunction, RuntimeContext
 
 from core.clock import Clock, SystemClock
-from core.config import JobConfig, KafkaConfig
+from core.kafka_config import KafkaConfig
+from operators.config import JobConfig
 from operators.delivery.answered_log import AnsweredLog
 from operators.delivery.kafka_journal import KafkaJournal
 from operators.envelope import Envelope, WarmUp

@@ -3,17 +3,18 @@
 from redis import Redis
 from redis.exceptions import RedisError
 
+from cache.config import RemoteConfig
 from cache.redis_wire import RedisAddress
 from core.clients import redis_settings
-from core.config import JobConfig, RemoteConfig
 from core.errors import UserError
 from inference_service.device_profile import DeviceProfile
+from operators.config import JobConfig
 
 _REDIS_TIMEOUT_S = 2.0
 
 
 def check_before_start(config: JobConfig) -> None:
-    """Raises `UserError`. That a model's folder is there is seen to by `core.model_path`."""
+    """Raises `UserError`. `operators.job_files` checks the path of the model."""
     if config.engine.profile is not None:
         DeviceProfile.read(config.engine.profile)
     if config.cache.remote.redis_url is not None:

@@ -20,8 +20,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from core.config import JobConfig
 from core.errors import UserError
+from operators.config import JobConfig
 from operators.envelope import Answer, Envelope, Group, Ready, SlotStats, Source
 from operators.slots.line import Line
 

@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from core.clock import Clock, SystemClock
-from core.config import Batching, JobConfig
 from core.errors import UserError
 from operators.boards.load_board import LoadBoard, LoadReport
+from operators.config import Batching, JobConfig
 from operators.envelope import Group
 from operators.slots.line import HungUpError, Line
 from operators.slots.process import Beat, Began, Broken, Refused, Start

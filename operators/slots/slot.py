@@ -11,14 +11,15 @@ import transformers
 
 from cache.manager import TwoLevelCache, open_cache
 from core.clock import Clock
-from core.config import Batching, EngineKind, JobConfig
 from core.errors import UserError
 from core.records import MAX_RESULT_BYTES, Response
 from inference_service.completion import Completion, Failure
+from inference_service.config import EngineKind
 from inference_service.engine import Engine, load_checked_model
 from inference_service.protocol import ServedModel
 from inference_service.simulated import load_simulated
 from operators.boards.budget_board import BudgetShare
+from operators.config import Batching, JobConfig
 from operators.envelope import Answer, Envelope, Ready, SlotStats, Source
 from operators.written_response import WrittenResponse
 

@@ -14,8 +14,8 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from core.clock import Clock
-from core.config import Batching, JobConfig
 from core.records import DeadLetter
+from operators.config import Batching, JobConfig
 from operators.envelope import Answer, Envelope, Group, Queue, Ready
 from operators.metrics.slot_metrics import SlotMetrics
 from operators.slots.custody import Custody, Retry

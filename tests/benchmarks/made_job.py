@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.on_flink import PARTS, PASS_THROUGH, PIPELINE, Drained, LoadResult, OperatorTimes, ReceivedResponse
-from core.config import JobConfig
 from core.records import FinishReason, Response
 from experiments.records import ReadySlot
+from operators.config import JobConfig
 from workloads.kafka_generator import LoadReport
 from workloads.pacing import Lag
 from workloads.timed_request import Workload

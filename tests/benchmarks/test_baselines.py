@@ -19,9 +19,9 @@ from benchmarks.baselines.consumer_loop import ConsumerLoop
 from benchmarks.baselines.group import Worker, WorkerGroup
 from benchmarks.baselines.padded import answer_together, cut, pad_left
 from benchmarks.baselines.worker import Answers, Order, WorkerConfig, serve
-from core.config import EngineConfig
 from core.errors import UserError
 from core.records import Request
+from inference_service.config import EngineConfig
 from inference_service.model import LoadedModel, load_model
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 

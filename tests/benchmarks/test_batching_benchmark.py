@@ -10,8 +10,8 @@ from made_job import MadeCpuSeconds, made_cluster, made_running
 
 from benchmarks import batching
 from benchmarks.batching import CONTINUOUS, CONTINUOUS_8, MICRO, VARIANTS, BatchingBenchmarkConfig
-from core.config import Batching
 from core.errors import UserError
+from operators.config import Batching
 
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
     f"2023-11-16 18:15:{second:02d}.5,{80 * (second + 1)},{8 * (second + 1)}\n" for second in range(20)

@@ -11,8 +11,8 @@ from made_job import made_answer
 from benchmarks import on_flink
 from benchmarks.on_flink import drain
 from benchmarks.zero_engine import ZeroLoads
-from core.config import KafkaConfig
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 from core.records import DeadLetter, Request
 
 KAFKA = KafkaConfig()

@@ -14,10 +14,12 @@ from benchmarks import pipeline, zero_engine
 from benchmarks.baselines.worker import Answers, Order
 from benchmarks.on_flink import Drained, OperatorTimes
 from benchmarks.zero_engine import ZeroLoads
-from core.config import EngineConfig, JobConfig, KafkaConfig
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 from core.records import Request
 from core.session_home import home_slot
+from inference_service.config import EngineConfig
+from operators.config import JobConfig
 from workloads.timed_request import Workload
 
 SAMPLES = {

@@ -21,9 +21,9 @@ from benchmarks.placement import PLACEMENTS, SLOTS, PlacementBenchmarkConfig, Sk
 from benchmarks.placement_figure import SLOT_COLOURS, caption, placement_figure
 from benchmarks.report import Report
 from benchmarks.reuse_probe import WrongMeasurementError
-from core.config import Batching, JobConfig, Placement
 from core.errors import UserError
 from core.session_home import home_slot
+from operators.config import Batching, JobConfig, Placement
 from workloads.timed_request import TimedRequest, Workload
 
 SMALL = PlacementBenchmarkConfig(rounds=2, sessions=10, turns=3, rate_per_s=6.0, turn_gap_ms=700.0)

@@ -14,8 +14,8 @@ from benchmarks import vllm_cpu
 from benchmarks.baselines import vllm_process
 from benchmarks.reuse_probe import WrongMeasurementError
 from benchmarks.vllm_cpu import OurEngine, PromptBatch
-from core.config import EngineConfig
 from core.errors import UserError
+from inference_service.config import EngineConfig
 from inference_service.engine import load_checked_model
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import hypothesis
 import torch
 
+from cache.config import CacheConfig, RemoteConfig, SizingConfig
 from cache.manager import TwoLevelCache, open_cache
 from cache.protocol import ChunkShape, ModelIdentity
 from core.clock import ManualClock
-from core.config import CacheConfig, RemoteConfig, SizingConfig
 from local_stack.service import program
 
 SHAPE = ChunkShape(layers=2, kv_heads=1, chunk_tokens=4, head_dim=4, dtype=torch.float32)

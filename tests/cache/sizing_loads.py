@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from cache.config import SizingConfig
 from cache.eviction import LRU
 from cache.keys import KeySchema
 from cache.local import LocalTier
@@ -17,7 +18,6 @@ from cache.sizing import SizingPolicy, StoreObserver, make_sizing
 from cache.sizing.miss_ratio_curve import MissRatioCurve
 from cache.stats import CacheStats
 from core.clock import ManualClock
-from core.config import SizingConfig
 from workloads.bursts import bursts as made_bursts
 from workloads.config import PhasesConfig, WorkloadConfig
 from workloads.phases import PhasesWorkload

@@ -6,11 +6,11 @@ import pytest
 from cache_support import given
 from hypothesis import strategies as st
 
+from cache.config import SizingConfig, Strategy
 from cache.sizing import Budgeted, make_sizing
 from cache.sizing.budget import Budget, SlotReport
 from cache.sizing.gain_curve import GainCurve, Step
 from cache.sizing.miss_ratio_curve import MissRatioCurve
-from core.config import SizingConfig, Strategy
 
 
 def curve(*steps: tuple[int, float]) -> GainCurve:

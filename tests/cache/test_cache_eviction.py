@@ -8,13 +8,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from cache.config import Eviction
 from cache.eviction import ARC, FIFO, LFU, LRU, MQ, EvictionPolicy, FollowTheLeader, HitDensity, make_eviction
 from cache.eviction import density as density_module
 from cache.eviction import mq as mq_module
 from cache.eviction.reuse_ages import AGES, CLASSES, EDGES, AgeTable, age_of, class_of_new, class_of_used
 from cache.eviction.shadow import ShadowTier
 from cache.local import LocalTier
-from core.config import Eviction
 
 NUMBERS = 12
 prompts = st.lists(st.integers(0, NUMBERS - 1), unique=True, min_size=1, max_size=6)

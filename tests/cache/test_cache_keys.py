@@ -7,8 +7,8 @@ import torch
 from cache_support import IDENTITY, SHAPE, C, given, in_another_process
 from hypothesis import strategies as st
 
+from cache.config import RemoteCodec
 from cache.keys import KeySchema
-from core.config import RemoteCodec
 
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=5 * C)
 SCHEMA = KeySchema(IDENTITY, SHAPE)

@@ -15,12 +15,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from cache.config import CacheConfig, RemoteConfig
 from cache.eviction import LRU
 from cache.keys import KeySchema
 from cache.local import LocalTier
 from cache.manager import TwoLevelCache, open_cache
 from core.clock import ManualClock
-from core.config import CacheConfig, RemoteConfig
 from core.errors import UserError
 
 # Few different chunks, so that prompts share prefixes; lengths around the multiples of a chunk.

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from test_cache_codec import FINGERPRINT, HASH, of_bytes, shapes
 
 from cache.codec import HEADER_BYTES, RecordError, decode, encode, encode_header, record_bytes
+from cache.config import RemoteCodec
 from cache.payload import Int8Payload, UnfitChunkError
-from core.config import RemoteCodec
 
 INT8 = RemoteCodec.INT8
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

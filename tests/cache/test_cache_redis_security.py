@@ -14,9 +14,9 @@ from cache.redis_wire import RedisAddress
 from cache.sizing.budget import SlotReport
 from cache.sizing.gain_curve import GainCurve, Step
 from core.clients import redis_settings
-from core.config import RedisAccessConfig
 from core.credentials import credentials
 from core.errors import UserError
+from core.redis_config import RedisAccessConfig
 from local_stack.config import StackConfig
 from local_stack.redis import RedisService
 from local_stack.service import NotReady

@@ -22,11 +22,12 @@ from cache_support import (
 )
 
 from cache.codec import HEADER_BYTES, record_bytes
+from cache.config import CacheConfig, RemoteConfig
 from cache.keys import KeySchema
 from cache.redis_wire import RedisConnection
 from core.clock import ManualClock
-from core.config import CacheConfig, JobConfig, RemoteConfig
 from core.errors import UserError
+from operators.config import JobConfig
 from operators.slots.check import check_before_start
 
 N = 5

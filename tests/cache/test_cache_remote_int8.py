@@ -9,9 +9,9 @@ import torch
 from cache_support import IDENTITY, SHAPE, hits, prompt, store
 
 from cache.codec import HEADER_BYTES, decode, encode, encode_header, record_bytes
+from cache.config import RemoteCodec
 from cache.keys import KeySchema
 from core.clock import ManualClock
-from core.config import RemoteCodec
 
 N = 5
 TOKENS = prompt(N)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from cache.codec import HEADER_BYTES, decode, encode
+from cache.config import RemoteCodec
 from cache.keys import KeySchema
 from cache.payload import RecordError
 from cache.seal import CHECKSUM, SEAL_BYTES, Authentication, make_seal
-from core.config import RemoteCodec
 
 N = 5
 TOKENS = prompt(N)

@@ -7,8 +7,8 @@ import pytest
 from cache_support import given, in_another_process
 from hypothesis import strategies as st
 
+from cache.config import SizingConfig, Strategy
 from cache.sizing import Fluid, Frequency, make_sizing
-from core.config import SizingConfig, Strategy
 
 
 def config(strategy: Strategy, **changes) -> SizingConfig:
@@ -110,7 +110,7 @@ def test_frequency_without_accesses_keeps_its_capacity():
 
 def test_frequency_does_not_depend_on_the_hash_seed():
     script = (
-        "import hashlib; from cache.sizing import make_sizing; from core.config import SizingConfig\n"
+        "import hashlib; from cache.config import SizingConfig; from cache.sizing import make_sizing\n"
         "config = SizingConfig(strategy='FREQUENCY', min_capacity_chunks=0, frequency_coverage=0.5)\n"
         "policy = make_sizing(config.model_copy(update={'frequency_buckets': 20}))\n"
         "keys = [hashlib.sha256(bytes([j])).digest() for j in range(200)]\n"

@@ -7,8 +7,8 @@ from cache_support import given
 from hypothesis import strategies as st
 from sizing_loads import Hindsight, Load, bursts, outcome, phases, replay
 
+from cache.config import MrcGoal, SizingConfig, Strategy
 from cache.sizing import MRC, make_sizing
-from core.config import MrcGoal, SizingConfig, Strategy
 
 
 def config(**changes: object) -> SizingConfig:

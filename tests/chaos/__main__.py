@@ -15,14 +15,17 @@ from rich.progress import TaskID
 from transformers import Qwen2Config
 from transformers.utils.logging import disable_progress_bar
 
-from core.config import CacheConfig, Config, EngineConfig, JobConfig, SizingConfig
+from cache.config import CacheConfig, SizingConfig
+from core.config import Config
 from core.errors import UserError, exit_on_user_error
-from core.model_path import with_model_found
 from core.options import Parser, add_options, from_options
 from experiments.config import ROOT, check_writable
 from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
 from experiments.report import Shown, show, write_csv
+from inference_service.config import EngineConfig
 from local_stack import LocalStack
+from operators.config import JobConfig
+from operators.job_files import with_absolute_paths
 from tests.chaos.figure import draw
 from tests.chaos.hostile import mixed_records, under_hostile_input
 from tests.chaos.load import LoadShape, Reference
@@ -88,7 +91,7 @@ class ChaosConfig(Config):
     def job(self) -> JobConfig:
         # A small local tier, so that most of what is reused has to come from Redis.
         sizing = SizingConfig(capacity_chunks=8, min_capacity_chunks=8)
-        return with_model_found(
+        return with_absolute_paths(
             JobConfig(
                 parallelism=2,
                 checkpoint_interval_ms=self.checkpoint_interval_ms,

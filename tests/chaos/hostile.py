@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from core.config import KafkaConfig
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 from core.records import MAX_RECORD_BYTES, DeadLetter, Request
 from experiments.collector import Collector
 from tests.chaos.load import Book, Reference, patient_producer

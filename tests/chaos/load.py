@@ -9,11 +9,11 @@ from kafka import KafkaProducer
 
 from benchmarks.conversations import SteadyConversations
 from core.clock import SystemClock
-from core.config import JobConfig
 from core.records import DeadLetter, Request, Response
 from experiments.collector import Ledger
 from inference_service.completion import Completion
 from inference_service.engine import Engine, load_checked_model
+from operators.config import JobConfig
 from workloads.timed_request import TimedRequest
 
 COPY_EVERY = 10

@@ -10,11 +10,11 @@ from typing import Any
 
 from benchmarks.on_flink import PIPELINE, FlinkConfig, running
 from core.clock import SystemClock
-from core.config import JobConfig
 from core.errors import UserError
 from core.options import flatten, from_options
 from experiments.collector import Collector
 from experiments.services import Services
+from operators.config import JobConfig
 from tests.chaos.begins import BeginLog
 from tests.chaos.faults import (
     Burst,

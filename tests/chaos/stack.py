@@ -10,12 +10,12 @@ import psutil
 from kafka import KafkaConsumer
 from redis import Redis
 
-from core.config import JobConfig
 from experiments.config import ROOT
 from experiments.flink_job import FlinkCluster, FlinkJob
 from experiments.services import Services
 from local_stack import LocalStack, StackConfig, flink_cli
 from local_stack.processes import Started, members
+from operators.config import JobConfig
 from tests.chaos.begins import BeginLog
 
 WORKER = "pyflink.fn_execution.beam.beam_boot"

@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from core.config import JobConfig
 from core.records import MAX_RECORD_BYTES, DeadLetter, Request, Response
+from operators.config import JobConfig
 from tests.chaos.begins import BeginLog
 from tests.chaos.figure import draw
 from tests.chaos.hostile import MUTATIONS, Hostile, Verdicts, mixed_records

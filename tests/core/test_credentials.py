@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 from core.clients import kafka_settings, redis_settings
-from core.config import HostFile, JobConfig, KafkaAccessConfig, KafkaSecurity, RedisAccessConfig
+from core.config import HostFile
 from core.credentials import chunk_key, credentials, in_one_line, without_secrets
 from core.errors import UserError
+from core.kafka_config import KafkaAccessConfig, KafkaSecurity
 from core.options import Parser, add_options, from_options
+from core.redis_config import RedisAccessConfig
 from local_stack import StackConfig
+from operators.config import JobConfig
 
 KEY = "0123456789abcdef" * 2
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from core.config import EngineConfig, JobConfig
 from core.machine import free_memory_bytes, usable_cores
+from inference_service.config import EngineConfig
+from operators.config import JobConfig
 
 GIB = 1 << 30
 
@@ -98,6 +99,6 @@ def test_a_limit_of_v1_counts(tmp_path: Path) -> None:
 
 
 def test_threads_of_a_slot_are_its_share_of_what_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("core.config.usable_cores", lambda: 5)
+    monkeypatch.setattr("operators.config.usable_cores", lambda: 5)
     assert [JobConfig(parallelism=slots).threads_per_slot for slots in (1, 2, 8)] == [5, 2, 1]
     assert JobConfig(engine=EngineConfig(threads=7)).threads_per_slot == 7

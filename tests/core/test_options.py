@@ -9,19 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
-from core.config import (
-    Batching,
-    BatchingConfig,
-    CacheConfig,
-    EngineConfig,
-    JobConfig,
-    KafkaConfig,
-    RemoteConfig,
-    SizingConfig,
-    Strategy,
-)
+from cache.config import CacheConfig, RemoteConfig, SizingConfig, Strategy
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 from core.options import Parser, add_options, flatten, from_options, set_own_defaults, to_options
+from inference_service.config import EngineConfig
+from operators.config import Batching, BatchingConfig, JobConfig
 
 
 def parse(arguments: list[str], config: type[BaseModel] = JobConfig) -> Any:

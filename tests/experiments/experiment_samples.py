@@ -4,11 +4,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from core.config import Batching, BatchingConfig, CacheConfig, EngineConfig, EngineKind, JobConfig, Strategy
+from cache.config import CacheConfig, Strategy
 from core.records import DeadLetter, Response
 from experiments.cache_experiments import with_strategy
 from experiments.config import in_own_space
 from experiments.records import LoadSummary, Manifest, Provenance, ReadySlot, RunRecords, Sent
+from inference_service.config import EngineConfig, EngineKind
+from operators.config import Batching, BatchingConfig, JobConfig
 from workloads.config import WorkloadConfig, WorkloadKind
 
 BEGIN_MS = 1_800_000_000_000.0

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 from experiment_samples import dead_letter, made_batch_run, made_batch_runs, response, run_of
 
-from core.config import Batching, BatchingConfig, JobConfig
 from experiments.batch_figure import batch_figure
 from experiments.batch_metrics import COLUMNS, SHOWN, full_batches_percent, notes, row, table
 from experiments.metrics import frame
 from experiments.report import write_csv
+from operators.config import Batching, BatchingConfig, JobConfig
 
 SEED_HEADER = "batch_size,avg_wait_ms,avg_latency_ms,throughput_req_per_sec,total_requests,efficiency_notes"
 

@@ -10,8 +10,8 @@ import pytest
 from experiment_samples import dead_letter, response
 from kafka import TopicPartition
 
-from core.config import KafkaConfig
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 from core.records import Request
 from experiments.collector import Collector, Ledger, wait_ready
 from workloads.kafka_generator import LoadReport

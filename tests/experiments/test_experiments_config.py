@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from core.config import Eviction, JobConfig, KafkaAccessConfig, KafkaConfig, KafkaSecurity, Strategy
+from cache.config import Eviction, Strategy
 from core.errors import UserError
-from core.model_path import with_model_found
+from core.kafka_config import KafkaAccessConfig, KafkaConfig, KafkaSecurity
 from core.options import Parser, add_options, flatten, from_options, to_options
 from core.session_home import home_slot
 from experiments import batch_analysis, cache_experiments, gpu_scaling
@@ -26,6 +26,8 @@ from experiments.config import (
     with_profile_found,
 )
 from experiments.services import services
+from operators.config import JobConfig
+from operators.job_files import with_absolute_paths
 from workloads.catalogue import make_workload
 
 
@@ -96,9 +98,9 @@ def test_a_model_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "m" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     job = parsed("--model", "./m").job
-    assert with_model_found(job).engine.model == str(tmp_path / "m")
+    assert with_absolute_paths(job).engine.model == str(tmp_path / "m")
     for name in ("default", "Qwen/Qwen2.5-0.5B"):
-        assert with_model_found(parsed("--model", name).job).engine.model == name
+        assert with_absolute_paths(parsed("--model", name).job).engine.model == name
 
 
 def test_a_profile_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

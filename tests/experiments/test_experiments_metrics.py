@@ -9,10 +9,11 @@ from experiment_samples import BEGIN_MS, dead_letter, made_runs, response, run_o
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import JobConfig, Strategy
+from cache.config import Strategy
 from core.records import Response
 from experiments import cache_metrics, metrics
 from experiments.cache_experiments import with_strategy
+from operators.config import JobConfig
 
 SEED_HEADER = "strategy,total_requests,cache_hits,hit_rate_percent,avg_latency_ms,strategy_config"
 

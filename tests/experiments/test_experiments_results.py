@@ -10,7 +10,7 @@ import pytest
 from experiment_samples import BEGIN_MS, dead_letter, made_run, made_runs, response, run_of
 from rich.console import Console
 
-from core.config import Strategy
+from cache.config import Strategy
 from experiments import metrics
 from experiments.cache_figure import cache_figure
 from experiments.cache_metrics import COLUMNS, SHOWN, table

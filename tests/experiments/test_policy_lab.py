@@ -13,9 +13,9 @@ import matplotlib.image
 import pytest
 from hypothesis import strategies as st
 
+from cache.config import Eviction, SizingConfig, Strategy
 from cache.eviction import FollowTheLeader, make_eviction
 from cache.sizing import make_sizing
-from core.config import Eviction, SizingConfig, Strategy
 from core.errors import UserError
 from experiments.lab import bounds
 from experiments.lab.config import Drive, LabConfig

@@ -7,9 +7,9 @@ from pathlib import Path
 import libcachesim
 import pytest
 
+from cache.config import Eviction, SizingConfig
 from cache.eviction import make_eviction
 from cache.sizing import make_sizing
-from core.config import Eviction, SizingConfig
 from experiments.lab import bounds
 from experiments.lab.config import Drive
 from experiments.lab.drive import ReplayResult, run

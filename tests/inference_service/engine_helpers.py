@@ -10,9 +10,9 @@ import transformers
 
 from cache.protocol import ChunkShape, Prefetch
 from core.clock import Clock, ManualClock
-from core.config import EngineConfig
 from core.records import Request
 from inference_service.completion import Completion, Failure
+from inference_service.config import EngineConfig
 from inference_service.default_model import byte_tokenizer
 from inference_service.engine import Engine, load_checked_model
 from inference_service.model import LoadedModel

@@ -19,10 +19,10 @@ from engine_helpers import (
 )
 
 from core.clock import ManualClock
-from core.config import EngineConfig
 from core.errors import UserError
 from core.records import FinishReason
 from inference_service.completion import Completion, Failure
+from inference_service.config import EngineConfig
 from inference_service.default_model import byte_tokenizer
 from inference_service.engine import Engine
 from inference_service.model import LoadedModel, load_model

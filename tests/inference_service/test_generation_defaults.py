@@ -19,9 +19,9 @@ from engine_helpers import (
     tokens_of,
 )
 
-from core.config import EngineConfig, SamplingDefaults
 from core.errors import UserError
 from core.records import Sampling
+from inference_service.config import EngineConfig, SamplingDefaults
 from inference_service.engine import load_checked_model
 from inference_service.generation_defaults import read_generation_defaults
 

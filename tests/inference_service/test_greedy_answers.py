@@ -18,7 +18,7 @@ from engine_helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.config import EngineConfig
+from inference_service.config import EngineConfig
 from inference_service.engine import load_checked_model
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel

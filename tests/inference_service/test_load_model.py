@@ -10,8 +10,8 @@ from engine_helpers import EOS_ID, LAYERS_OF_TWO, load_tiny, save_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
-from core.config import EngineConfig
 from core.errors import UserError
+from inference_service.config import EngineConfig
 from inference_service.model import load_model, resolve_device, resolve_model
 
 

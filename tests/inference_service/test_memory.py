@@ -7,9 +7,9 @@ import torch
 from engine_helpers import load_tiny
 from safetensors.torch import save_file
 
-from core.config import EngineConfig
 from core.errors import UserError
 from inference_service import memory
+from inference_service.config import EngineConfig
 from inference_service.kv_pool import KVPool
 from inference_service.memory import check_memory, weight_bytes
 from inference_service.model import load_model, resolve_dtype

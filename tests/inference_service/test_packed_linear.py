@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from core.config import EngineConfig
+from inference_service.config import EngineConfig
 from inference_service.engine import load_checked_model
 from inference_service.model import load_model
 from inference_service.packed_linear import PackedLinear, pack_linears

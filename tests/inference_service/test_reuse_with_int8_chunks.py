@@ -6,9 +6,10 @@ import pytest
 import torch
 from engine_helpers import CHUNK, answers, ask, make_engine, plain_answer, tokens_of
 
+from cache.config import CacheConfig, RemoteCodec, RemoteConfig, SizingConfig
 from cache.manager import TwoLevelCache, open_cache
 from core.clock import SystemClock
-from core.config import CacheConfig, EngineConfig, RemoteCodec, RemoteConfig, SizingConfig
+from inference_service.config import EngineConfig
 from inference_service.engine import load_checked_model
 from inference_service.model import LoadedModel
 from inference_service.pieces import Piece

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from engine_helpers import CHUNK, MAX_LEN, answers, ask, make_engine, plain_answer, tokens_of
 
+from cache.config import CacheConfig, RemoteConfig, SizingConfig
 from cache.manager import TwoLevelCache, open_cache
 from core.clock import SystemClock
-from core.config import CacheConfig, RemoteConfig, SizingConfig
 from inference_service.completion import Completion
 from inference_service.model import LoadedModel
 from tests.cache.cache_support import RedisServer

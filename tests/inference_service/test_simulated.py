@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from test_device_profile import PROFILE, ROUND_NUMBERS
 
 from core.clock import ManualClock
-from core.config import EngineConfig, EngineKind
 from core.errors import UserError
 from core.records import FinishReason
+from inference_service.config import EngineConfig, EngineKind
 from inference_service.device_profile import DeviceProfile
 from inference_service.engine import Engine
 from inference_service.pieces import Piece

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from core.clock import Clock
-from core.config import JobConfig
 from core.errors import UserError
 from core.records import Response
 from inference_service.stats import EngineStats
+from operators.config import JobConfig
 from operators.envelope import Answer, Envelope, Ready, SlotStats, Source
 from operators.written_response import WrittenResponse
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from unittest import mock
 
 from core.clock import Clock
-from core.config import JobConfig
 from core.records import DeadLetter, Response
+from operators.config import JobConfig
 from operators.envelope import Answer, Envelope, Ready, Source
 from operators.metrics.slot_metrics import SlotMetrics
 from operators.slots.custody import Retry

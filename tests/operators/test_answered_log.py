@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from core.config import KafkaConfig
+from core.kafka_config import KafkaConfig
 from core.records import DeadLetter
 from operators.delivery.answered_log import AnsweredLog
 from operators.delivery.journal import Partition

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from benchmarks.raw_redis import running_redis
+from cache.config import CacheConfig, RemoteConfig, SizingConfig, Strategy
 from cache.sizing.budget import SlotReport
 from core.clock import ManualClock, SystemClock
-from core.config import CacheConfig, JobConfig, RemoteConfig, SizingConfig, Strategy
 from core.errors import UserError
 from operators.boards.budget_board import STALE_MS, BudgetShare
+from operators.config import JobConfig
 from operators.slots.check import check_before_start
 from tests.operators.budget_slot import BUDGET, board, report
 from tests.operators.test_load_board import eventually

@@ -9,8 +9,9 @@ import pytest
 from pyflink.datastream import TimeDomain
 
 from core.clock import ManualClock
-from core.config import BatchingConfig, EngineConfig, JobConfig
 from core.records import Response
+from inference_service.config import EngineConfig
+from operators.config import BatchingConfig, JobConfig
 from operators.envelope import Answer, WarmUp
 from operators.envelope_state import from_state
 from operators.flink.continuous import FULL_POLL_S, POLL_S, ContinuousFunction

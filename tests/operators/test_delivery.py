@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from pyflink.datastream import TimeDomain
 
 from core.clock import ManualClock
-from core.config import BatchingConfig, EngineConfig, JobConfig
+from inference_service.config import EngineConfig
+from operators.config import BatchingConfig, JobConfig
 from operators.envelope import Envelope, WarmUp
 from operators.flink.continuous import ContinuousFunction
 from operators.flink.micro_batch import MicroBatchFunction

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from core.clock import ManualClock
-from core.config import KafkaConfig
+from core.kafka_config import KafkaConfig
 from core.records import DeadLetter
 from operators.decoding import Decoder
 from operators.delivery.answered_log import AnsweredLog

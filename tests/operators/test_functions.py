@@ -9,9 +9,9 @@ from pyflink.common import Row
 from pyflink.datastream import TimeDomain
 
 from core.clock import ManualClock
-from core.config import Batching, BatchingConfig, JobConfig
 from core.records import Response
 from core.session_home import home_slot
+from operators.config import Batching, BatchingConfig, JobConfig
 from operators.envelope import Envelope, Source, WarmUp
 from operators.envelope_state import from_state
 from operators.flink.decode import DecodeFunction

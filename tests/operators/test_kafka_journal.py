@@ -9,7 +9,7 @@ import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
 
-from core.config import KafkaConfig
+from core.kafka_config import KafkaConfig
 from local_stack import LocalStack
 from operators.delivery.journal import Journal, Partition
 from operators.delivery.kafka_journal import KafkaJournal

@@ -7,8 +7,9 @@ import pytest
 from redis import Redis
 
 from benchmarks.raw_redis import running_redis
-from core.config import CacheConfig, JobConfig, Placement, PlacementConfig, RemoteConfig
+from cache.config import CacheConfig, RemoteConfig
 from operators.boards.load_board import LoadBoard, LoadReport, LoadView
+from operators.config import JobConfig, Placement, PlacementConfig
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cache.stats import CacheStats
 from core.clock import ManualClock
-from core.config import JobConfig, MetricsConfig
 from core.records import DeadLetter, FinishReason
 from inference_service.completion import timed_out
 from inference_service.stats import EngineStats
+from operators.config import JobConfig, MetricsConfig
 from operators.envelope import Queue, SlotStats
 from operators.metrics import endpoint as metrics_endpoint
 from operators.metrics.endpoint import MetricsEndpoint

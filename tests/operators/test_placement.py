@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config import PlacementConfig
 from core.session_home import home_slot
+from operators.config import PlacementConfig
 from operators.placement import BalancedPlacement, SessionAffinity, key_of_each_slot
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from core.clock import ManualClock
-from core.config import BatchingConfig, JobConfig
 from core.records import DeadLetter
+from operators.config import BatchingConfig, JobConfig
 from operators.envelope import Envelope, Source, WarmUp
 from operators.flink.continuous import ContinuousFunction
 from operators.flink.micro_batch import MicroBatchFunction

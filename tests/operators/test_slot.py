@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
+from cache.config import CacheConfig
 from core.clock import SystemClock
-from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig
 from core.records import DeadLetter, Response
 from inference_service.completion import Completion, Failure
+from inference_service.config import EngineConfig
 from inference_service.engine import Engine
 from inference_service.stats import EngineStats
+from operators.config import BatchingConfig, JobConfig
 from operators.envelope import Answer, Envelope, Source
 from operators.slots.slot import InferenceSlot
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny

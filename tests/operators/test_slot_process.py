@@ -19,9 +19,11 @@ import psutil
 import pytest
 from transformers import Qwen2Config
 
+from cache.config import CacheConfig
 from core.clock import SystemClock
-from core.config import BatchingConfig, CacheConfig, EngineConfig, JobConfig, SupervisionConfig
 from core.errors import UserError
+from inference_service.config import EngineConfig
+from operators.config import BatchingConfig, JobConfig, SupervisionConfig
 from operators.envelope import Answer, Envelope, Group, Ready
 from operators.slots import process as slot_process
 from operators.slots.process import END_TIMEOUT_S, Beat, Began, Said, SlotDiedError, SlotProcess

@@ -17,9 +17,10 @@ import psutil
 import pytest
 
 from core.clock import Clock, ManualClock, SystemClock
-from core.config import Batching, BatchingConfig, EngineConfig, JobConfig, SupervisionConfig
 from core.errors import UserError
 from core.records import DeadLetter, Response
+from inference_service.config import EngineConfig
+from operators.config import Batching, BatchingConfig, JobConfig, SupervisionConfig
 from operators.envelope import Answer, Envelope, Group, Ready
 from operators.metrics.slot_metrics import SlotMetrics
 from operators.slots import process as slot_process

@@ -7,8 +7,9 @@ import pytest
 from pyflink.common import Row
 
 from core.clock import Clock, ManualClock
-from core.config import Batching, BatchingConfig, JobConfig, KafkaConfig
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
+from operators.config import Batching, BatchingConfig, JobConfig
 from operators.envelope import WarmUp
 from operators.envelope_state import VERSION
 from operators.flink.continuous import ContinuousFunction

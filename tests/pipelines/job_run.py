@@ -11,7 +11,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import ConfigResource
 
 from core.clients import kafka_settings
-from core.config import KafkaAccessConfig, KafkaConfig
+from core.kafka_config import KafkaAccessConfig, KafkaConfig
 from core.records import DeadLetter, Request, Response
 from experiments.flink_job import FlinkCluster, FlinkJob
 from local_stack import LocalStack

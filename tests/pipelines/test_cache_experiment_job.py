@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from core.config import JobConfig
 from core.errors import UserError
+from operators.config import JobConfig
 from pipelines import cache_experiment
 from pipelines.connectors import ensure_topics
 from tests.pipelines.job_run import ROOT, Run, ids

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from core.config import JobConfig
 from core.records import Response
 from inference_service.device_profile import DeviceProfile
 from local_stack import LocalStack
+from operators.config import JobConfig
 from operators.delivery.kafka_journal import KafkaJournal
 from pipelines.connectors import ensure_topics
 from tests.pipelines.job_run import ROOT, Run, ids, stop_with_savepoint, take_checkpoint, worker

@@ -18,14 +18,15 @@ from kafka import KafkaProducer
 from prometheus_client.parser import text_string_to_metric_families
 
 from core.clock import SystemClock
-from core.config import EngineConfig, JobConfig
 from core.records import FinishReason, Request
 from core.session_home import home_slot
 from experiments.flink_job import FlinkJob
 from inference_service.completion import Completion
+from inference_service.config import EngineConfig
 from inference_service.device_profile import DeviceProfile
 from inference_service.engine import Engine, load_checked_model
 from local_stack import LocalStack, StackConfig
+from operators.config import JobConfig
 from pipelines.connectors import ensure_topics
 from tests.pipelines.job_run import (
     ROOT,

@@ -5,10 +5,11 @@ from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 from pyflink.util.exceptions import TableException
 
-from core.config import Delivery, DeliveryConfig, JobConfig, KafkaConfig
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 from core.records import MAX_RESULT_BYTES
 from local_stack import LocalStack
+from operators.config import Delivery, DeliveryConfig, JobConfig
 from pipelines import connectors
 from pipelines.connectors import check_transactions, ensure_topics
 from pipelines.job import refusals_in_a_line

@@ -21,8 +21,8 @@ from kafka.admin import NewTopic, ScramMechanism, UserScramCredentialUpsertion
 from redis import Redis
 
 from core.clients import kafka_settings
-from core.config import JobConfig, KafkaAccessConfig, KafkaConfig, KafkaSecurity, SaslMechanism
 from core.errors import UserError
+from core.kafka_config import KafkaAccessConfig, KafkaConfig, KafkaSecurity, SaslMechanism
 from experiments.flink_job import FlinkCluster
 from experiments.kafka_topics import at_end, fresh_topics, reading, require_broker
 from local_stack import LocalStack, StackConfig
@@ -30,6 +30,7 @@ from local_stack.config import JARS
 from local_stack.flink import DIRECT
 from local_stack.kafka import KafkaService
 from local_stack.service import NotReady
+from operators.config import JobConfig
 from pipelines.connectors import ensure_topics
 from pipelines.kafka_security import security_properties
 from tests.pipelines.job_run import ROOT, Run, listening_on, processes_of

@@ -13,8 +13,8 @@ from kafka.admin import NewTopic
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from core.clock import ManualClock, SystemClock
-from core.config import KafkaConfig
 from core.errors import UserError
+from core.kafka_config import KafkaConfig
 from core.records import Request
 from local_stack import LocalStack
 from workloads.catalogue import make_workload

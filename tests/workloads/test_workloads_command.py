@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from core.config import JobConfig
 from core.options import flatten
 from core.records import Request
+from operators.config import JobConfig
 from workloads.catalogue import make_workload
 from workloads.config import WorkloadConfig
 
