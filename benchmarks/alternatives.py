@@ -47,7 +47,6 @@ from workloads.config import (
     PhasesConfig,
     TraceConfig,
     WorkloadConfig,
-    WorkloadKind,
 )
 from workloads.timed_request import Workload
 
@@ -149,7 +148,7 @@ def load_of(config: AlternativesConfig, load: str, requests: int, seed: int) -> 
     if load == MULTI_TURN:
         return make_workload(
             WorkloadConfig(
-                workload=WorkloadKind.PHASES,
+                workload="phases",
                 requests=requests,
                 seed=seed,
                 max_new_tokens=config.reply_tokens,
@@ -159,7 +158,7 @@ def load_of(config: AlternativesConfig, load: str, requests: int, seed: int) -> 
         )
     return make_workload(
         WorkloadConfig(
-            workload=WorkloadKind.INDEPENDENT if config.trace is None else WorkloadKind.AZURE,
+            workload="independent" if config.trace is None else "azure",
             requests=requests,
             seed=seed,
             max_new_tokens=config.max_answer_tokens,

@@ -33,7 +33,7 @@ from inference_service.config import EngineConfig, EngineKind
 from operators.config import Batching, BatchingConfig, JobConfig
 from operators.job_files import with_absolute_paths
 from workloads.catalogue import make_workload
-from workloads.config import Arrivals, IndependentConfig, TraceConfig, WorkloadConfig, WorkloadKind
+from workloads.config import Arrivals, IndependentConfig, TraceConfig, WorkloadConfig
 from workloads.timed_request import TimedRequest, Workload
 from workloads.token_ids import made_token_ids
 
@@ -132,9 +132,9 @@ def load(config: BatchingBenchmarkConfig, seed: int, rate_per_s: float | None = 
             answer_tokens=max(1, round(AZURE_ANSWER_TOKENS * config.answer_scale)),
             length_cv=AZURE_LENGTH_CV,
         )
-        return make_workload(WorkloadConfig(workload=WorkloadKind.INDEPENDENT, independent=made, **common))
+        return make_workload(WorkloadConfig(workload="independent", independent=made, **common))
     replay = TraceConfig(trace=config.trace, prompt_scale=config.prompt_scale, output_scale=config.answer_scale)
-    azure = WorkloadConfig(workload=WorkloadKind.AZURE, replay=replay, **common)
+    azure = WorkloadConfig(workload="azure", replay=replay, **common)
     if rate_per_s is not None:
         paced = replay.model_copy(update={"time_scale": rate_per_s / _rate_of(make_workload(azure))})
         azure = azure.model_copy(update={"replay": paced})
@@ -147,7 +147,7 @@ def short_load(config: BatchingBenchmarkConfig, seed: int) -> Workload:
     )
     return make_workload(
         WorkloadConfig(
-            workload=WorkloadKind.INDEPENDENT,
+            workload="independent",
             requests=config.short_requests,
             seed=config.seed + seed,
             independent=short,

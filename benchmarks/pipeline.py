@@ -43,7 +43,7 @@ from core.records import Request
 from inference_service.config import EngineConfig, EngineKind
 from operators.config import JobConfig
 from operators.job_files import with_absolute_paths
-from workloads.config import Arrivals, IndependentConfig, WorkloadConfig, WorkloadKind
+from workloads.config import Arrivals, IndependentConfig, WorkloadConfig
 from workloads.independent import IndependentWorkload
 from workloads.timed_request import Workload
 
@@ -84,7 +84,7 @@ def load(config: PipelineConfig, requests: int, seed: int, rate_per_s: float = 1
     """Requests of lognormal lengths, evenly apart."""
     return IndependentWorkload(
         WorkloadConfig(
-            workload=WorkloadKind.INDEPENDENT,
+            workload="independent",
             requests=requests,
             seed=config.seed + seed,
             max_new_tokens=8 * config.answer_tokens,

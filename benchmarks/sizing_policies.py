@@ -19,7 +19,7 @@ from pydantic import Field
 from rich.console import Console
 
 from benchmarks.command import progress, stated
-from cache.config import Eviction, MrcGoal, SizingConfig, Strategy
+from cache.config import MrcGoal, SizingConfig
 from cache.eviction import make_eviction
 from cache.sizing import make_sizing
 from core.config import Config
@@ -74,28 +74,28 @@ def loads(seed: int) -> dict[str, LabConfig]:
 
 
 def cases(attainable: float) -> Iterator[Case]:
-    def sizing(strategy: Strategy, beginning: int, **changes: Any) -> SizingConfig:
+    def sizing(strategy: str, beginning: int, **changes: Any) -> SizingConfig:
         bounds = {"min_capacity_chunks": LEAST, "max_capacity_chunks": GREATEST}
         return SizingConfig.model_validate({"strategy": strategy, "capacity_chunks": beginning} | bounds | changes)
 
-    for strategy in (Strategy.FLUID, Strategy.FREQUENCY):
+    for strategy in ("FLUID", "FREQUENCY"):
         for beginning in BEGINNINGS:
-            yield Case(strategy.value, f"from {beginning} chunks", sizing(strategy, beginning))
+            yield Case(strategy, f"from {beginning} chunks", sizing(strategy, beginning))
     for part in PARTS:
         target = part * attainable
         yield Case(
             "MRC, target",
             f"{part:g} of what is attainable",
-            sizing(Strategy.MRC, 64, mrc_target_hit_rate=target),
+            sizing("MRC", 64, mrc_target_hit_rate=target),
             target,
         )
     for price in PRICES:
-        priced = sizing(Strategy.MRC, 64, mrc_goal=MrcGoal.PRICE, mrc_price=price)
+        priced = sizing("MRC", 64, mrc_goal=MrcGoal.PRICE, mrc_price=price)
         yield Case("MRC, price", f"{price:g} hits a chunk-second", priced)
 
 
 def serve(load: Sequence[BlockRequest], sizing: SizingConfig) -> ReplayResult:
-    return run(load, make_eviction(Eviction.LRU), make_sizing(sizing), Drive.REQUEST)
+    return run(load, make_eviction("LRU"), make_sizing(sizing), Drive.REQUEST)
 
 
 class Fixed:

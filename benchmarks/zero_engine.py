@@ -39,7 +39,7 @@ from experiments.services import Services
 from inference_service.config import EngineConfig, EngineKind
 from inference_service.device_profile import DeviceProfile
 from operators.config import BatchingConfig, JobConfig
-from workloads.config import IndependentConfig, WorkloadConfig, WorkloadKind
+from workloads.config import IndependentConfig, WorkloadConfig
 from workloads.independent import IndependentWorkload
 
 Samples = dict[str, list[float]]
@@ -66,7 +66,7 @@ class ZeroLoads:
         self._seed += 1
         return IndependentWorkload(
             WorkloadConfig(
-                workload=WorkloadKind.INDEPENDENT,
+                workload="independent",
                 requests=self.records,
                 seed=self._seed,
                 max_new_tokens=1,

@@ -1,23 +1,15 @@
 """Options of the cache: its two tiers, and the policies of the local one."""
 
 from enum import StrEnum
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from cache.registry import EVICTION, SIZING
 from core.config import Config, HostFile
 from core.redis_config import RedisAccessConfig, RedisUrl
 
 MIB = 1 << 20
-
-
-class Strategy(StrEnum):
-    """How the local tier's capacity is set."""
-
-    STATIC = "STATIC"
-    FLUID = "FLUID"
-    FREQUENCY = "FREQUENCY"
-    MRC = "MRC"
 
 
 class MrcGoal(StrEnum):
@@ -38,29 +30,10 @@ class RemoteCodec(StrEnum):
     """Eight bits a number, with scales: close to the tensor, not equal to it."""
 
 
-class Eviction(StrEnum):
-    """Which chunk leaves a full local tier."""
-
-    LRU = "LRU"
-    """The least recently used."""
-    FIFO = "FIFO"
-    """The one that came in first."""
-    LFU = "LFU"
-    """The least frequently used."""
-    ARC = "ARC"
-    """LRU over those used once and those used again, the share of each learned."""
-    MQ = "MQ"
-    """LRU by classes of frequency, that fall with time; frequencies outlive the chunks."""
-    DENSITY = "DENSITY"
-    """The one that promises the fewest uses for its room, as learned from ages at reuse; it may be a newcomer."""
-    LEADER = "LEADER"
-    """LRU or DENSITY: the one that would have hit more so far."""
-
-
 class SizingConfig(Config):
     """The local tier's capacity in chunks, and the parameters of the policies that change it."""
 
-    strategy: Strategy = Field(default=Strategy.STATIC, description="sizing policy of the local tier")
+    strategy: Annotated[str, SIZING] = Field(default="STATIC", description="sizing policy of the local tier")
     capacity_chunks: int = Field(default=64, ge=0, description="local capacity of a slot: fixed, or to begin with")
     min_capacity_chunks: int = Field(default=32, ge=0, description="least local capacity a policy may set")
     max_capacity_chunks: int = Field(default=384, ge=0, description="greatest local capacity a policy may set")
@@ -125,6 +98,11 @@ class SizingConfig(Config):
         "capacity_chunks; none: each slot sizes itself",
     )
 
+    @property
+    def shares_budget(self) -> bool:
+        """Whether the capacity is a share of `budget_chunks`, which needs the curve that MRC keeps."""
+        return self.budget_chunks is not None and self.strategy == "MRC"
+
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min_capacity_chunks > self.max_capacity_chunks:
@@ -170,6 +148,6 @@ class CacheConfig(Config):
 
     cache: bool = Field(default=True, description="reuse key/value chunks at all")
     chunk_tokens: int = Field(default=32, ge=1, le=4096, description="tokens of one chunk, the cache's entry")
-    eviction: Eviction = Field(default=Eviction.LRU, description="eviction policy of the local tier")
+    eviction: Annotated[str, EVICTION] = Field(default="LRU", description="eviction policy of the local tier")
     sizing: SizingConfig = SizingConfig()
     remote: RemoteConfig = RemoteConfig()

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from core.errors import UserError, faults
+from core.registry import Registry
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -40,7 +41,7 @@ def _add_options(parser: argparse.ArgumentParser, config: type[BaseModel], taken
         taken.add(name)
         flag = "--" + name.replace("_", "-")
         default = field.get_default(call_default_factory=True)
-        help_text = f"{field.description or name} (default: {'none' if default is None else default})"
+        help_text = f"{_described(name, field)} (default: {'none' if default is None else default})"
         help_text = help_text.replace("%", "%%")  # argparse formats it with its own values
         # Suppressed defaults: only what was given reaches the model, which alone knows the defaults.
         if field.annotation is bool:
@@ -98,6 +99,12 @@ def flatten(config: BaseModel) -> Iterator[tuple[str, Any]]:
             yield from flatten(value)
         else:
             yield name, value
+
+
+def _described(name: str, field: FieldInfo) -> str:
+    """The description of the option, and the names that it chooses from."""
+    choices = [choice for registry in field.metadata if isinstance(registry, Registry) for choice in registry]
+    return f"{field.description or name}{': ' if choices else ''}{', '.join(choices)}"
 
 
 def _nested(field: FieldInfo) -> type[BaseModel] | None:

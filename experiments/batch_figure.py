@@ -14,7 +14,6 @@ from experiments import metrics
 from experiments.batch_metrics import CONTINUOUS, batch_size
 from experiments.figures import answered, caption, four_panels, head, legend
 from experiments.records import RunRecords
-from workloads.config import WorkloadKind
 
 SIZE_COLOURS = ("#85bcdc", "#56a0ce", "#2f7ebc", "#0f57a0", "#08306b")
 """Colours from small to large micro-batches: one hue, as the sizes are one scale."""
@@ -46,7 +45,7 @@ def batch_figure(runs: Sequence[RunRecords], path: Path) -> None:
 def _caption(runs: Sequence[RunRecords]) -> str:
     job, load = runs[0].manifest.job, runs[0].manifest.workload
     threads, own = metrics.threads_per_slot(runs[0]), []
-    if load.workload is WorkloadKind.INDEPENDENT and load.independent.length_cv > 0:
+    if load.workload == "independent" and load.independent.length_cv > 0:
         own.append(f"lengths vary by {load.independent.length_cv:g} of their mean")
     own.append(f"parallelism {job.parallelism}" + (f", threads of a slot {threads}" if threads else ""))
     return caption(runs, *own, f"micro-batches close after {job.batching.max_wait_ms:g} ms")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from cache.config import Eviction, Strategy
+from cache.registry import EVICTION, SIZING
 from core.config import Config
 from core.errors import exit_on_user_error
 from experiments.cache_figure import cache_figure
 from experiments.cache_metrics import SHOWN, table
-from experiments.config import ROOT, Command, RunConfig, Variant, distinct_members, in_own_space
+from experiments.config import ROOT, Command, RunConfig, Variant, distinct_names, in_own_space
 from experiments.experiment import Experiment, execute, new_run_id
 from operators.config import JobConfig
 from workloads.config import WorkloadConfig
@@ -19,10 +19,10 @@ class CacheExperimentConfig(Config):
     """Compares sizing and eviction policies of the local tier on one load."""
 
     strategies: str = Field(
-        default=",".join(Strategy), min_length=1, description="sizing policies to compare, separated by commas"
+        default=",".join(SIZING), min_length=1, description="sizing policies to compare, separated by commas"
     )
     eviction: str = Field(
-        default=Eviction.LRU, min_length=1, description="eviction policies of the local tier, separated by commas"
+        default="LRU", min_length=1, description="eviction policies of the local tier, separated by commas"
     )
     out: Path = Field(default=ROOT / "results" / "cache_experiments", description="folder of the results")
     run: RunConfig = RunConfig()
@@ -32,20 +32,20 @@ class CacheExperimentConfig(Config):
     @field_validator("strategies")
     @classmethod
     def _known_strategies(cls, value: str) -> str:
-        return ",".join(distinct_members(value, Strategy, "strategy"))
+        return ",".join(distinct_names(value, SIZING, "strategy"))
 
     @field_validator("eviction")
     @classmethod
     def _known_evictions(cls, value: str) -> str:
-        return ",".join(distinct_members(value, Eviction, "eviction policy"))
+        return ",".join(distinct_names(value, EVICTION, "eviction policy"))
 
     @property
-    def chosen(self) -> tuple[Strategy, ...]:
-        return distinct_members(self.strategies, Strategy, "strategy")
+    def chosen(self) -> tuple[str, ...]:
+        return distinct_names(self.strategies, SIZING, "strategy")
 
     @property
-    def evictions(self) -> tuple[Eviction, ...]:
-        return distinct_members(self.eviction, Eviction, "eviction policy")
+    def evictions(self) -> tuple[str, ...]:
+        return distinct_names(self.eviction, EVICTION, "eviction policy")
 
 
 COMMAND = Command(
@@ -65,7 +65,7 @@ COMMAND = Command(
 )
 
 
-def with_strategy(job: JobConfig, strategy: Strategy, eviction: Eviction = Eviction.LRU) -> JobConfig:
+def with_strategy(job: JobConfig, strategy: str, eviction: str = "LRU") -> JobConfig:
     sizing = job.cache.sizing.model_copy(update={"strategy": strategy})
     return job.model_copy(update={"cache": job.cache.model_copy(update={"sizing": sizing, "eviction": eviction})})
 
@@ -75,7 +75,7 @@ def variants(config: CacheExperimentConfig, run_id: str) -> tuple[Variant, ...]:
     made = []
     for strategy in config.chosen:
         for eviction in config.evictions:
-            name = strategy.value if len(config.evictions) == 1 else f"{strategy}-{eviction}"
+            name = strategy if len(config.evictions) == 1 else f"{strategy}-{eviction}"
             job = with_strategy(config.job, strategy, eviction)
             made.append(Variant(name, in_own_space(job, f"cache-{run_id}-{name.lower()}")))
     return tuple(made)

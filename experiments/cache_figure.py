@@ -9,7 +9,6 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from cache.config import Strategy
 from experiments import metrics
 from experiments.cache_metrics import TIERS, token_share_percent
 from experiments.figures import answered, caption, four_panels, head, legend
@@ -17,10 +16,10 @@ from experiments.records import RunRecords
 from experiments.timeline import begin_ms, phases, rolling_local_hit_rate, summed_over_slots
 
 COLOURS = {
-    Strategy.STATIC: "#0072b2",
-    Strategy.FLUID: "#d55e00",
-    Strategy.FREQUENCY: "#009e73",
-    Strategy.MRC: "#cc79a7",
+    "STATIC": "#0072b2",
+    "FLUID": "#d55e00",
+    "FREQUENCY": "#009e73",
+    "MRC": "#cc79a7",
 }
 """Palette of Okabe and Ito, which can be told apart with any colour vision."""
 OTHER_COLOURS = ("#e69f00", "#56b4e9", "#555555", "#8c564b", "#b8a900")
@@ -60,7 +59,7 @@ def _colours(runs: Sequence[RunRecords]) -> list[str]:
     others = iter(OTHER_COLOURS * (1 + len(runs) // len(OTHER_COLOURS)))
     strategies = [run.manifest.job.cache.sizing.strategy for run in runs]
     return [
-        next(others) if strategy in strategies[:place] else COLOURS[strategy]
+        COLOURS[strategy] if strategy in COLOURS and strategy not in strategies[:place] else next(others)
         for place, strategy in enumerate(strategies)
     ]
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cache.config import Strategy
 from experiments.metrics import began_at_ms, frame, ratio, shared, throughput_req_per_s
 from experiments.records import RunRecords
 from experiments.report import Shown
@@ -102,11 +101,11 @@ def strategy_config(job: JobConfig) -> str:
     """The parameters that the strategy reads, as one JSON object with sorted keys."""
     sizing = job.cache.sizing
     values: dict[str, Any] = {"capacity_chunks": sizing.capacity_chunks}
-    if sizing.strategy is not Strategy.STATIC:
+    if sizing.strategy != "STATIC":
         names = ["min_capacity_chunks", "max_capacity_chunks", "adjust_every_requests"]
         prefix = f"{sizing.strategy.lower()}_"
         names += [name for name in type(sizing).model_fields if name.startswith(prefix)]
-        if sizing.strategy is Strategy.MRC and sizing.budget_chunks is not None:
+        if sizing.shares_budget:
             names.append("budget_chunks")
         values |= {name: getattr(sizing, name) for name in names}
     return json.dumps(values, sort_keys=True)

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -12,12 +11,12 @@ from pydantic import Field
 from core.config import Config
 from core.errors import UserError
 from core.options import Parser, add_options, from_options, set_own_defaults
+from core.registry import Registry
 from operators.config import JobConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
 C = TypeVar("C", bound=Config)
-M = TypeVar("M", bound=StrEnum)
 
 
 class RunConfig(Config):
@@ -100,12 +99,14 @@ def distinct_numbers(value: str, most: int) -> tuple[int, ...]:
     return numbers
 
 
-def distinct_members(value: str, kinds: type[M], what: str, spelled: Callable[[str], str] = str.upper) -> tuple[M, ...]:
-    """The members of `kinds` that `value` names, in any case and separated by commas.
+def distinct_names(
+    value: str, registry: Registry, what: str, spelled: Callable[[str], str] = str.upper
+) -> tuple[str, ...]:
+    """The names in `registry` that `value` lists, in any case and separated by commas.
 
-    Raises `ValueError` for anything else: of `what`, with names as `spelled` has them.
+    Raises `ValueError` for any other name. The message calls the names `what` and writes them as `spelled` does.
     """
-    known = {kind.upper(): kind for kind in kinds}
+    known = {name.upper(): name for name in registry}
     names = [name.strip().upper() for name in value.split(",") if name.strip()]
     unknown = [spelled(name) for name in names if name not in known]
     if unknown or not names:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from cache.config import Strategy
 from core.errors import exit_on_user_error
 from experiments.config import Command, check_writable
 from experiments.interrupts import EXIT_STATUS, Interrupted, interruptible
@@ -73,7 +72,7 @@ def _report(config: LabConfig, results: Sequence[LabRow], left_out: Mapping[str,
     write_csv(found, config.out)
     made = {"CSV": config.out}
     if config.figures:
-        if any(row.sizing == Strategy.STATIC.lower() and row.eviction not in BOUNDS for row in results):
+        if any(row.sizing == "static" and row.eviction not in BOUNDS for row in results):
             made["hits"] = config.out.with_suffix(".png")
             over_capacity(results, made["hits"])
         if any(row.moves for row in results):

@@ -9,7 +9,6 @@ import pandas as pd
 
 from experiments.metrics import began_at_ms
 from experiments.records import RunRecords
-from workloads.config import WorkloadKind
 from workloads.phases import PHASES
 
 Floats = npt.NDArray[np.float64]
@@ -52,7 +51,7 @@ def rolling_local_hit_rate(answers: pd.DataFrame, requests: int, origin_ms: floa
 def phases(run: RunRecords) -> Sequence[Stretch]:
     """The stretches of a phases load; none for another kind, or where only a part of it was sent."""
     config = run.manifest.workload
-    if config.workload is not WorkloadKind.PHASES or len(run.sent) != config.requests:
+    if config.workload != "phases" or len(run.sent) != config.requests:
         return ()
     origin_ms = begin_ms(run)
     due_s = sorted((sent.created_at_ms - origin_ms) / 1000 for sent in run.sent)

@@ -1,6 +1,7 @@
 """Which room may import which: the direction of the whole project, read from the sources."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +10,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-JOB_CONFIGURATION = ("cache.config", "inference_service.config", "operators.config", "operators.job_files")
+JOB_CONFIGURATION = (
+    "cache.config",
+    "cache.registry",
+    "inference_service.config",
+    "operators.config",
+    "operators.job_files",
+)
 """The modules that describe a job. Experiments import them to submit jobs, and import nothing else that a job runs."""
 
 MAY_IMPORT = {
     "core": (),
     "cache": ("core",),
-    "cache/config.py": ("core",),
+    "cache/config.py": ("core", "cache.registry"),
+    "cache/registry.py": ("core", "cache.eviction", "cache.sizing"),
     "inference_service": ("core", "cache.protocol"),
     "inference_service/config.py": ("core",),
     "operators": ("core", "cache", "inference_service"),
@@ -50,9 +58,12 @@ LIGHT_LIBRARIES = ("pydantic", "pydantic_core", "xxhash")
 USES_FLINK = ("operators/flink/", "pipelines/", "benchmarks/pass_through.py")
 """What may import PyFlink. The last one is a job of its own: the pipeline's graph with other functions."""
 
+REGISTERED = re.compile(r"(\w+(?:\.\w+)+):([A-Za-z_]\w*)")
+"""An entry of a `core.registry.Registry`: `package.module:attribute`."""
+
 
 def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of all that `source` imports, lazily or by name too; relative ones made absolute."""
+    """Line and dotted name of each import in `source`, lazy ones and entries of registries included."""
     package = path.removesuffix(".py").split("/")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -64,6 +75,8 @@ def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
             names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
             yield from ((node.lineno, str(name)) for name in names)
+        elif isinstance(node, ast.Constant) and (place := REGISTERED.fullmatch(str(node.value))):
+            yield node.lineno, f"{place[1]}.{place[2]}"
 
 
 def violations(path: str, source: str) -> list[str]:
@@ -131,6 +144,7 @@ def test_every_folder_of_code_has_a_rule() -> None:
         ("experiments/run.py", "from cache.sizing import fluid", "cache.sizing.fluid"),
         ("experiments/run.py", "from operators.configuration import JobConfig", "operators.configuration.JobConfig"),
         ("core/config.py", "from cache.config import CacheConfig", "cache.config.CacheConfig"),
+        ("workloads/registry.py", "R = Registry({'x': 'operators.batching:Batch'})", "operators.batching.Batch"),
         ("cache/config.py", "from cache.manager import open_cache", "cache.manager.open_cache"),
         ("inference_service/config.py", "import torch", "torch"),
         ("operators/config.py", "from cache.remote import RemoteTier", "cache.remote.RemoteTier"),
@@ -154,7 +168,8 @@ def test_a_violation_is_named(path: str, source: str, named: str) -> None:
         ("experiments/lab/drive.py", "from cache.manager import TwoLevelCache\nimport experiments.report"),
         ("cache/eviction/lru.py", "from . import policy\nfrom ..protocol import ChunkShape"),
         ("operators/config.py", "from cache.config import CacheConfig\nfrom pydantic import Field"),
-        ("experiments/run.py", "from operators.config import JobConfig\nfrom cache.config import Strategy"),
+        ("experiments/run.py", "from operators.config import JobConfig\nfrom cache.registry import EVICTION"),
+        ("cache/registry.py", "EVICTION = Registry({'LRU': 'cache.eviction.lru:LRU'})"),
     ],
 )
 def test_what_is_allowed_passes(path: str, source: str) -> None:

@@ -2,24 +2,13 @@
 
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from core.config import Config
 from core.errors import UserError
-
-
-class WorkloadKind(StrEnum):
-    PHASES = "phases"
-    """Made conversations of a user population that grows, peaks and falls."""
-    MOONCAKE = "mooncake"
-    """Replay of a trace in the format of Mooncake's FAST'25 release."""
-    AZURE = "azure"
-    """Replay of the arrivals and lengths of an Azure LLM inference trace."""
-    BURSTGPT = "burstgpt"
-    """Replay of the arrivals, lengths and sessions of a BurstGPT trace."""
-    INDEPENDENT = "independent"
-    """Requests that share nothing, at a rate and of lengths that are given."""
+from workloads.registry import WORKLOADS
 
 
 class Arrivals(StrEnum):
@@ -144,8 +133,8 @@ class IndependentConfig(Config):
 class WorkloadConfig(Config):
     """One offered load: the same values and the same seed are the same requests, in every process."""
 
-    workload: WorkloadKind = Field(
-        default=WorkloadKind.PHASES, description="phases, independent, or replay of a trace: mooncake, azure, burstgpt"
+    workload: Annotated[str, WORKLOADS] = Field(
+        default="phases", description="load to generate, or format of the trace to replay"
     )
     requests: int = Field(default=200, ge=1, le=10_000_000, description="requests to offer; a trace may hold fewer")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="of all that is random in the workload")

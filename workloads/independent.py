@@ -6,7 +6,7 @@ from random import Random
 
 from core.errors import UserError
 from core.session_home import home_slot
-from workloads.config import Arrivals, WorkloadConfig, WorkloadKind
+from workloads.config import Arrivals, WorkloadConfig
 from workloads.timed_request import TimedRequest, request_id
 from workloads.token_ids import made_token_ids
 
@@ -47,7 +47,7 @@ class IndependentWorkload:
             prompt_tokens = drawn_length(lengths, options.prompt_tokens, options.length_cv, config.max_prompt_tokens)
             yield TimedRequest(
                 at_ms=at_ms,
-                request_id=request_id(WorkloadKind.INDEPENDENT, config.seed, index),
+                request_id=request_id("independent", config.seed, index),
                 session_id=session_at_home(user_id, index % options.even_over, options.even_over),
                 user_id=user_id,
                 max_new_tokens=drawn_length(lengths, options.answer_tokens, options.length_cv, config.max_new_tokens),

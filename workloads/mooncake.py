@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from core.errors import UserError
 from workloads.adjustments import CUT_LONG_PROMPTS, OF_EVERY_REPLAY, SKIPPED_LONG_PROMPTS
-from workloads.config import LongPrompts, WorkloadConfig, WorkloadKind, trace_file
+from workloads.config import LongPrompts, WorkloadConfig, trace_file
 from workloads.mooncake_trace import TraceForm, TraceRow, read_trace
 from workloads.timed_request import TimedRequest, request_id
 from workloads.token_ids import made_token_ids
@@ -95,7 +95,7 @@ class MooncakeWorkload:
                 continue
             yield TimedRequest(
                 at_ms=(row.timestamp - began_ms) / config.replay.time_scale,
-                request_id=request_id(WorkloadKind.MOONCAKE, config.seed, index),
+                request_id=request_id("mooncake", config.seed, index),
                 session_id=f"user-{session:06d}/s1",
                 user_id=f"user-{session:06d}",
                 max_new_tokens=self._answer_tokens(row),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from random import Random
 
 from core.errors import UserError
-from workloads.config import WorkloadConfig, WorkloadKind
+from workloads.config import WorkloadConfig
 from workloads.conversation import Conversation, longest_turn_tokens, system_text
 from workloads.timed_request import TimedRequest, request_id
 
@@ -69,7 +69,7 @@ class PhasesWorkload:
             self._restarts = sessions.restarts
             yield TimedRequest(
                 at_ms=at_ms,
-                request_id=request_id(WorkloadKind.PHASES, config.seed, index),
+                request_id=request_id("phases", config.seed, index),
                 session_id=conversation.session_id,
                 user_id=user_id,
                 max_new_tokens=config.max_new_tokens,

@@ -16,6 +16,8 @@ class ARC(EvictionPolicy):
     tie between the lists, as room is made before the policy knows who comes. O(1) for every event.
     """
 
+    ghosts_per_chunk = 2
+
     def __init__(self) -> None:
         self._capacity = 0
         self._p = 0.0

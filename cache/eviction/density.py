@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from cache.eviction.protocol import EvictionPolicy
 from cache.eviction.reuse_ages import CLASSES, LAST, AgeTable, age_of, class_of_new, class_of_used
 
-GHOSTS_PER_CHUNK = 8
-"""Keys remembered without their chunk, in parts of the capacity: conversations return after many such turnovers."""
 RELEARNINGS = 8
 """How often the densities are learned anew while as many uses come as keys are remembered."""
 LEAST_RELEARNED = 1024
@@ -49,6 +47,9 @@ class HitDensity(EvictionPolicy):
     and the youngest groups are looked at: O(classes) for an eviction, O(1) for all else, but for learning, which takes
     time in proportion to the remembered keys after as many uses.
     """
+
+    ghosts_per_chunk = 8
+    """Conversations return after the tier has turned over many times."""
 
     def __init__(self) -> None:
         self._capacity = 0
@@ -193,7 +194,7 @@ class HitDensity(EvictionPolicy):
             del self._groups[group.kind][group]
 
     def _forget(self) -> None:
-        while len(self._ghosts) > GHOSTS_PER_CHUNK * self._capacity:
+        while len(self._ghosts) > self.ghosts_per_chunk * self._capacity:
             key, _ = self._ghosts.popitem(last=False)
             record = self._records.pop(key)
             self._ages.given_up(record.own_kind, age_of(self._now - record.group.used_at))

@@ -4,6 +4,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+from cache.eviction.density import HitDensity
+from cache.eviction.lru import LRU
 from cache.eviction.protocol import EvictionPolicy
 from cache.eviction.shadow import ShadowTier
 
@@ -12,6 +14,11 @@ HALF_LIFE_PROMPTS = 4096
 SURE = 3.0
 """The other leads once it is ahead by so many standard deviations: to change costs what the tier does not have of it,
 and two that are as good as each other are ahead by turns."""
+
+
+def lru_or_density() -> "FollowTheLeader":
+    """Follows LRU or `HitDensity`. LRU leads at first: where recency is all there is to know, nothing is lost."""
+    return FollowTheLeader(LRU(), HitDensity())
 
 
 class FollowTheLeader(EvictionPolicy):
@@ -24,6 +31,8 @@ class FollowTheLeader(EvictionPolicy):
 
     def __init__(self, first: EvictionPolicy, second: EvictionPolicy) -> None:
         """Fresh policies; `first` leads at first."""
+        # The keys of two shadows, those that both were told of last, and what both policies remember.
+        self.ghosts_per_chunk = 3 + first.ghosts_per_chunk + second.ghosts_per_chunk
         self._leader = ShadowTier(first)
         self._other = ShadowTier(second)
         self._behind = 0.0

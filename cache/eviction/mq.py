@@ -7,8 +7,6 @@ from itertools import chain
 from cache.eviction.protocol import EvictionPolicy
 
 QUEUES = 8
-GHOSTS_PER_CHUNK = 4
-"""Keys remembered after they left, in parts of the capacity; the paper's."""
 DISTANCES = 64
 """Octaves of distances that are told apart."""
 LEAST_TURNOVER = 1024
@@ -19,10 +17,13 @@ class MQ(EvictionPolicy):
     """LRU queues by the logarithm of the uses; the lowest that holds something gives the victim.
 
     A key that is not used for `life` uses of any key sinks by one queue. Uses are remembered for a while after a key
-    has left (`GHOSTS_PER_CHUNK`). As in the paper, `life` is the most frequent distance between two uses of a key,
+    has left. As in the paper, `life` is the most frequent distance between two uses of a key,
     learned as it goes; distances are counted by octaves, and halved in number as often as the tier turns over, so that
     old ones fade. O(1) for every event.
     """
+
+    ghosts_per_chunk = 4
+    """As in the paper."""
 
     def __init__(self) -> None:
         self._capacity = 0
@@ -98,6 +99,6 @@ class MQ(EvictionPolicy):
             self._distances = [count // 2 for count in self._distances]
 
     def _forget(self) -> None:
-        while len(self._ghosts) > GHOSTS_PER_CHUNK * self._capacity:
+        while len(self._ghosts) > self.ghosts_per_chunk * self._capacity:
             key, _ = self._ghosts.popitem(last=False)
             del self._uses[key], self._used_at[key]

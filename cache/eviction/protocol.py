@@ -12,6 +12,9 @@ class EvictionPolicy(ABC):
     last of a prompt leaves first.
     """
 
+    ghosts_per_chunk: int = 0
+    """How many keys that are not in the tier the policy remembers at most, as a multiple of the capacity."""
+
     def on_resize(self, capacity_chunks: int) -> None:
         """The tier may hold this many chunks from now on; told once before anything else, then at every change."""
 

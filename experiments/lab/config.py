@@ -5,9 +5,10 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from cache.config import CacheConfig, Eviction, SizingConfig, Strategy
+from cache.config import CacheConfig, SizingConfig
+from cache.registry import EVICTION, SIZING
 from core.config import Config
-from experiments.config import ROOT, distinct_members, distinct_numbers
+from experiments.config import ROOT, distinct_names, distinct_numbers
 from workloads.block_trace import TraceFormat
 from workloads.config import WorkloadConfig
 
@@ -41,10 +42,8 @@ class LabConfig(Config):
         default=LoadFormat.PHASES, description="mooncake, burstgpt, azure; or made, without a trace: phases, bursts"
     )
     capacity: str = Field(default="64,128,256", description="capacities in chunks, separated by commas")
-    eviction: str = Field(default=",".join(Eviction).lower(), description="eviction policies, separated by commas")
-    sizing: str = Field(
-        default=Strategy.STATIC.lower(), description=f"sizing policies, of {', '.join(Strategy).lower()}"
-    )
+    eviction: str = Field(default=",".join(EVICTION).lower(), description="eviction policies, separated by commas")
+    sizing: str = Field(default="static", description=f"sizing policies, of {', '.join(SIZING).lower()}")
     least_capacity: float = Field(
         default=0.25, ge=0, le=1, description="least capacity that a sizing policy may set, in parts of the capacity"
     )
@@ -75,13 +74,13 @@ class LabConfig(Config):
     @field_validator("eviction")
     @classmethod
     def _evictions(cls, value: str) -> str:
-        distinct_members(value, Eviction, "policy", str.lower)
+        distinct_names(value, EVICTION, "policy", str.lower)
         return value
 
     @field_validator("sizing")
     @classmethod
     def _sizings(cls, value: str) -> str:
-        distinct_members(value, Strategy, "policy", str.lower)
+        distinct_names(value, SIZING, "policy", str.lower)
         return value
 
     @model_validator(mode="after")
@@ -102,14 +101,14 @@ class LabConfig(Config):
         return distinct_numbers(self.capacity, MOST_CHUNKS)
 
     @property
-    def evictions(self) -> tuple[Eviction, ...]:
-        return distinct_members(self.eviction, Eviction, "policy", str.lower)
+    def evictions(self) -> tuple[str, ...]:
+        return distinct_names(self.eviction, EVICTION, "policy", str.lower)
 
     @property
-    def sizings(self) -> tuple[Strategy, ...]:
-        return distinct_members(self.sizing, Strategy, "policy", str.lower)
+    def sizings(self) -> tuple[str, ...]:
+        return distinct_names(self.sizing, SIZING, "policy", str.lower)
 
-    def sizing_config(self, strategy: Strategy, capacity_chunks: int) -> SizingConfig:
+    def sizing_config(self, strategy: str, capacity_chunks: int) -> SizingConfig:
         """Sizing of one run: the policy starts at `capacity_chunks` and stays within the configured shares of it."""
         update = {
             "strategy": strategy,

@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from cache.config import Strategy
 from experiments.figures import STYLE
 from experiments.lab.table import BELADY, BELADY_BYPASS, BEST_STATIC, BOUNDS, INFINITE, LabRow
 
@@ -22,7 +21,7 @@ MOST_PANELS = 3
 
 def over_capacity(results: Sequence[LabRow], path: Path) -> None:
     """Prefix hit ratio over the fixed capacity: a line for each eviction policy, the bounds dashed."""
-    fixed = [row for row in results if row.sizing == Strategy.STATIC.lower()]
+    fixed = [row for row in results if row.sizing == "static"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 6))
         try:

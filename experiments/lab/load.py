@@ -10,7 +10,7 @@ from experiments.lab.config import LabConfig, LoadFormat
 from experiments.lab.keys import BLOCK_SHAPE
 from workloads.block_trace import BlockRequest, TraceFormat, read_blocks
 from workloads.bursts import bursts
-from workloads.config import WorkloadConfig, WorkloadKind, trace_file
+from workloads.config import WorkloadConfig, trace_file
 from workloads.mooncake_trace import TraceForm
 from workloads.phases import PhasesWorkload
 
@@ -24,7 +24,7 @@ def make_load(config: LabConfig, left_out: Counter[str] | None = None) -> Load:
     `left_out`: what the latest reading of the trace has left out, by reason.
     """
     if config.format is LoadFormat.PHASES:
-        workload = config.workload.model_copy(update={"workload": WorkloadKind.PHASES})
+        workload = config.workload.model_copy(update={"workload": "phases"})
         return lambda: phases_blocks(workload, config.chunk_tokens)
     if config.format is LoadFormat.BURSTS:
         return lambda: bursts(config.workload.requests, config.workload.seed)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from cache.config import Eviction, SizingConfig, Strategy
+from cache.config import SizingConfig
 from cache.eviction import make_eviction
 from cache.sizing import make_sizing
 from experiments.lab import bounds
@@ -64,10 +64,10 @@ class LabRow:
     @property
     def moves(self) -> bool:
         """Whether its capacity may have changed on the way."""
-        return self.course is not None and self.sizing != Strategy.STATIC.lower()
+        return self.course is not None and self.sizing != "static"
 
 
-def combinations(config: LabConfig) -> list[tuple[Eviction, Strategy, int]]:
+def combinations(config: LabConfig) -> list[tuple[str, str, int]]:
     return [
         (eviction, strategy, capacity)
         for eviction in config.evictions
@@ -93,7 +93,7 @@ def rows(
     for eviction, strategy, capacity in combinations(config):
         step(f"{eviction} {strategy} {capacity}".lower())
         sizing = config.sizing_config(strategy, capacity)
-        course = None if config.sizings == (Strategy.STATIC,) else Course()
+        course = None if config.sizings == ("STATIC",) else Course()
         outcome = _run(config, load, eviction, sizing, course)
         yield LabRow(trace, eviction.lower(), strategy.lower(), capacity, outcome, course)
     if config.bounds:
@@ -106,7 +106,7 @@ def rows(
 
 
 def best_static(
-    config: LabConfig, load: Load, eviction: Eviction, target: float, step: Callable[[str], None] = lambda doing: None
+    config: LabConfig, load: Load, eviction: str, target: float, step: Callable[[str], None] = lambda doing: None
 ) -> tuple[int, ReplayResult] | None:
     """The smallest fixed capacity whose prefix hit ratio is `target`, and its run; none where all blocks miss it.
 
@@ -115,7 +115,7 @@ def best_static(
 
     def at(capacity: int) -> ReplayResult:
         step(f"{eviction} {BEST_STATIC}, {capacity}?".lower())
-        return _run(config, load, eviction, config.sizing_config(Strategy.STATIC, capacity), None)
+        return _run(config, load, eviction, config.sizing_config("STATIC", capacity), None)
 
     enough = bounds.infinite(load()).peak_capacity_chunks
     best = at(enough)
@@ -137,9 +137,7 @@ def table(results: Sequence[LabRow]) -> pd.DataFrame:
     return pd.DataFrame([_columns(row) for row in results])
 
 
-def _run(
-    config: LabConfig, load: Load, eviction: Eviction, sizing: SizingConfig, course: Course | None
-) -> ReplayResult:
+def _run(config: LabConfig, load: Load, eviction: str, sizing: SizingConfig, course: Course | None) -> ReplayResult:
     watch = (lambda served: None) if course is None else course.add
     return run(load(), make_eviction(eviction), make_sizing(sizing), config.drive, watch)
 
@@ -147,13 +145,13 @@ def _run(
 def _bounds(config: LabConfig, load: Load, trace: str, step: Callable[[str], None]) -> Iterator[LabRow]:
     step(INFINITE)
     outcome = bounds.infinite(load())
-    yield LabRow(trace, INFINITE, Strategy.STATIC.lower(), outcome.peak_capacity_chunks, outcome)
+    yield LabRow(trace, INFINITE, "static", outcome.peak_capacity_chunks, outcome)
     upcoming = bounds.next_uses(load())
     for name in (BELADY, BELADY_BYPASS):
         for capacity in config.capacities:
             step(f"{name} {capacity}")
             outcome = bounds.belady(load(), upcoming, capacity, bypass=name == BELADY_BYPASS)
-            yield LabRow(trace, name, Strategy.STATIC.lower(), capacity, outcome)
+            yield LabRow(trace, name, "static", capacity, outcome)
 
 
 def _columns(row: LabRow) -> dict[str, object]:

@@ -13,7 +13,6 @@ from pydantic import TypeAdapter
 from redis import Redis
 from redis.exceptions import RedisError
 
-from cache.config import Strategy
 from cache.sizing.budget import Budget, SlotReport
 from core.clients import FROM_ENVIRONMENT, redis_settings
 from core.clock import Clock
@@ -70,7 +69,7 @@ class BudgetShare:
     def of(cls, config: JobConfig, slot: int, clock: Clock) -> "BudgetShare | None":
         """The slot's share of the job's budget; none where each slot sizes itself."""
         sizing, remote = config.cache.sizing, config.cache.remote
-        if sizing.budget_chunks is None or sizing.strategy is not Strategy.MRC:
+        if sizing.budget_chunks is None or not sizing.shares_budget:
             return None
         budget = Budget(
             chunks=sizing.budget_chunks,

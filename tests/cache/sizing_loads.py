@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from cache.config import SizingConfig
-from cache.eviction import LRU
+from cache.eviction.lru import LRU
 from cache.keys import KeySchema
 from cache.local import LocalTier
 from cache.manager import TwoLevelCache

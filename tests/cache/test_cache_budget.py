@@ -6,9 +6,10 @@ import pytest
 from cache_support import given
 from hypothesis import strategies as st
 
-from cache.config import SizingConfig, Strategy
-from cache.sizing import Budgeted, make_sizing
+from cache.config import SizingConfig
+from cache.sizing import make_sizing
 from cache.sizing.budget import Budget, SlotReport
+from cache.sizing.budgeted import Budgeted
 from cache.sizing.gain_curve import GainCurve, Step
 from cache.sizing.miss_ratio_curve import MissRatioCurve
 
@@ -112,7 +113,7 @@ class Granted:
 
 def test_the_policy_tells_its_gains_and_follows_its_grant() -> None:
     shares = Granted(20)
-    config = SizingConfig(strategy=Strategy.MRC, budget_chunks=100, adjust_every_requests=3)
+    config = SizingConfig(strategy="MRC", budget_chunks=100, adjust_every_requests=3)
     policy = make_sizing(config, shares)
     assert isinstance(policy, Budgeted)
     assert policy.capacity_chunks == 20
@@ -128,8 +129,8 @@ def test_the_policy_tells_its_gains_and_follows_its_grant() -> None:
     assert shares.offered[2:] == [report((2, 1.0), holds=7)]
 
 
-@pytest.mark.parametrize("strategy", [Strategy.STATIC, Strategy.FLUID, Strategy.FREQUENCY])
-def test_policies_without_a_curve_have_no_part_in_the_budget(strategy: Strategy) -> None:
+@pytest.mark.parametrize("strategy", ["STATIC", "FLUID", "FREQUENCY"])
+def test_policies_without_a_curve_have_no_part_in_the_budget(strategy: str) -> None:
     shares = Granted(20)
     make_sizing(SizingConfig(strategy=strategy, budget_chunks=100), shares).observe(0, [key(1)])
     assert shares.offered == []

@@ -8,27 +8,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cache.config import Eviction
-from cache.eviction import ARC, FIFO, LFU, LRU, MQ, EvictionPolicy, FollowTheLeader, HitDensity, make_eviction
-from cache.eviction import density as density_module
-from cache.eviction import mq as mq_module
+from cache.eviction import EvictionPolicy, make_eviction
+from cache.eviction.arc import ARC
+from cache.eviction.density import HitDensity
+from cache.eviction.fifo import FIFO
+from cache.eviction.leader import FollowTheLeader
+from cache.eviction.lfu import LFU
+from cache.eviction.lru import LRU
+from cache.eviction.mq import MQ
 from cache.eviction.reuse_ages import AGES, CLASSES, EDGES, AgeTable, age_of, class_of_new, class_of_used
 from cache.eviction.shadow import ShadowTier
 from cache.local import LocalTier
+from cache.registry import EVICTION
 
 NUMBERS = 12
 prompts = st.lists(st.integers(0, NUMBERS - 1), unique=True, min_size=1, max_size=6)
-GHOSTS_PER_CHUNK = {
-    Eviction.LRU: 0,
-    Eviction.FIFO: 0,
-    Eviction.LFU: 0,
-    Eviction.ARC: 2,
-    Eviction.MQ: mq_module.GHOSTS_PER_CHUNK,
-    Eviction.DENSITY: density_module.GHOSTS_PER_CHUNK,
-    # Two shadows, what one of them remembers, and what both were told of.
-    Eviction.LEADER: density_module.GHOSTS_PER_CHUNK + 3,
-}
-"""Keys that a policy may remember beyond those in the tier, in parts of the capacity; every policy is named."""
 
 
 def key(number: int) -> bytes:
@@ -62,7 +56,7 @@ def remembered(policy: EvictionPolicy) -> set[bytes]:
 class Contract(RuleBasedStateMachine):
     """A tier of one policy, asked as the manager asks it: the keys that are in are known by a plain set."""
 
-    name: Eviction
+    name: str
 
     @initialize(capacity=st.integers(0, 6))
     def open(self, capacity):
@@ -139,30 +133,19 @@ class Contract(RuleBasedStateMachine):
 
     @invariant()
     def what_is_remembered_is_bounded(self):
-        assert len(remembered(self.policy) - self.inside) <= GHOSTS_PER_CHUNK[self.name] * self.capacity
+        assert len(remembered(self.policy) - self.inside) <= self.policy.ghosts_per_chunk * self.capacity
 
 
-def machine(name: Eviction):
+def machine(name: str):
     case = type(f"Contract{name}", (Contract,), {"name": name}).TestCase
     case.settings = settings(LIMITS, max_examples=60, stateful_step_count=30)
     return case
 
 
-TestContractLRU = machine(Eviction.LRU)
-TestContractFIFO = machine(Eviction.FIFO)
-TestContractLFU = machine(Eviction.LFU)
-TestContractARC = machine(Eviction.ARC)
-TestContractMQ = machine(Eviction.MQ)
-TestContractDENSITY = machine(Eviction.DENSITY)
-TestContractLEADER = machine(Eviction.LEADER)
+globals().update({f"TestContract{name}": machine(name) for name in EVICTION})
 
 
-def test_every_policy_is_under_the_contract():
-    assert all(f"TestContract{name}" in globals() for name in Eviction)
-    assert set(GHOSTS_PER_CHUNK) == set(Eviction)
-
-
-@pytest.mark.parametrize("name", Eviction)
+@pytest.mark.parametrize("name", list(EVICTION))
 class TestInATier:
     def test_policies_do_not_share_state(self, name):
         make_eviction(name).on_insert(key(1))
@@ -182,7 +165,7 @@ class TestInATier:
         assert set(tier) == set(prompt[:capacity])
 
 
-@pytest.mark.parametrize("name", [name for name in Eviction if name is not Eviction.FIFO])
+@pytest.mark.parametrize("name", [name for name in EVICTION if name != "FIFO"])
 @given(first=st.integers(1, 4), length=st.integers(5, 8))
 def test_a_longer_turn_comes_in_behind_the_one_before(name, first, length):
     """Of a conversation that has gone on once, the newest chunks leave first; in FIFO its oldest do."""
@@ -364,7 +347,7 @@ class MostRecent(LRU):
 class TestFollowTheLeader:
     def test_it_follows_what_hits_more(self):
         load = list(TestHitDensity.conversations(rounds=60, once=30))
-        policy = make_eviction(Eviction.LEADER)
+        policy = make_eviction("LEADER")
         hits = TestHitDensity.prefix_hits(policy, load, 24)
         assert isinstance(policy.leader, HitDensity)
         assert hits > 0.8 * TestHitDensity.prefix_hits(HitDensity(), load, 24)

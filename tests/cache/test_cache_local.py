@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cache.eviction import LRU
+from cache.eviction.lru import LRU
 from cache.local import LocalTier
 
 numbers = st.integers(0, 11)

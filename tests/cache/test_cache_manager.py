@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from cache.config import CacheConfig, RemoteConfig
-from cache.eviction import LRU
+from cache.eviction.lru import LRU
 from cache.keys import KeySchema
 from cache.local import LocalTier
 from cache.manager import TwoLevelCache, open_cache

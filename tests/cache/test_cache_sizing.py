@@ -7,11 +7,14 @@ import pytest
 from cache_support import given, in_another_process
 from hypothesis import strategies as st
 
-from cache.config import SizingConfig, Strategy
-from cache.sizing import Fluid, Frequency, make_sizing
+from cache.config import SizingConfig
+from cache.registry import SIZING
+from cache.sizing import make_sizing
+from cache.sizing.fluid import Fluid
+from cache.sizing.frequency import Frequency
 
 
-def config(strategy: Strategy, **changes) -> SizingConfig:
+def config(strategy: str, **changes) -> SizingConfig:
     values = {"capacity_chunks": 100, "min_capacity_chunks": 10, "max_capacity_chunks": 1000, "frequency_buckets": 4}
     return SizingConfig(strategy=strategy, **(values | changes))
 
@@ -27,21 +30,21 @@ def fluid_after(policy: Fluid, start_ms: float, every_ms: float, count: int = 15
     return capacity
 
 
-@pytest.mark.parametrize("strategy", Strategy)
+@pytest.mark.parametrize("strategy", list(SIZING))
 def test_the_first_capacity(strategy):
     assert make_sizing(config(strategy)).capacity_chunks == 100
     above = make_sizing(config(strategy, capacity_chunks=5000)).capacity_chunks
     below = make_sizing(config(strategy, capacity_chunks=0)).capacity_chunks
-    assert (below, above) == ((0, 5000) if strategy is Strategy.STATIC else (10, 1000))
+    assert (below, above) == ((0, 5000) if strategy == "STATIC" else (10, 1000))
 
 
 def test_static_never_moves():
-    policy = make_sizing(config(Strategy.STATIC))
+    policy = make_sizing(config("STATIC"))
     assert {policy.observe(i / 100, [key(i)]) for i in range(500)} == {100}
 
 
 def test_fluid_first_decision_only_sets_the_average_then_grows_and_shrinks():
-    policy = Fluid(config(Strategy.FLUID))
+    policy = Fluid(config("FLUID"))
     # 15 requests over 1400 ms: 15 / 1.4 s = 10.71 a second.
     assert fluid_after(policy, 0, 100) == 100
     # Ten seconds later 15 requests over 700 ms, taken as one second: 15 > 1.35 * 10.71 = 14.46. 100 * 1.25.
@@ -53,21 +56,21 @@ def test_fluid_first_decision_only_sets_the_average_then_grows_and_shrinks():
 
 
 def test_fluid_compares_with_the_average_as_it_was():
-    policy = Fluid(config(Strategy.FLUID))
+    policy = Fluid(config("FLUID"))
     fluid_after(policy, 0, 100)  # h = 10.714
     # 15 against 1.35 * 10.714 = 14.46 grows; against the updated 1.35 * 12.0 = 16.2 it would not.
     assert fluid_after(policy, 10_000, 10) == 125
 
 
 def test_fluid_counts_only_the_window():
-    policy = Fluid(config(Strategy.FLUID))
+    policy = Fluid(config("FLUID"))
     fluid_after(policy, 0, 100)
     # One request a second: in the last 3000 ms there are four, over 3 s.
     assert fluid_after(policy, 10_000, 1000) == 86  # 4/3 < 0.65 * 10.7; 100 / 1.15 = 86.96
 
 
 def test_fluid_decides_at_every_fifteenth_request():
-    policy = Fluid(config(Strategy.FLUID))
+    policy = Fluid(config("FLUID"))
     fluid_after(policy, 0, 100)
     capacities = [policy.observe(10_000 + i * 10, []) for i in range(15)]
     assert capacities == [100] * 14 + [125]
@@ -81,7 +84,7 @@ def frequency_after(policy: Frequency, accesses: list[bytes]) -> int:
 
 
 def test_frequency_takes_whole_buckets_by_accesses_per_key():
-    policy = Frequency(config(Strategy.FREQUENCY, min_capacity_chunks=0))
+    policy = Frequency(config("FREQUENCY", min_capacity_chunks=0))
     accesses = (
         [key(n, 0) for n in range(2)] * 40  # 80 accesses of 2 keys: 40 a key
         + [key(n, 1) for n in range(6)] * 2  # 12 of 6: 2 a key
@@ -92,20 +95,20 @@ def test_frequency_takes_whole_buckets_by_accesses_per_key():
 
 
 def test_frequency_covers_exactly_the_share():
-    policy = Frequency(config(Strategy.FREQUENCY, min_capacity_chunks=0))
+    policy = Frequency(config("FREQUENCY", min_capacity_chunks=0))
     accesses = [key(0, 0)] * 9 + [key(0, 1)]
     assert frequency_after(policy, accesses) == 1  # 9 of 10 are 0.9.
 
 
 def test_frequency_forgets_what_left_the_window():
-    policy = Frequency(config(Strategy.FREQUENCY, min_capacity_chunks=0, frequency_window_accesses=50))
+    policy = Frequency(config("FREQUENCY", min_capacity_chunks=0, frequency_window_accesses=50))
     assert frequency_after(policy, [key(n, n % 4) for n in range(50)]) > 30
     assert frequency_after(policy, [key(7, 1)] * 50) == 1
     assert policy.remembered_accesses == 50
 
 
 def test_frequency_without_accesses_keeps_its_capacity():
-    assert frequency_after(Frequency(config(Strategy.FREQUENCY)), []) == 100
+    assert frequency_after(Frequency(config("FREQUENCY")), []) == 100
 
 
 def test_frequency_does_not_depend_on_the_hash_seed():
@@ -122,7 +125,7 @@ def test_frequency_does_not_depend_on_the_hash_seed():
     assert in_another_process(script) == printed.getvalue().strip()
 
 
-@pytest.mark.parametrize("strategy", [Strategy.FLUID, Strategy.FREQUENCY, Strategy.MRC])
+@pytest.mark.parametrize("strategy", ["FLUID", "FREQUENCY", "MRC"])
 @given(
     requests=st.lists(
         st.tuples(st.floats(0, 5000), st.lists(st.integers(0, 30), max_size=12)), min_size=1, max_size=120
@@ -151,13 +154,13 @@ def test_capacity_stays_within_bounds_and_moves_only_at_decisions(strategy, requ
 
 @given(st.lists(st.lists(st.integers(0, 20), max_size=30), max_size=40))
 def test_frequency_counts_match_a_recount_of_the_window(requests):
-    policy = Frequency(config(Strategy.FREQUENCY, frequency_window_accesses=50, min_capacity_chunks=0))
+    policy = Frequency(config("FREQUENCY", frequency_window_accesses=50, min_capacity_chunks=0))
     accesses: list[bytes] = []
     for numbers in requests:
         policy.observe(0, [key(n, n % 4) for n in numbers])
         accesses += [key(n, n % 4) for n in numbers]
     window = accesses[-50:]
-    fresh = Frequency(config(Strategy.FREQUENCY, min_capacity_chunks=0))
+    fresh = Frequency(config("FREQUENCY", min_capacity_chunks=0))
     fresh.observe(0, window)
     assert policy.remembered_accesses == len(window)
     assert policy._accesses == fresh._accesses

@@ -7,14 +7,16 @@ from cache_support import given
 from hypothesis import strategies as st
 from sizing_loads import Hindsight, Load, bursts, outcome, phases, replay
 
-from cache.config import MrcGoal, SizingConfig, Strategy
-from cache.sizing import MRC, make_sizing
+from cache.config import MrcGoal, SizingConfig
+from cache.registry import SIZING
+from cache.sizing import make_sizing
+from cache.sizing.mrc import MRC
 
 
 def config(**changes: object) -> SizingConfig:
     """Decides at every tenth request, by what it sees alone."""
     values = {
-        "strategy": Strategy.MRC,
+        "strategy": "MRC",
         "capacity_chunks": 20,
         "min_capacity_chunks": 0,
         "max_capacity_chunks": 200,
@@ -118,7 +120,7 @@ def test_capacity_and_memory_stay_within_their_bounds(
 ) -> None:
     policy = make_sizing(
         SizingConfig(
-            strategy=Strategy.MRC,
+            strategy="MRC",
             capacity_chunks=20,
             min_capacity_chunks=10,
             max_capacity_chunks=500 if sampled else 50,
@@ -159,7 +161,7 @@ LOADS = {
 
 
 def reaching(target: float) -> SizingConfig:
-    return SizingConfig(strategy=Strategy.MRC, mrc_target_hit_rate=target, max_capacity_chunks=2048)
+    return SizingConfig(strategy="MRC", mrc_target_hit_rate=target, max_capacity_chunks=2048)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.95])
@@ -176,7 +178,7 @@ def test_the_target_is_reached_at_about_the_price_of_the_best_fixed_capacity(loa
 def test_no_other_policy_reaches_it_for_less(load: Load) -> None:
     target = 0.9 * Hindsight(load).attainable
     reached = outcome(reaching(target), load)
-    for strategy in set(Strategy) - {Strategy.MRC}:
+    for strategy in set(SIZING) - {"MRC"}:
         other = outcome(SizingConfig(strategy=strategy, max_capacity_chunks=2048), load)
         assert other.hit_rate < target - POINT or other.mean_chunks > reached.mean_chunks, strategy
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
-from cache.config import CacheConfig, RemoteConfig, SizingConfig, Strategy
+from cache.config import CacheConfig, RemoteConfig, SizingConfig
+from cache.registry import SIZING
 from core.errors import UserError
 from core.kafka_config import KafkaConfig
 from core.options import Parser, add_options, flatten, from_options, set_own_defaults, to_options
@@ -47,7 +48,7 @@ configs = st.builds(
         chunk_tokens=st.integers(1, 4096),
         sizing=st.builds(
             SizingConfig,
-            strategy=st.sampled_from(Strategy),
+            strategy=st.sampled_from(list(SIZING)),
             min_capacity_chunks=st.integers(0, 10),
             max_capacity_chunks=st.integers(10, 1000),
             fluid_history_weight=st.floats(0, 1, exclude_max=True),
@@ -82,7 +83,7 @@ def test_a_command_may_differ_in_its_defaults_and_still_be_told_everything() -> 
 def test_an_option_reaches_its_nested_field() -> None:
     config = parse(["--chunk-tokens", "64", "--strategy=FLUID", "--no-cache", "--max-wait-ms", "7.5"])
     assert config.cache.chunk_tokens == 64
-    assert config.cache.sizing.strategy is Strategy.FLUID
+    assert config.cache.sizing.strategy == "FLUID"
     assert config.cache.cache is False
     assert config.batching.max_wait_ms == 7.5
 

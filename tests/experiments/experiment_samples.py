@@ -4,14 +4,15 @@ import random
 from pathlib import Path
 from typing import Any
 
-from cache.config import CacheConfig, Strategy
+from cache.config import CacheConfig
+from cache.registry import SIZING
 from core.records import DeadLetter, Response
 from experiments.cache_experiments import with_strategy
 from experiments.config import in_own_space
 from experiments.records import LoadSummary, Manifest, Provenance, ReadySlot, RunRecords, Sent
 from inference_service.config import EngineConfig, EngineKind
 from operators.config import Batching, BatchingConfig, JobConfig
-from workloads.config import WorkloadConfig, WorkloadKind
+from workloads.config import WorkloadConfig
 
 BEGIN_MS = 1_800_000_000_000.0
 
@@ -88,7 +89,7 @@ def run_of(*responses: Response, dead_letters: tuple[DeadLetter, ...] = (), **fi
     return RunRecords(manifest(**fields), sent, responses, dead_letters)
 
 
-def made_run(strategy: Strategy, position: int, requests: int = 200, seed: int = 1) -> RunRecords:
+def made_run(strategy: str, position: int, requests: int = 200, seed: int = 1) -> RunRecords:
     """A run that looks like one of the phases workload on two slots."""
     dice = random.Random(f"{seed}/{strategy}")
     capacity = {0: 96.0, 1: 96.0}
@@ -96,11 +97,11 @@ def made_run(strategy: Strategy, position: int, requests: int = 200, seed: int =
     for index in range(requests):
         busy = 0.35 < index / requests < 0.75
         slot = index % 2
-        if strategy is Strategy.FLUID and index % 30 == slot:
+        if strategy == "FLUID" and index % 30 == slot:
             capacity[slot] = max(32, min(384, capacity[slot] * (1.25 if busy else 1 / 1.15)))
-        if strategy is Strategy.MRC and index % 30 == slot:
+        if strategy == "MRC" and index % 30 == slot:
             capacity[slot] = 200 if busy else 80
-        if strategy is Strategy.FREQUENCY and index % 30 == slot:
+        if strategy == "FREQUENCY" and index % 30 == slot:
             capacity[slot] = max(32, min(384, dice.uniform(0.8, 1.2) * (240 if busy else 120)))
         prompt = dice.randint(10, 30) * 32
         local = prompt * dice.uniform(0.1, 0.5 if busy else 0.8) * min(1, capacity[slot] / 150) // 32 * 32
@@ -119,12 +120,12 @@ def made_run(strategy: Strategy, position: int, requests: int = 200, seed: int =
             )
         )  # fmt: skip
     job = in_own_space(with_strategy(JobConfig(), strategy), f"cache-20260101-120000-{strategy.lower()}")
-    workload = WorkloadConfig(workload=WorkloadKind.PHASES, requests=requests)
+    workload = WorkloadConfig(workload="phases", requests=requests)
     return run_of(*responses, variant=strategy, position=position, job=job, workload=workload)
 
 
 def made_runs(requests: int = 200) -> list[RunRecords]:
-    return [made_run(strategy, position, requests) for position, strategy in enumerate(Strategy)]
+    return [made_run(strategy, position, requests) for position, strategy in enumerate(SIZING)]
 
 
 def made_batch_run(size: int | None, position: int, gap_ms: float, requests: int = 60) -> RunRecords:
@@ -154,7 +155,7 @@ def made_batch_run(size: int | None, position: int, gap_ms: float, requests: int
         variant="continuous" if size is None else f"batch_{size}",
         position=position,
         job=job,
-        workload=WorkloadConfig(workload=WorkloadKind.INDEPENDENT, requests=requests),
+        workload=WorkloadConfig(workload="independent", requests=requests),
     )
 
 
@@ -194,7 +195,7 @@ def made_scaling_run(slots: int, position: int, device: str = "cpu", requests: i
         variant=f"parallelism_{slots}",
         position=position,
         job=JobConfig(parallelism=slots, engine=engine, cache=CacheConfig(cache=False)),
-        workload=WorkloadConfig(workload=WorkloadKind.INDEPENDENT, requests=max(1, requests)),
+        workload=WorkloadConfig(workload="independent", requests=max(1, requests)),
         slots=ready,
         load=made.load.model_copy(update={"offered_rate": None, "sent": requests}),
     )

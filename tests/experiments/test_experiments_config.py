@@ -3,18 +3,17 @@
 import subprocess
 import sys
 from collections import Counter
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cache.config import Eviction, Strategy
+from cache.registry import EVICTION, SIZING
 from core.errors import UserError
 from core.kafka_config import KafkaAccessConfig, KafkaConfig, KafkaSecurity
 from core.options import Parser, add_options, flatten, from_options, to_options
 from core.session_home import home_slot
-from experiments import batch_analysis, cache_experiments, gpu_scaling
+from experiments import batch_analysis, gpu_scaling
 from experiments.cache_experiments import COMMAND, CacheExperimentConfig, variants
 from experiments.config import (
     DECIDED,
@@ -37,7 +36,7 @@ def parsed(*arguments: str) -> CacheExperimentConfig:
 
 def test_without_options_every_strategy_is_compared() -> None:
     config = parsed()
-    assert config.chosen == tuple(Strategy)
+    assert config.chosen == tuple(SIZING)
     assert "brokers" not in config.job.kafka.model_fields_set
 
 
@@ -71,13 +70,9 @@ def test_variants_differ_in_strategy_and_in_their_space_only() -> None:
 
 
 def test_eviction_policies_multiply_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [variant.job.cache.eviction for variant in variants(parsed("--eviction", "lru"), "x")] == [Eviction.LRU] * 4
+    assert [variant.job.cache.eviction for variant in variants(parsed("--eviction", "lru"), "x")] == ["LRU"] * 4
 
-    class Two(StrEnum):
-        LRU = "LRU"
-        OTHER = "Other"
-
-    monkeypatch.setattr(cache_experiments, "Eviction", Two)
+    monkeypatch.setattr(EVICTION, "places", {"LRU": "cache.eviction.lru:LRU", "Other": "cache.eviction.fifo:FIFO"})
     found = variants(parsed("--strategies", "static, mrc", "--eviction", "OTHER,LRU"), "x")
     assert [variant.name for variant in found] == ["STATIC-Other", "STATIC-LRU", "MRC-Other", "MRC-LRU"]
     assert [str(variant.job.cache.eviction) for variant in found] == ["Other", "LRU"] * 2

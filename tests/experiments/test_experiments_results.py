@@ -10,7 +10,7 @@ import pytest
 from experiment_samples import BEGIN_MS, dead_letter, made_run, made_runs, response, run_of
 from rich.console import Console
 
-from cache.config import Strategy
+from cache.registry import SIZING
 from experiments import metrics
 from experiments.cache_figure import cache_figure
 from experiments.cache_metrics import COLUMNS, SHOWN, table
@@ -27,7 +27,7 @@ def test_the_csv_has_the_seeds_header_first(tmp_path: Path) -> None:
     header, *rows = path.read_text().splitlines()
     assert header == ",".join(COLUMNS)
     assert header.startswith("strategy,total_requests,cache_hits,hit_rate_percent,avg_latency_ms,strategy_config,")
-    assert [row.split(",")[0] for row in rows] == list(Strategy)
+    assert [row.split(",")[0] for row in rows] == list(SIZING)
 
 
 def test_the_figure_shows_every_strategy_in_its_colour(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_the_caption_names_model_device_workload_rate_and_what_else_holds() -> N
 
 
 def test_phases_are_those_of_the_workload() -> None:
-    run = made_run(Strategy.STATIC, 0)
+    run = made_run("STATIC", 0)
     found = phases(run)
     assert [stretch.name for stretch in found] == [f"{phase.users} users" for phase in PHASES]
     for index, sent in enumerate(run.sent):
@@ -112,7 +112,7 @@ def test_from_raw_makes_csv_and_figure_again(tmp_path: Path) -> None:
 
 
 def test_records_of_another_experiment_are_refused(tmp_path: Path) -> None:
-    write_run(tmp_path / "raw", made_run(Strategy.STATIC, 0, requests=4))
+    write_run(tmp_path / "raw", made_run("STATIC", 0, requests=4))
     command = [sys.executable, "-m", "experiments.gpu_scaling", "--from-raw", str(tmp_path / "raw")]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2

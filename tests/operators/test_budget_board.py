@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from benchmarks.raw_redis import running_redis
-from cache.config import CacheConfig, RemoteConfig, SizingConfig, Strategy
+from cache.config import CacheConfig, RemoteConfig, SizingConfig
 from cache.sizing.budget import SlotReport
 from core.clock import ManualClock, SystemClock
 from core.errors import UserError
@@ -172,7 +172,7 @@ def test_a_grant_outlives_a_short_fault_only() -> None:
 
 
 def job(parallelism: int = 2, redis_url: str | None = "redis://h:1/0", **sizing: object) -> JobConfig:
-    values = {"strategy": Strategy.MRC, "budget_chunks": 200} | sizing
+    values = {"strategy": "MRC", "budget_chunks": 200} | sizing
     return JobConfig(
         parallelism=parallelism,
         cache=CacheConfig(sizing=SizingConfig(**values), remote=RemoteConfig(redis_url=redis_url)),
@@ -185,7 +185,7 @@ def job(parallelism: int = 2, redis_url: str | None = "redis://h:1/0", **sizing:
         (job(), SizingConfig().min_capacity_chunks),
         (job(parallelism=1, redis_url=None), 200),
         (job(budget_chunks=None), None),
-        (job(strategy=Strategy.FLUID), None),
+        (job(strategy="FLUID"), None),
     ],
 )
 def test_a_slot_has_a_share_where_there_is_a_budget(config: JobConfig, granted: int | None) -> None:

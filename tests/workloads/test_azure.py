@@ -6,7 +6,7 @@ import pytest
 from core.errors import UserError
 from workloads.azure import AzureWorkload
 from workloads.azure_trace import read_azure_trace
-from workloads.config import LongPrompts, TraceConfig, WorkloadConfig, WorkloadKind
+from workloads.config import LongPrompts, TraceConfig, WorkloadConfig
 
 
 def replay(
@@ -14,7 +14,7 @@ def replay(
 ) -> AzureWorkload:
     return AzureWorkload(
         WorkloadConfig(
-            workload=WorkloadKind.AZURE,
+            workload="azure",
             requests=requests,
             seed=3,
             max_prompt_tokens=limit,
@@ -59,6 +59,6 @@ def test_iterating_again_begins_anew_and_stops_where_it_should(any_azure_trace: 
 
 def test_a_missing_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--trace: the azure workload replays a trace; give its path"):
-        AzureWorkload(WorkloadConfig(workload=WorkloadKind.AZURE))
+        AzureWorkload(WorkloadConfig(workload="azure"))
     with pytest.raises(UserError, match=r"--trace: .* is not a file"):
         replay(tmp_path)

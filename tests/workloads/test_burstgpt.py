@@ -12,7 +12,6 @@ from workloads.config import (
     LongPrompts,
     TraceConfig,
     WorkloadConfig,
-    WorkloadKind,
 )
 from workloads.timed_request import TimedRequest
 
@@ -28,7 +27,7 @@ def replay(
 ) -> BurstGPTWorkload:
     return BurstGPTWorkload(
         WorkloadConfig(
-            workload=WorkloadKind.BURSTGPT,
+            workload="burstgpt",
             requests=requests,
             seed=seed,
             max_prompt_tokens=limit,
@@ -109,4 +108,4 @@ def test_bad_rows_are_left_out_by_option(made_burstgpt_trace: Path) -> None:
 
 def test_a_missing_trace_is_refused() -> None:
     with pytest.raises(UserError, match="--trace: the burstgpt workload replays a trace; give its path"):
-        BurstGPTWorkload(WorkloadConfig(workload=WorkloadKind.BURSTGPT))
+        BurstGPTWorkload(WorkloadConfig(workload="burstgpt"))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from core.errors import UserError
 from core.session_home import home_slot
-from workloads.config import Arrivals, IndependentConfig, WorkloadConfig, WorkloadKind
+from workloads.config import Arrivals, IndependentConfig, WorkloadConfig
 from workloads.independent import IndependentWorkload
 from workloads.timed_request import TimedRequest
 
@@ -16,7 +16,7 @@ from workloads.timed_request import TimedRequest
 def workload(requests: int = 200, seed: int = 5, max_new_tokens: int = 64, **options: Any) -> IndependentWorkload:
     return IndependentWorkload(
         WorkloadConfig(
-            workload=WorkloadKind.INDEPENDENT,
+            workload="independent",
             requests=requests,
             seed=seed,
             max_new_tokens=max_new_tokens,

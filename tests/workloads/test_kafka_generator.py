@@ -18,7 +18,7 @@ from core.kafka_config import KafkaConfig
 from core.records import Request
 from local_stack import LocalStack
 from workloads.catalogue import make_workload
-from workloads.config import PhasesConfig, TraceConfig, WorkloadConfig, WorkloadKind
+from workloads.config import PhasesConfig, TraceConfig, WorkloadConfig
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connect, connected
 
 INTERVAL_MS = 100.0
@@ -178,7 +178,7 @@ def test_a_trace_that_turns_bad_is_reported_after_what_came_before_is_delivered(
     row = {"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": [0]}
     replay = TraceConfig(trace=write_trace([row, row, "broken"]))
     producer = FakeProducer(ManualClock())
-    workload = make_workload(WorkloadConfig(workload=WorkloadKind.MOONCAKE, replay=replay))
+    workload = make_workload(WorkloadConfig(workload="mooncake", replay=replay))
     with pytest.raises(UserError, match="line 3"):
         KafkaLoadGenerator(producer, "t", workload, producer.clock).run()
     assert (len(producer.records), producer.flushes) == (2, 1)
@@ -186,9 +186,7 @@ def test_a_trace_that_turns_bad_is_reported_after_what_came_before_is_delivered(
 
 def test_a_replay_says_what_it_left_out(made_burstgpt_sessions: Path) -> None:
     producer = FakeProducer(ManualClock())
-    workload = make_workload(
-        WorkloadConfig(workload=WorkloadKind.BURSTGPT, replay=TraceConfig(trace=made_burstgpt_sessions))
-    )
+    workload = make_workload(WorkloadConfig(workload="burstgpt", replay=TraceConfig(trace=made_burstgpt_sessions)))
     report = KafkaLoadGenerator(producer, "t", workload, producer.clock, backlog=True).run()
     assert [key for _, key, _ in producer.records].count(b"user-trace-7/s1") == 4
     assert report.sent == 7

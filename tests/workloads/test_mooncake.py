@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from core.errors import UserError
-from workloads.config import LongPrompts, TraceConfig, WorkloadConfig, WorkloadKind
+from workloads.config import LongPrompts, TraceConfig, WorkloadConfig
 from workloads.mooncake import MooncakeWorkload, PrefixSessions
 from workloads.mooncake_trace import read_trace
 
@@ -13,7 +13,7 @@ from workloads.mooncake_trace import read_trace
 def replay(trace: Path, *, requests: int = 400, seed: int = 3, limit: int = 1920, **options: Any) -> MooncakeWorkload:
     return MooncakeWorkload(
         WorkloadConfig(
-            workload=WorkloadKind.MOONCAKE,
+            workload="mooncake",
             requests=requests,
             seed=seed,
             max_prompt_tokens=limit,
@@ -125,7 +125,7 @@ def test_the_limit_on_requests_stops_before_a_bad_row(write_trace: Callable[...,
 
 def test_contradicting_options_are_refused(made_trace: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--trace: the mooncake workload replays a trace; give its path"):
-        MooncakeWorkload(WorkloadConfig(workload=WorkloadKind.MOONCAKE))
+        MooncakeWorkload(WorkloadConfig(workload="mooncake"))
     with pytest.raises(UserError, match=r"--trace: .* is not a file"):
         replay(tmp_path)
     with pytest.raises(UserError, match="--max-prompt-tokens: 31 does not hold one block"):

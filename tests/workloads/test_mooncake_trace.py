@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import UserError
-from workloads.config import BadRows, MooncakeConfig, TimeUnit, TraceConfig, WorkloadConfig, WorkloadKind
+from workloads.config import BadRows, MooncakeConfig, TimeUnit, TraceConfig, WorkloadConfig
 from workloads.mooncake import MooncakeWorkload
 from workloads.mooncake_trace import TraceForm, read_trace
 from workloads.trace_rows import MAX_LINE_BYTES
@@ -114,7 +114,7 @@ def test_a_trace_with_small_blocks_and_seconds_is_read(write_trace: Callable[...
 
 def test_the_replay_takes_size_and_unit_by_option(write_trace: Callable[..., Path]) -> None:
     config = WorkloadConfig(
-        workload=WorkloadKind.MOONCAKE,
+        workload="mooncake",
         replay=TraceConfig(trace=write_trace([ONE_BLOCK, SIXTEENS])),
         mooncake=MooncakeConfig(block_tokens=16, trace_block_tokens=16, trace_time_unit=TimeUnit.S),
     )

@@ -9,7 +9,7 @@ import pytest
 
 from workloads.block_trace import TraceFormat, read_blocks
 from workloads.catalogue import make_workload
-from workloads.config import TraceConfig, WorkloadConfig, WorkloadKind
+from workloads.config import TraceConfig, WorkloadConfig
 from workloads.mooncake import PrefixSessions
 
 FEW, MANY = 2_000, 20_000
@@ -80,7 +80,7 @@ def test_a_replay_of_ten_times_the_rows_takes_no_more_memory(
 ) -> None:
     def load(requests: int) -> int:
         replay = TraceConfig(trace=trace_of(requests))
-        kind = WorkloadKind(trace_format.value)
+        kind = trace_format.value
         return count(iter(make_workload(WorkloadConfig(workload=kind, requests=requests, replay=replay))))
 
     small = [peak_bytes(lambda: load(FEW), FEW) for _ in range(2)][1]
