@@ -84,9 +84,9 @@ class SealProbe:
         out.copy_(self._chunk)
 
     def _fetch(self, cache: TwoLevelCache) -> None:
-        with cache.fetch_and_lookup(self._prompt) as lease:
-            if lease.remote_chunks != self._chunks:
-                raise RuntimeError(f"{lease.remote_chunks} of {self._chunks} chunks came from Redis")
+        with cache.fetch_and_lookup(self._prompt) as prefix:
+            if prefix.remote_chunks != self._chunks:
+                raise RuntimeError(f"{prefix.remote_chunks} of {self._chunks} chunks came from Redis")
 
 
 def _open(shape: ChunkShape, url: str, key_file: Path | None) -> TwoLevelCache:

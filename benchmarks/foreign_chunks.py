@@ -116,13 +116,13 @@ class ChunkTrial:
         stores = (world + tenant) % 2 == 0
         self.counts.lookups += 1
         self.counts.lookups_of_nothing += not stores
-        with cache.fetch_and_lookup(prompt, SALTS[tenant]) as lease:
-            self.counts.local_chunks += lease.local_chunks
-            self.counts.remote_chunks += lease.remote_chunks
-            for index, chunk in enumerate(lease.chunks):
+        with cache.fetch_and_lookup(prompt, SALTS[tenant]) as prefix:
+            self.counts.local_chunks += prefix.local_chunks
+            self.counts.remote_chunks += prefix.remote_chunks
+            for index, chunk in enumerate(prefix.chunks):
                 right = self._stamp(world, tenant, prompt, index)
                 self.counts.foreign_chunks += not stores or bytes(chunk.view(-1).numpy()) != right
-            missing = len(lease.chunks) * SHAPE.chunk_tokens < len(prompt)
+            missing = len(prefix.chunks) * SHAPE.chunk_tokens < len(prompt)
         if stores and missing:
 
             def read_chunk(index: int, out: torch.Tensor) -> None:

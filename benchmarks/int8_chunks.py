@@ -123,11 +123,11 @@ class Int8Probe:
         cache, chunks = self._caches[codec], len(prompt) // self.chunk_tokens
         before = cache.stats().bytes_read
         began_s = time.perf_counter()
-        lease = cache.fetch_and_lookup(prompt)
+        prefix = cache.fetch_and_lookup(prompt)
         took_ms = (time.perf_counter() - began_s) * 1000
-        with lease:
-            _require(lease.remote_chunks == chunks, f"{lease.remote_chunks} of {chunks} chunks came from Redis")
-            for index, chunk in enumerate(lease.chunks):
+        with prefix:
+            _require(prefix.remote_chunks == chunks, f"{prefix.remote_chunks} of {chunks} chunks came from Redis")
+            for index, chunk in enumerate(prefix.chunks):
                 self._runner.pool.load_chunk(ROWS.index(codec), index, chunk)
             self._model.wait_for_device()
         moved = cache.stats().bytes_read - before

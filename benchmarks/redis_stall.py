@@ -32,7 +32,7 @@ from benchmarks.report import Neighbours, Report, conditions, ratios, spread
 from benchmarks.reuse_probe import FLUSH_TIMEOUT_S, SteadyClock, WrongMeasurementError
 from cache.config import CacheConfig, RemoteConfig, SizingConfig
 from cache.manager import TwoLevelCache, open_cache
-from cache.protocol import Lease, Prefetch
+from cache.protocol import CachedPrefix, Prefetch
 from core.config import Config
 from core.errors import UserError, exit_on_user_error
 from core.machine import usable_cores
@@ -74,7 +74,7 @@ class AskingAlways:
     ) -> Prefetch | None:
         return self.cache.prefetch(token_ids, salt, None, priority)
 
-    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> Lease:
+    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> CachedPrefix:
         return self.cache.lookup(token_ids, salt, prefetch)
 
     def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:

@@ -11,7 +11,7 @@ from cache.codec import record_bytes
 from cache.config import CacheConfig, RemoteConfig, SizingConfig
 from cache.keys import KeySchema
 from cache.manager import TwoLevelCache, open_cache
-from cache.protocol import Lease, Prefetch
+from cache.protocol import CachedPrefix, Prefetch
 from core.errors import UserError
 from core.records import Request
 from inference_service.completion import Completion
@@ -54,15 +54,15 @@ class ColdCache:
         """A new, empty cache, whose connection is opened by looking up one chunk that Redis has."""
         self.current.close()
         self.current = self._make()
-        with self.current.fetch_and_lookup(primer) as lease:
-            _require(lease.remote_chunks == 1, "the primer did not come from Redis")
+        with self.current.fetch_and_lookup(primer) as prefix:
+            _require(prefix.remote_chunks == 1, "the primer did not come from Redis")
 
     def prefetch(
         self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None, priority: int = 0
     ) -> Prefetch | None:
         return self.current.prefetch(token_ids, salt, prefill_ms_per_token, priority)
 
-    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> Lease:
+    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> CachedPrefix:
         return self.current.lookup(token_ids, salt, prefetch)
 
     def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:
@@ -172,8 +172,8 @@ class ReuseProbe:
         namespace = self.settings.remote.redis_namespace
         keys = [f"{namespace}:{chunk_hash.hex()}".encode() for chunk_hash in self._keys.of(prompt).hashes]
         transfer_ms = self._raw.read_ms(keys, record_bytes(self.shape))
-        with self._warm.lookup(prompt) as lease:
-            for index, chunk in enumerate(lease.chunks):
+        with self._warm.lookup(prompt) as prefix:
+            for index, chunk in enumerate(prefix.chunks):
                 self._pool.load_chunk(0, index, chunk)
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize(self.model.device)

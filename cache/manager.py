@@ -3,16 +3,17 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import TracebackType
+from typing import Self
 
 import torch
 
 from cache.config import CacheConfig
 from cache.eviction import make_eviction
 from cache.keys import KeySchema
-from cache.lease import PrefixLease, Source
 from cache.local import LocalTier
 from cache.prefetch import Fetcher, QueuedFetch
-from cache.protocol import ChunkShape, ModelIdentity, Prefetch
+from cache.protocol import ChunkShape, ModelIdentity, Prefetch, Tier
 from cache.redis_wire import RedisAddress
 from cache.remote import ReadCounters, RemoteTier
 from cache.seal import make_seal
@@ -23,6 +24,41 @@ from core.clock import Clock
 from core.credentials import chunk_key
 
 logger = logging.getLogger(__name__)
+
+
+class PinnedPrefix:
+    """The `cache.protocol.CachedPrefix` of a `TwoLevelCache`."""
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.Tensor],
+        tiers: Sequence[Tier],
+        capacity_chunks: int,
+        used_chunks: int,
+        on_release: Callable[[], None],
+    ) -> None:
+        self.chunks = chunks
+        self.tiers = tiers
+        self.local_chunks = tiers.count("local")
+        self.remote_chunks = tiers.count("remote")
+        self.capacity_chunks = capacity_chunks
+        self.used_chunks = used_chunks
+        self._on_release: Callable[[], None] | None = on_release
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let the chunks go: `chunks` is empty from now on. Idempotent."""
+        if self._on_release is not None:
+            self._on_release()
+            self._on_release = None
+            self.chunks = ()
 
 
 def open_cache(
@@ -82,7 +118,7 @@ class TwoLevelCache:
         self._remote_chunks_hit = 0
         self._chunks_stored = 0
         self._chunks_refused = 0
-        self._leased_outside = 0
+        self._pinned_outside = 0
 
     def prefetch(
         self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None, priority: int = 0
@@ -99,7 +135,7 @@ class TwoLevelCache:
             return None
         return self._fetcher.begin(keys, prefill_ms_per_token, priority)
 
-    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> PrefixLease:
+    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> PinnedPrefix:
         """See `cache.protocol.KVCache`. Chunks that came from Redis move into the local tier where there is room."""
         self._lookups += 1
         pinned: list[bytes] = []
@@ -111,28 +147,28 @@ class TwoLevelCache:
             self._local.resize(self._sizing.observe(self._clock.monotonic_ms(), keys.hashes))
             used_chunks = self._local.used_chunks
             self._chunks_looked_up += len(keys.hashes)
-            prefix = self._pin_prefix(keys.hashes, fetched, pinned)
+            found = self._pin_prefix(keys.hashes, fetched, pinned)
         except Exception:
             # A fault of a policy, say. The engine computes the prompt.
             logger.exception("a look-up failed; nothing is reused")
             self._unpin_all(pinned)
-            return PrefixLease([], [], self._local.capacity_chunks, self._local.used_chunks, lambda: None)
-        outside = len(prefix) - len(pinned)
-        lease = PrefixLease(
-            chunks=[chunk for chunk, _ in prefix],
-            sources=[source for _, source in prefix],
+            return PinnedPrefix([], [], self._local.capacity_chunks, self._local.used_chunks, lambda: None)
+        outside = len(found) - len(pinned)
+        prefix = PinnedPrefix(
+            chunks=[chunk for chunk, _ in found],
+            tiers=[tier for _, tier in found],
             capacity_chunks=self._local.capacity_chunks,
             used_chunks=used_chunks,
             on_release=partial(self._release, pinned, outside),
         )
-        self._leased_outside += outside
-        self._local_chunks_hit += lease.local_chunks
-        self._remote_chunks_hit += lease.remote_chunks
-        return lease
+        self._pinned_outside += outside
+        self._local_chunks_hit += prefix.local_chunks
+        self._remote_chunks_hit += prefix.remote_chunks
+        return prefix
 
     def fetch_and_lookup(
         self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None
-    ) -> PrefixLease:
+    ) -> PinnedPrefix:
         """`prefetch`, wait for Redis and `lookup`, for callers that have nothing else to do meanwhile."""
         prefetch = self.prefetch(token_ids, salt, prefill_ms_per_token)
         if prefetch is not None:
@@ -200,14 +236,14 @@ class TwoLevelCache:
             used_chunks=self._local.used_chunks,
             pinned_chunks=self._local.pinned_chunks,
             local_bytes=self._local.size_bytes,
-            leased_outside_bytes=self._leased_outside * self.shape.size_bytes,
+            pinned_outside_bytes=self._pinned_outside * self.shape.size_bytes,
             fetched_bytes=0 if self._fetcher is None else self._fetcher.held_bytes,
             queued_bytes=0 if self._remote is None else self._remote.writes.queued_bytes,
         )
 
     def _pin_prefix(
         self, hashes: Sequence[bytes], fetched: Mapping[bytes, torch.Tensor], pinned: list[bytes]
-    ) -> list[tuple[torch.Tensor, Source]]:
+    ) -> list[tuple[torch.Tensor, Tier]]:
         """The chunks of the longest prefix. Those that the local tier holds in the end are pinned, and in `pinned`."""
         self._local.request(hashes)
         # Pinned before anything is promoted, which may evict.
@@ -217,13 +253,13 @@ class TwoLevelCache:
                 resident[key] = chunk
                 pinned.append(key)
         prefix = _prefix(hashes, resident, fetched)
-        reused = sum(source == "local" for _, source in prefix)
+        reused = sum(tier == "local" for _, tier in prefix)
         while len(pinned) > reused:
             self._local.unpin(pinned.pop())
         if reused < len(prefix):
-            for key, (chunk, source) in zip(hashes, prefix, strict=False):
+            for key, (chunk, tier) in zip(hashes, prefix, strict=False):
                 # Pinned at once, so that a later chunk of the prompt does not take its room.
-                if source == "remote" and self._local.put(key, chunk):
+                if tier == "remote" and self._local.put(key, chunk):
                     self._local.pin(key)
                     pinned.append(key)
             held = set(pinned)
@@ -254,7 +290,7 @@ class TwoLevelCache:
             self._remote.writes.offer(key, fingerprint, chunk)
 
     def _release(self, pinned: Sequence[bytes], outside: int) -> None:
-        self._leased_outside -= outside
+        self._pinned_outside -= outside
         self._unpin_all(pinned)
 
     def _unpin_all(self, keys: Sequence[bytes]) -> None:
@@ -269,9 +305,9 @@ class TwoLevelCache:
 
 def _prefix(
     hashes: Sequence[bytes], resident: Mapping[bytes, torch.Tensor], fetched: Mapping[bytes, torch.Tensor]
-) -> list[tuple[torch.Tensor, Source]]:
+) -> list[tuple[torch.Tensor, Tier]]:
     """The chunks from the first on, each from where it is, up to the first that is nowhere."""
-    prefix: list[tuple[torch.Tensor, Source]] = []
+    prefix: list[tuple[torch.Tensor, Tier]] = []
     for key in hashes:
         if key in resident:
             prefix.append((resident[key], "local"))

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from cache.keys import PromptKeys
-from cache.lone_thread import compute_alone
+from cache.torch_threads import use_one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class Fetcher:
         return landed.chunk
 
     def _run(self) -> None:
-        compute_alone()
+        use_one_thread()
         while (turn := self._next()) is not None:
             prefetch, missing = turn
             try:

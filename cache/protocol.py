@@ -1,7 +1,7 @@
 """What an engine may ask of a cache, and the shape of what passes between them.
 
 The engine knows nothing of tiers, Redis or policies; the cache knows nothing of models. Between them pass token ids,
-chunks (tensors of one fixed shape) and a lease that keeps the chunks in place while they are copied.
+chunks (tensors of one fixed shape) and a `CachedPrefix`, which keeps the chunks in place while they are copied.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,13 +46,16 @@ class ModelIdentity:
     adapter: str = ""
 
 
-class Lease(Protocol):
+Tier = Literal["local", "remote"]
+
+
+class CachedPrefix(Protocol):
     """The reusable prefix of one prompt. While it is held its chunks are neither evicted nor overwritten."""
 
     chunks: Sequence[torch.Tensor]
     """`chunks[i]` holds tokens `[i * chunk_tokens, (i + 1) * chunk_tokens)`: a contiguous prefix, on the CPU, not to be
-    written to. Copy them and release the lease."""
-    sources: Sequence[Literal["local", "remote"]]
+    written to. Copy them, then call `release`."""
+    tiers: Sequence[Tier]
     """For each of `chunks`, the tier it was found in."""
     local_chunks: int
     """How many of `chunks` the local tier held."""
@@ -106,7 +109,7 @@ class KVCache(Protocol):
         """
         ...
 
-    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> Lease:
+    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> CachedPrefix:
         """The longest cached prefix of `token_ids`, in full chunks; may reach the very end of the prompt.
 
         Takes what `prefetch`, of the same prompt and salt, has brought by now and ends it. Does not wait for Redis.

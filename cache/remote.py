@@ -13,7 +13,6 @@ from cache.codec import HEADER_BYTES, check_header, check_payload, record_bytes
 from cache.config import RemoteConfig
 from cache.dialer import Dialer
 from cache.fetch_plan import FetchPlan
-from cache.known_keys import KnownKeys
 from cache.payload import RecordError, make_payload, payload_view
 from cache.protocol import ChunkShape
 from cache.redis_wire import (
@@ -26,7 +25,7 @@ from cache.redis_wire import (
     encode_command,
 )
 from cache.seal import Seal
-from cache.write_behind import WriteBehind
+from cache.write_behind import KnownKeys, WriteBehind
 from core.clock import Clock
 
 logger = logging.getLogger(__name__)

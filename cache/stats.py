@@ -39,8 +39,8 @@ class CacheStats:
     pinned_chunks: int
     local_bytes: int
     """Tensors in the local tier, those in flight included."""
-    leased_outside_bytes: int
-    """Tensors from Redis that found no room in the local tier and live as long as their lease."""
+    pinned_outside_bytes: int
+    """Tensors from Redis that found no room in the local tier and live as long as their prefix."""
     fetched_bytes: int
     """Tensors from Redis that wait for their look-up, and those that are being read."""
     queued_bytes: int

@@ -491,13 +491,13 @@ class Engine:
             limit = len(sequence.prompt) - 1
             if lease.chunks:
                 self._runner.pool.load_chunks(sequence.row, lease.chunks)
-            for index, source in enumerate(lease.sources):
+            for index, tier in enumerate(lease.tiers):
                 counted = min(tokens, limit - index * tokens)
-                if source == "local":
+                if tier == "local":
                     sequence.local_tokens += counted
                 else:
                     sequence.remote_tokens += counted
-            # The lease's memory may change once it is released.
+            # The prefix's memory may change once it is released.
             self.model.wait_for_device()
         self._done.local_tokens += sequence.local_tokens
         self._done.remote_tokens += sequence.remote_tokens

@@ -43,7 +43,7 @@ class MicroBatcher(Generic[T]):
         return batch
 
 
-class Standing:
+class QueueDelay:
     """How long requests stand before they are taken in, while whoever takes them in is busy with a batch."""
 
     def __init__(self, clock: Clock) -> None:

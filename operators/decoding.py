@@ -8,8 +8,8 @@ from core.clock import Clock
 from core.errors import UserError
 from core.records import MAX_RECORD_BYTES, DeadLetter, Identifier, Request
 from operators.delivery.deduplicator import Deduplicator
-from operators.envelope import Envelope, Source
-from operators.placement import Placing
+from operators.envelope import Envelope, RecordPosition
+from operators.placement import PlacementPolicy
 
 _IDENTIFIER: TypeAdapter[str] = TypeAdapter(Identifier)
 
@@ -17,37 +17,37 @@ _IDENTIFIER: TypeAdapter[str] = TypeAdapter(Identifier)
 class Decoder:
     """Validates a record and places its session."""
 
-    def __init__(self, placement: Placing, clock: Clock, copies: Deduplicator | None = None) -> None:
+    def __init__(self, placement: PlacementPolicy, clock: Clock, copies: Deduplicator | None = None) -> None:
         """Without `copies` every request is taken for a new one."""
         self._placement = placement
         self._clock = clock
         self._copies = copies
 
-    def decode(self, raw: bytes | None, source: Source) -> Envelope | DeadLetter | None:
+    def decode(self, raw: bytes | None, position: RecordPosition) -> Envelope | DeadLetter | None:
         """Never raises for what a record holds: whatever is no request is a dead letter with the reason.
 
         None for the copy of a request.
         """
         if raw is None:
-            return _dead_letter("record: it has no value; send a JSON object", None, source)
+            return _dead_letter("record: it has no value; send a JSON object", None, position)
         try:
             request = Request.from_json(raw)
         except UserError as error:
-            return _dead_letter(str(error), raw, source)
-        if self._copies is not None and self._copies.is_copy(request.request_id, source):
+            return _dead_letter(str(error), raw, position)
+        if self._copies is not None and self._copies.is_copy(request.request_id, position):
             return None
-        return Envelope(self._placement.slot_of(request.session_id), raw, source, self._clock.wall_ms())
+        return Envelope(self._placement.slot_of(request.session_id), raw, position, self._clock.wall_ms())
 
 
-def _dead_letter(reason: str, raw: bytes | None, source: Source) -> DeadLetter:
+def _dead_letter(reason: str, raw: bytes | None, position: RecordPosition) -> DeadLetter:
     return DeadLetter.of(
         raw,
         reason=reason,
         stage="decode",
         request_id=_readable_id(raw),
-        topic=source.topic,
-        partition=source.partition,
-        offset=source.offset,
+        topic=position.topic,
+        partition=position.partition,
+        offset=position.offset,
     )
 
 

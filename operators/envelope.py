@@ -13,8 +13,8 @@ from operators.written_response import WrittenResponse
 
 
 @dataclass(frozen=True)
-class Source:
-    """Place of a record in Kafka: no other record of a job's requests has it."""
+class RecordPosition:
+    """Topic, partition and offset of a record in Kafka. It identifies a request within a job."""
 
     topic: str
     partition: int
@@ -22,7 +22,11 @@ class Source:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A third of the cost of what a dataclass does by itself: each request crosses to the slot's process and back.
-        return Source, (self.topic, self.partition, self.offset)
+        return RecordPosition, (self.topic, self.partition, self.offset)
+
+
+Source = RecordPosition
+"""The name under which release 0.1.0 pickled positions: `operators.envelope_state`."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,14 @@ class Envelope:
 
     slot: int
     raw: bytes
-    source: Source
+    position: RecordPosition
     decoded_at_ms: float
     """Or when it was handed in again after a restart of the job."""
     attempts: int = 0
     """Deaths of the slot's process in the midst of the request."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Envelope, (self.slot, self.raw, self.source, self.decoded_at_ms, self.attempts)
+        return Envelope, (self.slot, self.raw, self.position, self.decoded_at_ms, self.attempts)
 
     @property
     def request(self) -> Request:
@@ -51,11 +55,11 @@ class Envelope:
             reason=reason,
             stage="inference",
             request_id=self.request.request_id,
-            topic=self.source.topic,
-            partition=self.source.partition,
-            offset=self.source.offset,
+            topic=self.position.topic,
+            partition=self.position.partition,
+            offset=self.position.offset,
         )
-        return Answer(self.source, letter)
+        return Answer(self.position, letter)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Queue:
 
 
 @dataclass(frozen=True)
-class Group:
+class MicroBatch:
     """Requests for a slot that enter its engine together and leave together."""
 
     envelopes: Sequence[Envelope]
@@ -110,14 +114,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of the request that stood at `source`."""
+    """What came of the request that stood at `position`."""
 
-    source: Source
+    position: RecordPosition
     record: WrittenResponse | DeadLetter
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Answer, (self.source, self.record)
+        return Answer, (self.position, self.record)
 
     def leaving(self, at_ms: float) -> "Answer":
         """The same answer, which leaves at this time (wall time)."""
-        return self if isinstance(self.record, DeadLetter) else Answer(self.source, self.record.leaving(at_ms))
+        return self if isinstance(self.record, DeadLetter) else Answer(self.position, self.record.leaving(at_ms))

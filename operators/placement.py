@@ -4,15 +4,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from core.session_home import home_slot
-from operators.boards.load_board import Loads
+from core.default_slot import default_slot
 from operators.config import PlacementConfig
+from operators.shared_state.slot_loads import Loads
 
 DETOUR_MS = 100.0
 """What a session is taken to add to the queue it is sent to, until that slot reports again."""
 
 
-class Placing(Protocol):
+class PlacementPolicy(Protocol):
     def slot_of(self, session_id: str) -> int: ...
 
 
@@ -24,15 +24,15 @@ class SessionAffinity:
 
     def slot_of(self, session_id: str) -> int:
         """Index in `[0, slots)`, the same in every process."""
-        return home_slot(session_id, self._slots)
+        return default_slot(session_id, self._slots)
 
 
 class BalancedPlacement:
-    """A session begins at home, or at the least loaded slot where home is overloaded, and stays where it began.
+    """A session begins at default, or at the least loaded slot where default is overloaded, and stays where it began.
 
     A queue is overloaded that is longer than `overload_ms` and than `overload_ratio` times the mean of the others: the
     bound of consistent hashing with bounded loads (Mirrokni et al., SODA 2018), on waiting time. As long as loads are
-    not known, sessions are at home.
+    not known, sessions are at default.
     """
 
     def __init__(self, slots: int, config: PlacementConfig, loads: Loads) -> None:
@@ -47,25 +47,25 @@ class BalancedPlacement:
     def slot_of(self, session_id: str) -> int:
         slot = self._known.pop(session_id, None)
         if slot is None:
-            slot = self._place(home_slot(session_id, self._slots))
+            slot = self._place(default_slot(session_id, self._slots))
         self._known[session_id] = slot
         if len(self._known) > self._config.remembered_sessions:
             self._known.popitem(last=False)
         return slot
 
-    def _place(self, home: int) -> int:
+    def _place(self, default: int) -> int:
         read = self._loads.queues_ms
         if read is not self._read:
             self._read, self._queues_ms = read, dict(read)
-        others = {slot: queue for slot, queue in self._queues_ms.items() if slot != home}
-        if home not in self._queues_ms or not others:
-            return home
+        others = {slot: queue for slot, queue in self._queues_ms.items() if slot != default}
+        if default not in self._queues_ms or not others:
+            return default
         bound_ms = max(self._config.overload_ms, self._config.overload_ratio * sum(others.values()) / len(others))
-        if self._queues_ms[home] <= bound_ms:
-            return home
+        if self._queues_ms[default] <= bound_ms:
+            return default
         slot = min(others, key=lambda other: (others[other], other))
-        if others[slot] >= self._queues_ms[home]:
-            return home
+        if others[slot] >= self._queues_ms[default]:
+            return default
         self._queues_ms[slot] += DETOUR_MS
         return slot
 

@@ -123,8 +123,8 @@ def test_every_folder_of_code_has_a_rule() -> None:
         ("core/clock.py", "import torch", "core/clock.py:1 imports torch"),
         (
             "core/clock.py",
-            "import os\nfrom cache.protocol import Lease",
-            "core/clock.py:2 imports cache.protocol.Lease",
+            "import os\nfrom cache.protocol import CachedPrefix",
+            "core/clock.py:2 imports cache.protocol.CachedPrefix",
         ),
         ("cache/local.py", "from inference_service.engine import Engine", "inference_service.engine.Engine"),
         ("workloads/trace.py", "from ..operators import batcher", "operators.batcher"),

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from random import Random
 
+from core.default_slot import default_slot
 from core.errors import UserError
-from core.session_home import home_slot
 from workloads.config import Arrivals, WorkloadConfig
 from workloads.timed_request import TimedRequest, request_id
 from workloads.token_ids import made_token_ids
@@ -64,7 +64,7 @@ class IndependentWorkload:
 def session_at_home(user_id: str, slot: int, slots: int) -> str:
     """The user's first session id that is at home in `slot` of `slots`, and so in `slot % d` of each divisor d."""
     session = 1
-    while home_slot(f"{user_id}/s{session}", slots) != slot:
+    while default_slot(f"{user_id}/s{session}", slots) != slot:
         session += 1
     return f"{user_id}/s{session}"
 

@@ -103,10 +103,10 @@ def _requests(
     cache = TwoLevelCache(shape=BLOCK_SHAPE, keys=keys, local=local, sizing=sizing, remote=None, clock=clock)
     for request in load:
         clock.advance(request.at_ms - clock.monotonic_ms())
-        with cache.lookup(request.blocks) as lease:
+        with cache.lookup(request.blocks) as prefix:
             # Without Redis a look-up brings nothing in: what is resident now was so when it began.
             hits = sum(key in local for key in keys.of(request.blocks).hashes)
-            served = _served(request, lease.capacity_chunks, hits, len(lease.chunks))
+            served = _served(request, prefix.capacity_chunks, hits, len(prefix.chunks))
         cache.store(request.blocks, _leave_empty)
         yield served
     outcome.refused = cache.stats().chunks_refused

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from core.kafka_config import KafkaConfig
 from core.records import DeadLetter
 from operators.delivery.journal import Journal, Partition, TopicRecord
-from operators.envelope import Envelope, Source
+from operators.envelope import Envelope, RecordPosition
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class AnsweredLog:
         Else it is not, and the records are to be written that it returns: the recorded answer where nobody can see it,
         as its transaction was aborted, and otherwise nothing.
         """
-        source = envelope.source
-        if source.offset >= self._new_from.get(_partition(source), 0):
+        position = envelope.position
+        if position.offset >= self._new_from.get(_partition(position), 0):
             return None
-        self._cover(source)
+        self._cover(position)
         request_id = envelope.request.request_id
         hidden = self._hidden.get(request_id, [])
         if request_id in self._visible or any(map(self._is_committed, hidden)):
@@ -67,14 +67,14 @@ class AnsweredLog:
             return (hidden[-1].record,)
         return None
 
-    def _cover(self, source: Source) -> None:
-        """Read as far back as the answer of the request at `source` may stand."""
-        partition = _partition(source)
-        if source.offset >= self._oldest.get(partition, source.offset + 1):
+    def _cover(self, position: RecordPosition) -> None:
+        """Read as far back as the answer of the request at `position` may stand."""
+        partition = _partition(position)
+        if position.offset >= self._oldest.get(partition, position.offset + 1):
             return
-        self._oldest[partition] = source.offset
+        self._oldest[partition] = position.offset
         # In the order of a partition requests are taken to be no older than the margin than those before.
-        asked = list(self._journal.read({partition: range(source.offset, source.offset + 1)}, committed=False))
+        asked = list(self._journal.read({partition: range(position.offset, position.offset + 1)}, committed=False))
         begins = self._journal.offsets_at(self._topics, asked[0].at_ms - self._margin_ms if asked else 0)
         if not self._covered:
             self._covered = self._journal.ends(self._topics)
@@ -116,5 +116,5 @@ class AnsweredLog:
         return {letter.request_id} if letter.stage == "inference" and letter.request_id is not None else set()
 
 
-def _partition(source: Source) -> Partition:
-    return Partition(source.topic, source.partition)
+def _partition(position: RecordPosition) -> Partition:
+    return Partition(position.topic, position.partition)

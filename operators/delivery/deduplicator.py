@@ -9,7 +9,7 @@ from collections import deque
 from core.errors import UserError
 from core.records import Request
 from operators.delivery.journal import Journal, Partition
-from operators.envelope import Source
+from operators.envelope import RecordPosition
 
 
 class RecentIds:
@@ -45,12 +45,12 @@ class Deduplicator:
         self._recent: dict[Partition, RecentIds] = {}
         self.dropped = 0
 
-    def is_copy(self, request_id: str, source: Source) -> bool:
+    def is_copy(self, request_id: str, position: RecordPosition) -> bool:
         """To be asked once for each valid request, in the order of its partition. Raises what the journal raises."""
-        partition = Partition(source.topic, source.partition)
+        partition = Partition(position.topic, position.partition)
         if partition not in self._recent:
-            self._recent[partition] = self._read(partition, source.offset)
-        copy = self._recent[partition].seen(request_id, source.offset)
+            self._recent[partition] = self._read(partition, position.offset)
+        copy = self._recent[partition].seen(request_id, position.offset)
         self.dropped += copy
         return copy
 

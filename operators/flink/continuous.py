@@ -8,7 +8,7 @@ from pyflink.common import Types
 from pyflink.datastream import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import MapState, MapStateDescriptor
 
-from operators.envelope import Envelope, Source
+from operators.envelope import Envelope, RecordPosition
 from operators.envelope_state import from_state, to_state
 from operators.flink.rows import STORED, answer_row
 from operators.flink.slot_function import END_OF_INPUT, SlotFunction
@@ -40,7 +40,7 @@ class ContinuousFunction(SlotFunction):
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         yield from self._restore(ctx)
-        self._in_flight.put(_ticket(envelope.source), to_state(envelope))
+        self._in_flight.put(_ticket(envelope.position), to_state(envelope))
         yield from self._submit(envelope, ctx)
         yield from self._leave(ctx, 0.0)
 
@@ -65,9 +65,9 @@ class ContinuousFunction(SlotFunction):
         """What has finished under the current key; as long as more is in flight there, a timer looks again."""
         key = ctx.get_current_key()
         for envelope in self._pump.retried(key):
-            self._in_flight.put(_ticket(envelope.source), to_state(envelope))
+            self._in_flight.put(_ticket(envelope.position), to_state(envelope))
         for answer in self._pump.take(key, timeout_s):
-            self._in_flight.remove(_ticket(answer.source))
+            self._in_flight.remove(_ticket(answer.position))
             self._metrics.answered(answer.record)
             yield answer_row(answer)
         if self._pump.outstanding(key) and key not in self._watched:
@@ -87,14 +87,14 @@ class ContinuousFunction(SlotFunction):
             return
         self._restored.add(key)
         waiting = [from_state(stored) for _, stored in self._in_flight.items()]
-        for envelope in sorted(waiting, key=lambda one: (one.source.partition, one.source.offset)):
+        for envelope in sorted(waiting, key=lambda one: (one.position.partition, one.position.offset)):
             again = self._answered_before(envelope)
             if again is None:
                 yield from self._submit(self._since_opened(envelope), ctx)
             else:
-                self._in_flight.remove(_ticket(envelope.source))
+                self._in_flight.remove(_ticket(envelope.position))
                 yield from again
 
 
-def _ticket(source: Source) -> str:
-    return f"{source.partition}-{source.offset}"
+def _ticket(position: RecordPosition) -> str:
+    return f"{position.partition}-{position.offset}"

@@ -10,17 +10,17 @@ from pyflink.datastream import ProcessFunction, RuntimeContext
 from core.clock import SystemClock
 from core.kafka_config import KafkaConfig
 from core.records import DeadLetter
-from operators.boards.load_board import LoadBoard, LoadView
 from operators.config import IsolationLevel, JobConfig
 from operators.decoding import Decoder
 from operators.delivery.deduplicator import Deduplicator
 from operators.delivery.kafka_journal import KafkaJournal
-from operators.envelope import Source, WarmUp
+from operators.envelope import RecordPosition, WarmUp
 from operators.flink.beam_worker import make_lean
 from operators.flink.rows import DEAD_LETTERS, WARM_UP, dead_letter_row, element_row
 from operators.flink.user_errors import UserErrors
 from operators.metrics.slot_metrics import slot_metrics
-from operators.placement import BalancedPlacement, Placing, SessionAffinity
+from operators.placement import BalancedPlacement, PlacementPolicy, SessionAffinity
+from operators.shared_state.slot_loads import LoadReader, SharedLoads
 
 
 class DecodeFunction(ProcessFunction):
@@ -43,11 +43,11 @@ class DecodeFunction(ProcessFunction):
     def _open(self, runtime_context: RuntimeContext) -> None:
         make_lean()
         slots = self._config.parallelism
-        board = LoadBoard.of(self._config)
-        if board is None:
-            placement: Placing = SessionAffinity(slots)
+        shared = SharedLoads.of(self._config)
+        if shared is None:
+            placement: PlacementPolicy = SessionAffinity(slots)
         else:
-            loads = self._opened.enter_context(closing(LoadView(board)))
+            loads = self._opened.enter_context(closing(LoadReader(shared)))
             placement = BalancedPlacement(slots, self._config.placing, loads)
         copies = None
         if self._config.delivery.dedup_records:
@@ -68,8 +68,8 @@ class DecodeFunction(ProcessFunction):
         if partition == WARM_UP:
             yield element_row(self._keys[offset], WarmUp(offset))
             return
-        source = Source(self._config.kafka.requests_topic, partition, offset)
-        decoded = self._decoder.decode(None if raw is None else bytes(raw), source)
+        position = RecordPosition(self._config.kafka.requests_topic, partition, offset)
+        decoded = self._decoder.decode(None if raw is None else bytes(raw), position)
         if isinstance(decoded, DeadLetter):
             self._metrics.answered(decoded)
             yield DEAD_LETTERS, dead_letter_row(decoded)

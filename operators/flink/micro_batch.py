@@ -8,12 +8,12 @@ from typing import Any
 from pyflink.datastream import KeyedProcessFunction, RuntimeContext
 from pyflink.datastream.state import ListState, ListStateDescriptor
 
-from operators.batching import MicroBatcher, Standing
-from operators.boards.load_board import LoadBoard, LoadReport
+from operators.batching import MicroBatcher, QueueDelay
 from operators.envelope import Envelope
 from operators.envelope_state import from_state, to_state
 from operators.flink.rows import STORED, answer_row
 from operators.flink.slot_function import END_OF_INPUT, SlotFunction
+from operators.shared_state.slot_loads import LoadReporter, SharedLoads
 
 
 class MicroBatchFunction(SlotFunction):
@@ -25,10 +25,11 @@ class MicroBatchFunction(SlotFunction):
     def _open(self, runtime_context: RuntimeContext) -> None:
         super()._open(runtime_context)
         batching = self._config.batching
-        self._stood = Standing(self._clock)
-        board = LoadBoard.of(self._config)
-        if board is not None:
-            self._opened.enter_context(closing(LoadReport(board, self._slot.ready.slot, lambda: self._stood.queue_ms)))
+        self._queue_delay = QueueDelay(self._clock)
+        loads = SharedLoads.of(self._config)
+        if loads is not None:
+            reporter = LoadReporter(loads, self._slot.ready.slot, lambda: self._queue_delay.queue_ms)
+            self._opened.enter_context(closing(reporter))
         self._batchers: defaultdict[int, MicroBatcher[Envelope]] = defaultdict(
             lambda: MicroBatcher(batching.batch_size, batching.max_wait_ms)
         )
@@ -36,7 +37,7 @@ class MicroBatchFunction(SlotFunction):
         self._pending: ListState = runtime_context.get_list_state(ListStateDescriptor("pending", STORED))
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        self._stood.taken(envelope.decoded_at_ms)
+        self._queue_delay.taken(envelope.decoded_at_ms)
         yield from self._restore(ctx)
         yield from self._add(envelope, ctx)
 
@@ -75,7 +76,7 @@ class MicroBatchFunction(SlotFunction):
         if not batch:
             return
         self._pending.clear()
-        with self._stood.busy():
+        with self._queue_delay.busy():
             answers = self._slot.answer(batch)
         for answer in answers:
             self._metrics.answered(answer.record)

@@ -24,7 +24,7 @@ from operators.slots.supervisor import Supervisor
 
 END_OF_INPUT = 2**63 - 1
 """Event time that comes when a bounded input ends and on drain, where pending processing-time timers are dropped."""
-SPARE_TIMER_MS = 1000
+RECOVERY_TIMER_MS = 1000
 """From its first element on a key has a timer at each of the next two of these intervals. The later one has just been
 set: it is on its way to Java, and in no checkpoint that is taken meanwhile. Without the other, what is in flight would
 wait after a restart until another request comes. Where nothing is, they open the function after a restart all the same,
@@ -75,8 +75,8 @@ class SlotFunction(KeyedProcessFunction):
         self._slot = self._opened.enter_context(closing(slot))
         self._restored: set[int] = set()
         self._said_ready = False
-        self._spare_intervals: dict[int, int] = {}
-        """The interval of `SPARE_TIMER_MS` that a key's spare timers were set in last."""
+        self._recovery_intervals: dict[int, int] = {}
+        """The interval of `RECOVERY_TIMER_MS` that a key's spare timers were set in last."""
         self._opened_ms = self._clock.wall_ms()
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class SlotFunction(KeyedProcessFunction):
         return self._errors.told(lambda: self._ring(timestamp, ctx))
 
     def _process(self, value: Envelope | WarmUp, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        self._set_spare_timers(ctx)
+        self._set_recovery_timers(ctx)
         yield from self._say_ready()
         if isinstance(value, WarmUp):
             return
@@ -105,17 +105,17 @@ class SlotFunction(KeyedProcessFunction):
 
     def _ring(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
         if timestamp != END_OF_INPUT:
-            self._set_spare_timers(ctx)
+            self._set_recovery_timers(ctx)
         yield from self._say_ready()
         yield from self._look(timestamp, ctx)
 
-    def _set_spare_timers(self, ctx: KeyedProcessFunction.Context) -> None:
+    def _set_recovery_timers(self, ctx: KeyedProcessFunction.Context) -> None:
         key, now_ms = ctx.get_current_key(), int(self._clock.wall_ms())
-        interval = now_ms // SPARE_TIMER_MS
-        if self._spare_intervals.get(key) == interval:
+        interval = now_ms // RECOVERY_TIMER_MS
+        if self._recovery_intervals.get(key) == interval:
             return
-        self._spare_intervals[key] = interval
-        for length_ms in (SPARE_TIMER_MS, FAR_TIMER_MS):
+        self._recovery_intervals[key] = interval
+        for length_ms in (RECOVERY_TIMER_MS, FAR_TIMER_MS):
             for ahead in (1, 2):
                 ctx.timer_service().register_processing_time_timer((now_ms // length_ms + ahead) * length_ms)
         ctx.timer_service().register_event_time_timer(END_OF_INPUT)

@@ -49,7 +49,7 @@ LATENCIES = (
 
 
 @dataclass(frozen=True)
-class Rising:
+class ProcessCounter:
     """A count of the slot's process."""
 
     name: str
@@ -70,28 +70,30 @@ _ENGINE_TOKENS = "Tokens that the engine worked on, those of unanswered requests
 _ERRORS = "Passes that failed, and requests whose chunks could not be kept"
 _HITS = "Chunks that a look-up found"
 _FAULTS = "Look-ups and writes that Redis failed: by errors, late answers, damaged records"
-RISING = (
+PROCESS_COUNTERS = (
     *(
-        Rising("engine_tokens", _ENGINE_TOKENS, _of_engine(f"{kind}_tokens"), (("kind", kind),))
+        ProcessCounter("engine_tokens", _ENGINE_TOKENS, _of_engine(f"{kind}_tokens"), (("kind", kind),))
         for kind in ("prefilled", "decoded", "local", "remote")
     ),
-    Rising("passes", "Forward passes", _of_engine("passes")),
-    Rising("decode_passes", "Forward passes in which sequences decoded", _of_engine("decode_passes")),
-    Rising("errors", _ERRORS, _of_engine("failed_passes"), (("kind", "pass"),)),
-    Rising("errors", _ERRORS, _of_engine("failed_stores"), (("kind", "store"),)),
-    Rising("cache_looked_up_chunks", "Full chunks of the prompts that were looked up", _of_cache("chunks_looked_up")),
-    Rising("cache_hit_chunks", _HITS, _of_cache("local_chunks_hit"), (("tier", "local"),)),
-    Rising("cache_hit_chunks", _HITS, _of_cache("remote_chunks_hit"), (("tier", "remote"),)),
-    Rising("cache_stored_chunks", "Chunks that were kept", _of_cache("chunks_stored")),
-    Rising("cache_refused_chunks", "Chunks that the local tier did not take", _of_cache("chunks_refused")),
-    Rising("cache_evicted_chunks", "Chunks that left the local tier", _of_cache("evictions")),
+    ProcessCounter("passes", "Forward passes", _of_engine("passes")),
+    ProcessCounter("decode_passes", "Forward passes in which sequences decoded", _of_engine("decode_passes")),
+    ProcessCounter("errors", _ERRORS, _of_engine("failed_passes"), (("kind", "pass"),)),
+    ProcessCounter("errors", _ERRORS, _of_engine("failed_stores"), (("kind", "store"),)),
+    ProcessCounter(
+        "cache_looked_up_chunks", "Full chunks of the prompts that were looked up", _of_cache("chunks_looked_up")
+    ),
+    ProcessCounter("cache_hit_chunks", _HITS, _of_cache("local_chunks_hit"), (("tier", "local"),)),
+    ProcessCounter("cache_hit_chunks", _HITS, _of_cache("remote_chunks_hit"), (("tier", "remote"),)),
+    ProcessCounter("cache_stored_chunks", "Chunks that were kept", _of_cache("chunks_stored")),
+    ProcessCounter("cache_refused_chunks", "Chunks that the local tier did not take", _of_cache("chunks_refused")),
+    ProcessCounter("cache_evicted_chunks", "Chunks that left the local tier", _of_cache("evictions")),
     *(
-        Rising("cache_remote_faults", _FAULTS, _of_cache(f"remote_{kind}"), (("kind", kind),))
+        ProcessCounter("cache_remote_faults", _FAULTS, _of_cache(f"remote_{kind}"), (("kind", kind),))
         for kind in ("errors", "timeouts", "corrupt")
     ),
-    Rising("cache_write_dropped_chunks", "Chunks that were not written to Redis", _of_cache("write_dropped")),
-    Rising("cache_read_bytes", "Records that came from Redis", _of_cache("bytes_read")),
-    Rising("cache_written_bytes", "Records that Redis took", _of_cache("bytes_written")),
+    ProcessCounter("cache_write_dropped_chunks", "Chunks that were not written to Redis", _of_cache("write_dropped")),
+    ProcessCounter("cache_read_bytes", "Records that came from Redis", _of_cache("bytes_read")),
+    ProcessCounter("cache_written_bytes", "Records that Redis took", _of_cache("bytes_written")),
 )
 
 
@@ -126,7 +128,7 @@ class SlotMetrics:
         self.duplicates = self._counter(
             "skipped_duplicates", "Requests that had been answered before and were not asked again"
         ).labels(self._slot)
-        self._rising = self._rising_counters()
+        self._process_counters = self._made_process_counters()
         self._times = [self._histogram(latency) for latency in LATENCIES]
         self._windows = [SlidingWindow(clock) for _ in LATENCIES]
         for name, text, read in self._gauges():
@@ -162,7 +164,7 @@ class SlotMetrics:
                 times.add(took_s)
                 window.add(took_s, now_ms)
 
-    def serves(self, serves: bool) -> None:
+    def set_ready(self, serves: bool) -> None:
         """Whether there is a process that is ready. A new one's counts begin with nothing."""
         self._serves = serves
         self._heard_ms = self._clock.monotonic_ms()
@@ -170,11 +172,11 @@ class SlotMetrics:
             self._stats = None
             self._decode_rows = 0.0
 
-    def heard(self, stats: SlotStats) -> None:
+    def update(self, stats: SlotStats) -> None:
         """What the slot's process says of itself."""
         before, self._stats = self._stats, stats
-        for rising, counter in zip(RISING, self._rising, strict=True):
-            counter.inc(rising.read(stats) - (0 if before is None else rising.read(before)))
+        for one, counter in zip(PROCESS_COUNTERS, self._process_counters, strict=True):
+            counter.inc(one.read(stats) - (0 if before is None else one.read(before)))
         self._heard_ms = self._clock.monotonic_ms()
         passes, tokens = stats.engine.decode_passes, stats.engine.decoded_tokens
         if before is not None:
@@ -236,13 +238,13 @@ class SlotMetrics:
         self.registry.register(made)
         return made
 
-    def _rising_counters(self) -> list[Any]:
+    def _made_process_counters(self) -> list[Any]:
         made: dict[str, Counter] = {}
         found = []
-        for rising in RISING:
-            if rising.name not in made:
-                made[rising.name] = self._counter(rising.name, rising.help, *(label for label, _ in rising.labels))
-            found.append(made[rising.name].labels(self._slot, *(value for _, value in rising.labels)))
+        for one in PROCESS_COUNTERS:
+            if one.name not in made:
+                made[one.name] = self._counter(one.name, one.help, *(label for label, _ in one.labels))
+            found.append(made[one.name].labels(self._slot, *(value for _, value in one.labels)))
         return found
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 from core.errors import UserError
 from operators.config import JobConfig
-from operators.envelope import Answer, Envelope, Group, Ready, SlotStats, Source
-from operators.slots.line import Line
+from operators.envelope import Answer, Envelope, MicroBatch, Ready, RecordPosition, SlotStats
+from operators.slots.channel import Channel
 
 SERVER = "operators.slots.server"
 END_TIMEOUT_S = 10.0
@@ -55,23 +55,23 @@ class Broken:
 
 @dataclass(frozen=True)
 class Began:
-    """The engine is about to begin with the requests that stand at `sources`."""
+    """The engine is about to begin with the requests that stand at `positions`."""
 
-    sources: Sequence[Source]
+    positions: Sequence[RecordPosition]
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """The process lives: between two passes, or idle."""
 
     stats: SlotStats
 
 
-Said = Ready | Began | Beat | list[Answer]
+SlotMessage = Ready | Began | Heartbeat | list[Answer]
 
 
 class SlotDiedError(RuntimeError):
-    """The process has ended though nobody told it to; `how` says it in a line."""
+    """The process has ended though nobody told it to; `how` says it in one line."""
 
     def __init__(self, how: str, details: str = "") -> None:
         super().__init__(f"the slot's process {how}\n{details}".rstrip())
@@ -90,7 +90,7 @@ class SlotProcess:
         # Should it stop in the midst of a message, nobody may wait for the rest of it for ever.
         longest = struct.pack("@ll", int(config.supervision.engine_timeout_s) + 1, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, longest)
-        self._line = Line(Connection(os.dup(self._socket.fileno())))
+        self._channel = Channel(Connection(os.dup(self._socket.fileno())))
         self._outbox: SimpleQueue[Any] = SimpleQueue()
         with theirs:
             try:
@@ -102,21 +102,21 @@ class SlotProcess:
                     env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
                 )
             except OSError as error:
-                self._line.close()
+                self._channel.close()
                 self._socket.close()
                 raise SlotDiedError(f"could not be started: {error}") from error
         self._sender = threading.Thread(target=self._write, name="to-slot", daemon=True)
         self._sender.start()
         self._outbox.put(Start(config, slot, logging.getLogger().getEffectiveLevel()))
 
-    def send(self, order: Envelope | Group) -> None:
+    def send(self, order: Envelope | MicroBatch) -> None:
         """Hand over a request that may enter and leave by itself, or a closed group. Never waits.
 
         What comes of it is heard: should the process end, nothing does.
         """
         self._outbox.put(order)
 
-    def hear(self, timeout_s: float) -> Said | None:
+    def receive(self, timeout_s: float) -> SlotMessage | None:
         """What it says next, within `timeout_s`. Its log records go to this process's log.
 
         Raises `UserError` where the slot cannot be made of what the user gave, `SlotDiedError` once it has ended.
@@ -124,9 +124,9 @@ class SlotProcess:
         until_s = time.monotonic() + timeout_s
         while True:
             try:
-                if not self._line.speaks(max(0.0, until_s - time.monotonic())):
+                if not self._channel.poll(max(0.0, until_s - time.monotonic())):
                     return None
-                said = self._line.receive()
+                said = self._channel.receive()
             except (EOFError, OSError):
                 raise self._died() from None
             if isinstance(said, Refused):
@@ -134,7 +134,7 @@ class SlotProcess:
             if isinstance(said, Broken):
                 raise SlotDiedError(f"failed: {said.traceback.strip().splitlines()[-1]}", said.traceback)
             if not isinstance(said, logging.LogRecord):
-                found: Said = said
+                found: SlotMessage = said
                 return found
             logging.getLogger(said.name).handle(said)
 
@@ -152,24 +152,24 @@ class SlotProcess:
             self._has_ended()
 
     def close(self) -> None:
-        """End it, and close the way to it: nobody may send or hear meanwhile."""
+        """End it, and close the way to it: nobody may send or receive meanwhile."""
         self.end()
         self._outbox.put(None)
         self._sender.join()
-        self._line.close()
+        self._channel.close()
         self._socket.close()
 
     def _write(self) -> None:
         """Send `Start`, and then whatever has come meanwhile as a list of orders."""
         with suppress(EOFError):
-            self._line.send(self._outbox.get())
+            self._channel.send(self._outbox.get())
             while True:
                 orders = [self._outbox.get()]
                 while not self._outbox.empty():
                     orders.append(self._outbox.get())
                 if None in orders:
                     return
-                self._line.send(orders)
+                self._channel.send(orders)
 
     def _has_ended(self) -> bool:
         """Whether it has, within `END_TIMEOUT_S`."""

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from core.clock import Clock
-from operators.envelope import Answer, Envelope, Source
-from operators.slots.custody import Retry
+from operators.envelope import Answer, Envelope, RecordPosition
+from operators.slots.retry_tracker import Retry
 
 
 class Serving(Protocol):
@@ -46,8 +46,8 @@ class Pump:
         self._awaited: Callable[[], object] = lambda: False
         """What the stream's side waits for. It is not woken for anything else: each wake-up costs a thread switch."""
         self._finished: dict[int, list[Answer]] = defaultdict(list)
-        self._retried: dict[int, dict[Source, Envelope]] = defaultdict(dict)
-        self._owners: dict[Source, int] = {}
+        self._retried: dict[int, dict[RecordPosition, Envelope]] = defaultdict(dict)
+        self._owners: dict[RecordPosition, int] = {}
         """Owner of each request in the slot."""
         self._outstanding: dict[int, int] = defaultdict(int)
         """For each owner, what it has handed in and not taken out."""
@@ -59,7 +59,7 @@ class Pump:
         """Hand a request in; does not wait for the engine."""
         with self._changed:
             self._require_alive()
-            self._owners[envelope.source] = owner
+            self._owners[envelope.position] = owner
             self._outstanding[owner] += 1
         self._slot.send(envelope)
 
@@ -97,7 +97,7 @@ class Pump:
             finished = self._finished.pop(owner, [])
             if (retried := self._retried.get(owner)) is not None:
                 for answer in finished:
-                    retried.pop(answer.source, None)
+                    retried.pop(answer.position, None)
             self._outstanding[owner] -= len(finished)
         now_ms = self._clock.wall_ms()
         return [answer.leaving(now_ms) for answer in finished]
@@ -121,9 +121,9 @@ class Pump:
                 with self._changed:
                     for one in came:
                         if isinstance(one, Answer):
-                            self._finished[self._owners.pop(one.source)].append(one)
+                            self._finished[self._owners.pop(one.position)].append(one)
                         else:
-                            self._retried[self._owners[one.envelope.source]][one.envelope.source] = one.envelope
+                            self._retried[self._owners[one.envelope.position]][one.envelope.position] = one.envelope
                     if self._awaited():
                         self._changed.notify_all()
         except BaseException as error:  # it is raised again where the stream calls

@@ -18,67 +18,67 @@ from pathlib import Path
 
 from core.clock import Clock, SystemClock
 from core.errors import UserError
-from operators.boards.load_board import LoadBoard, LoadReport
 from operators.config import Batching, JobConfig
-from operators.envelope import Group
-from operators.slots.line import HungUpError, Line
-from operators.slots.process import Beat, Began, Broken, Refused, Start
+from operators.envelope import MicroBatch
+from operators.shared_state.slot_loads import LoadReporter, SharedLoads
+from operators.slots.channel import Channel, ChannelClosedError
+from operators.slots.process import Began, Broken, Heartbeat, Refused, Start
 from operators.slots.slot import InferenceSlot
 
 PR_SET_PDEATHSIG = 1
 """Option of Linux' `prctl`: the signal that a process gets when its parent ends."""
-BEAT_S = 0.5
+HEARTBEAT_S = 0.5
 """Time between two signs of life."""
 
 
-class LogOnLine(QueueHandler):
+class ChannelLogHandler(QueueHandler):
     """Hands log records to the worker, whose log is Flink's."""
 
-    def __init__(self, line: Line) -> None:
-        super().__init__(queue=line)  # type: ignore[arg-type]
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(queue=channel)  # type: ignore[arg-type]
 
     def enqueue(self, record: logging.LogRecord) -> None:
         self.queue.send(record)  # type: ignore[attr-defined]
 
 
-class Pulse:
-    """Tells the worker that the process lives, and what its slot does, as often as `BEAT_S` allows."""
+class HeartbeatSender:
+    """Tells the worker that the process lives, and what its slot does, as often as `HEARTBEAT_S` allows."""
 
-    def __init__(self, line: Line, clock: Clock) -> None:
-        self._line = line
+    def __init__(self, channel: Channel, clock: Clock) -> None:
+        self._channel = channel
         self._clock = clock
         self._next_ms = clock.monotonic_ms()
 
     def beat(self, slot: InferenceSlot) -> None:
         now_ms = self._clock.monotonic_ms()
         if now_ms >= self._next_ms:
-            self._next_ms = now_ms + BEAT_S * 1e3
-            self._line.send(Beat(slot.stats))
+            self._next_ms = now_ms + HEARTBEAT_S * 1e3
+            self._channel.send(Heartbeat(slot.stats))
 
 
-def serve(line: Line, slot: InferenceSlot, pulse: Pulse) -> None:
-    """Answer what comes, until `HungUpError` is raised."""
+def serve(channel: Channel, slot: InferenceSlot, heartbeat: HeartbeatSender) -> None:
+    """Answer what comes, until `ChannelClosedError` is raised."""
     while True:
-        pulse.beat(slot)
-        if line.speaks(0.0 if slot.unfinished else BEAT_S):
-            for order in line.receive():
-                if isinstance(order, Group):
-                    line.send(slot.answer(order.envelopes))
+        heartbeat.beat(slot)
+        if channel.poll(0.0 if slot.unfinished else HEARTBEAT_S):
+            for order in channel.receive():
+                if isinstance(order, MicroBatch):
+                    channel.send(slot.answer(order.envelopes))
                 elif (refused := slot.submit(order)) is not None:
-                    line.send([refused])
+                    channel.send([refused])
         elif slot.unfinished and (answers := slot.step()):
-            line.send(answers)
+            channel.send(answers)
 
 
-def run(line: Line) -> None:
-    start: Start = line.receive()
-    to_worker = LogOnLine(line)
+def run(channel: Channel) -> None:
+    start: Start = channel.receive()
+    to_worker = ChannelLogHandler(channel)
     # Whatever else is logged elsewhere.
     to_worker.setLevel(start.log_level)
     # The worker's log adds level and name.
     logging.basicConfig(level=start.log_level, format="%(message)s", handlers=[to_worker])
     clock = SystemClock()
-    pulse = Pulse(line, clock)
+    heartbeat = HeartbeatSender(channel, clock)
     with ExitStack() as opened:
         try:
             if start.config.slot_logging is not None:
@@ -87,19 +87,19 @@ def run(line: Line) -> None:
                 start.config,
                 start.slot,
                 clock,
-                on_begin=lambda sources: line.send(Began(sources)),
-                on_pass=lambda: pulse.beat(slot),
+                on_begin=lambda positions: channel.send(Began(positions)),
+                on_pass=lambda: heartbeat.beat(slot),
             )
         except UserError as error:
-            line.send(Refused(str(error)))
+            channel.send(Refused(str(error)))
             return
         opened.enter_context(closing(slot))
         # Nothing of what is loaded by now becomes garbage: collections need not look at it again.
         gc.collect()
         gc.freeze()
         _report(opened, start.config, slot)
-        line.send(slot.ready)
-        serve(line, slot, pulse)
+        channel.send(slot.ready)
+        serve(channel, slot, heartbeat)
 
 
 def configure_logging(path: Path) -> None:
@@ -116,9 +116,9 @@ def configure_logging(path: Path) -> None:
 
 def _report(opened: ExitStack, config: JobConfig, slot: InferenceSlot) -> None:
     """Tell those who place sessions what waits before the engine. Micro-batches wait before the slot instead."""
-    board = LoadBoard.of(config) if config.batching.batching is Batching.CONTINUOUS else None
-    if board is not None:
-        opened.enter_context(closing(LoadReport(board, slot.index, lambda: slot.queue_ms)))
+    shared = SharedLoads.of(config) if config.batching.batching is Batching.CONTINUOUS else None
+    if shared is not None:
+        opened.enter_context(closing(LoadReporter(shared, slot.index, lambda: slot.queue_ms)))
 
 
 def end_with_worker() -> None:
@@ -134,13 +134,13 @@ def main() -> None:
     end_with_worker()
     # A person's Ctrl-C is for the worker, whose end is this process's end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    line = Line(Connection(int(sys.argv[1])))
+    channel = Channel(Connection(int(sys.argv[1])))
     try:
-        run(line)
-    except HungUpError:
+        run(channel)
+    except ChannelClosedError:
         return
     except Exception:
-        line.send(Broken(traceback.format_exc()))
+        channel.send(Broken(traceback.format_exc()))
         raise
 
 

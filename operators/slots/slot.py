@@ -18,9 +18,9 @@ from inference_service.config import EngineKind
 from inference_service.engine import Engine, load_checked_model
 from inference_service.protocol import ServedModel
 from inference_service.simulated import load_simulated
-from operators.boards.budget_board import BudgetShare
 from operators.config import Batching, JobConfig
-from operators.envelope import Answer, Envelope, Ready, SlotStats, Source
+from operators.envelope import Answer, Envelope, Ready, RecordPosition, SlotStats
+from operators.shared_state.chunk_budget import BudgetShare
 from operators.written_response import WrittenResponse
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class InferenceSlot:
         slot: int,
         clock: Clock,
         *,
-        on_begin: Callable[[Sequence[Source]], None] = lambda sources: None,
+        on_begin: Callable[[Sequence[RecordPosition]], None] = lambda positions: None,
         on_pass: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_begin` is called before anything is computed for requests, `on_pass` after each pass."""
@@ -72,7 +72,7 @@ class InferenceSlot:
             self._cache,
             chunk_tokens,
             clock,
-            on_begin=lambda requests: on_begin([self._envelopes[id(one)].source for one in requests]),
+            on_begin=lambda requests: on_begin([self._envelopes[id(one)].position for one in requests]),
             on_pass=on_pass,
         )
         self._engine.warm_up()
@@ -163,7 +163,7 @@ class InferenceSlot:
             return envelope.unanswered(
                 f"answer: {response.output_tokens} tokens make a record above {MAX_RESULT_BYTES} bytes; ask for fewer"
             )
-        return Answer(envelope.source, WrittenResponse.of(response))
+        return Answer(envelope.position, WrittenResponse.of(response))
 
     def _response(self, done: Completion, batch_id: str, batch_size: int) -> Response:
         request, model = done.request, self._engine.model

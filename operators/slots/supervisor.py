@@ -1,8 +1,8 @@
 """Keeps a slot's process alive: one that dies or hangs is replaced, and what it had is asked again.
 
 A death is no failure of the job, which would load every model again and ask for all that is in flight: requests stay
-with `Custody`, which finds the one that processes die of. Only deaths in a row, without an answer between them, fail
-the slot, so that Flink's own restart strategy takes over.
+with `RetryTracker`, which finds the one that processes die of. Only deaths in a row, without an answer between them,
+fail the slot, so that Flink's own restart strategy takes over.
 """
 
 import logging
@@ -16,10 +16,10 @@ from typing import Protocol
 from core.clock import Clock
 from core.records import DeadLetter
 from operators.config import Batching, JobConfig
-from operators.envelope import Answer, Envelope, Group, Queue, Ready
+from operators.envelope import Answer, Envelope, MicroBatch, Queue, Ready
 from operators.metrics.slot_metrics import SlotMetrics
-from operators.slots.custody import Custody, Retry
-from operators.slots.process import Beat, Began, Said, SlotDiedError, SlotProcess
+from operators.slots.process import Began, Heartbeat, SlotDiedError, SlotMessage, SlotProcess
+from operators.slots.retry_tracker import Retry, RetryTracker
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ def backoff_s(deaths: int) -> float:
 class Process(Protocol):
     """A slot's process, as `operators.slots.process` describes it."""
 
-    def send(self, order: Envelope | Group) -> None: ...
+    def send(self, order: Envelope | MicroBatch) -> None: ...
 
-    def hear(self, timeout_s: float) -> Said | None: ...
+    def receive(self, timeout_s: float) -> SlotMessage | None: ...
 
     def kill(self) -> None: ...
 
@@ -66,7 +66,7 @@ class Supervisor:
         self._grouped = config.batching.batching is Batching.MICRO
         self._start = partial(start, config, slot)
         self._clock = clock
-        self._custody = Custody(config.supervision.max_attempts, config.engine.request_timeout_ms)
+        self._requests = RetryTracker(config.supervision.max_attempts, config.engine.request_timeout_ms)
         self._metrics = metrics
         self._changing = threading.Lock()
         """Held while what is in custody or the process changes."""
@@ -123,15 +123,15 @@ class Supervisor:
     def _take(self, envelopes: Sequence[Envelope]) -> None:
         with self._changing:
             for envelope in envelopes:
-                self._custody.take(envelope)
+                self._requests.take(envelope)
             self._give()
 
     def _give(self) -> None:
         """Send what the process may have now."""
         if self._process is None or not self._serves:
             return
-        envelopes = self._custody.give()
-        orders = [Group(envelopes)] if self._grouped and envelopes else envelopes
+        envelopes = self._requests.give()
+        orders = [MicroBatch(envelopes)] if self._grouped and envelopes else envelopes
         for order in orders:
             self._process.send(order)
 
@@ -153,7 +153,7 @@ class Supervisor:
             if self._process is None:
                 self._replace()
                 return []
-            return self._heard(self._hear(self._process))
+            return self._handle(self._receive_from(self._process))
         except SlotDiedError as death:
             return self._bury(death)
 
@@ -168,48 +168,48 @@ class Supervisor:
         if self._ended.is_set():
             process.end()
 
-    def _hear(self, process: Process) -> Said | None:
+    def _receive_from(self, process: Process) -> SlotMessage | None:
         asked_ms = self._clock.monotonic_ms()
-        said = process.hear(LOOK_S)
-        if said is not None:
+        message = process.receive(LOOK_S)
+        if message is not None:
             self._heard_ms = self._clock.monotonic_ms()
-            return said
-        # By the time of the question: had this process stood still since, what was said meanwhile would be unheard.
+            return message
+        # Measured up to the question: if this process was suspended since, messages that came then are still unread.
         most_s = self._limits.engine_timeout_s if self._serves else self._limits.load_timeout_s
         if asked_ms - self._heard_ms > most_s * 1e3:
             process.kill()
-            raise SlotDiedError(f"hung: it has said nothing for {most_s:g} s")
+            raise SlotDiedError(f"hung: it sent nothing for {most_s:g} s")
         return None
 
-    def _heard(self, said: Said | None) -> list[Answer | Retry]:
-        if isinstance(said, Ready):
-            self._metrics.serves(True)
+    def _handle(self, message: SlotMessage | None) -> list[Answer | Retry]:
+        if isinstance(message, Ready):
+            self._metrics.set_ready(True)
             with self._changing:
                 self._serves = True
                 self._give()
             if not self._ready.done():
-                self._ready.set_result(said)
-        elif isinstance(said, Beat):
-            self._metrics.heard(said.stats)
-        elif isinstance(said, Began):
+                self._ready.set_result(message)
+        elif isinstance(message, Heartbeat):
+            self._metrics.update(message.stats)
+        elif isinstance(message, Began):
             with self._changing:
-                self._custody.began(said.sources)
-        elif isinstance(said, list):
+                self._requests.began(message.positions)
+        elif isinstance(message, list):
             with self._changing:
-                for answer in said:
-                    self._custody.answered(answer.source)
+                for answer in message:
+                    self._requests.answered(answer.position)
                 self._give()
-            if not all(isinstance(answer.record, DeadLetter) for answer in said):
+            if not all(isinstance(answer.record, DeadLetter) for answer in message):
                 self._deaths = 0
-            return list(said)
+            return list(message)
         return []
 
     def _bury(self, death: SlotDiedError) -> list[Answer | Retry]:
         """What becomes of what the process had; the next one is started after that."""
         with self._changing:
             process, self._process, self._serves = self._process, None, False
-            came = self._custody.lost(death.how)
-        self._metrics.serves(False)
+            came = self._requests.lost(death.how)
+        self._metrics.set_ready(False)
         if process is not None:
             process.close()
         if self._ended.is_set():
@@ -225,12 +225,12 @@ class Supervisor:
 
     def _queue(self) -> Queue:
         with self._changing:
-            return self._custody.queue
+            return self._requests.queue
 
     def _waiting_since_ms(self) -> float | None:
         with self._changing:
-            return self._custody.waiting_since_ms
+            return self._requests.waiting_since_ms
 
     def _expired(self) -> list[Answer]:
         with self._changing:
-            return list(self._custody.expire(self._clock.wall_ms()))
+            return list(self._requests.expire(self._clock.wall_ms()))

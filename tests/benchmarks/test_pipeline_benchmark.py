@@ -14,10 +14,10 @@ from benchmarks import pipeline, zero_engine
 from benchmarks.baselines.worker import Answers, Order
 from benchmarks.on_flink import Drained, OperatorTimes
 from benchmarks.zero_engine import ZeroLoads
+from core.default_slot import default_slot
 from core.errors import UserError
 from core.kafka_config import KafkaConfig
 from core.records import Request
-from core.session_home import home_slot
 from inference_service.config import EngineConfig
 from operators.config import JobConfig
 from workloads.timed_request import Workload
@@ -79,7 +79,7 @@ def test_the_zero_time_engine_s_records_are_spread_evenly_over_the_slots() -> No
     loads = ZeroLoads(100, seed=7)
     first, second = list(loads.next(2)), list(loads.next(2))
     for load in (first, second):
-        assert [home_slot(timed.session_id, 2) for timed in load] == [0, 1] * 50
+        assert [default_slot(timed.session_id, 2) for timed in load] == [0, 1] * 50
         assert {(len(timed.prompt_token_ids or ()), timed.max_new_tokens) for timed in load} == {(1, 1)}
     assert len({timed.request_id for timed in first + second}) == 200
 

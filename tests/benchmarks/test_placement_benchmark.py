@@ -21,8 +21,8 @@ from benchmarks.placement import PLACEMENTS, SLOTS, PlacementBenchmarkConfig, Sk
 from benchmarks.placement_figure import SLOT_COLOURS, caption, placement_figure
 from benchmarks.report import Report
 from benchmarks.reuse_probe import WrongMeasurementError
+from core.default_slot import default_slot
 from core.errors import UserError
-from core.session_home import home_slot
 from operators.config import Batching, JobConfig, Placement
 from workloads.timed_request import TimedRequest, Workload
 
@@ -91,7 +91,7 @@ class PlacedJob(MadeJob):
         slots: dict[str, int] = {}
         answers = []
         for timed, answer in zip(workload, outcome.answers, strict=True):
-            here = len(slots) % SLOTS if self._balanced else home_slot(timed.session_id, SLOTS)
+            here = len(slots) % SLOTS if self._balanced else default_slot(timed.session_id, SLOTS)
             slot = slots.setdefault(timed.session_id, here)
             if not backlog and timed.request_id == self.lost:
                 slot = 1 - slot
@@ -129,13 +129,13 @@ def made_stack(monkeypatch: pytest.MonkeyPatch) -> dict[str, JobConfig]:
 @pytest.mark.parametrize(("skew", "sessions"), [(0.9, 60), (0.9, 10), (0.5, 60), (0.8, 5), (1.0, 7)])
 def test_the_share_of_sessions_at_home_at_slot_0_is_exact(skew: float, sessions: int) -> None:
     load = SkewedSessions(PlacementBenchmarkConfig(skew=skew, sessions=sessions), 0)
-    homes = [home_slot(session, SLOTS) for session in by_session(load)]
+    homes = [default_slot(session, SLOTS) for session in by_session(load)]
     assert len(homes) == sessions
     assert homes.count(0) == round(skew * sessions)
 
 
 def test_those_at_home_at_slot_1_are_spread_evenly() -> None:
-    homes = [home_slot(session, SLOTS) for session in by_session(SkewedSessions(PlacementBenchmarkConfig(), 0))]
+    homes = [default_slot(session, SLOTS) for session in by_session(SkewedSessions(PlacementBenchmarkConfig(), 0))]
     ones = [place for place, home in enumerate(homes) if home == 1]
     assert {later - one for one, later in pairwise(ones)} == {10}
 
@@ -225,7 +225,7 @@ def test_a_job_s_series_are_in_the_order_of_the_load(monkeypatch: pytest.MonkeyP
     samples: placement.Samples = defaultdict(list)
     work = SkewedSessions(SMALL, 0)
     placement.offer(job, work, samples)  # type: ignore[arg-type]
-    homes = [home_slot(timed.session_id, SLOTS) for timed in work]
+    homes = [default_slot(timed.session_id, SLOTS) for timed in work]
     # Slot 1 has some of the first requests, and its answers come last.
     assert homes.index(1) < 25
     assert samples["session_slot"] == homes

@@ -77,15 +77,15 @@ def store(cache: TwoLevelCache, tokens: list[int], salt: str = "") -> int:
 
 def hits(cache: TwoLevelCache, tokens: list[int], salt: str = "") -> tuple[int, int]:
     """Look up; check that what came is a prefix of the right tensors; how many were local and remote."""
-    with cache.fetch_and_lookup(tokens, salt) as lease:
-        check_lease(lease, tokens, salt, cache.shape)
-        return lease.local_chunks, lease.remote_chunks
+    with cache.fetch_and_lookup(tokens, salt) as prefix:
+        check_prefix(prefix, tokens, salt, cache.shape)
+        return prefix.local_chunks, prefix.remote_chunks
 
 
-def check_lease(lease, tokens: list[int], salt: str, shape: ChunkShape = SHAPE) -> None:
-    assert len(lease.chunks) == len(lease.sources) == lease.local_chunks + lease.remote_chunks
-    assert len(lease.chunks) <= len(tokens) // shape.chunk_tokens
-    for index, chunk in enumerate(lease.chunks):
+def check_prefix(prefix, tokens: list[int], salt: str, shape: ChunkShape = SHAPE) -> None:
+    assert len(prefix.chunks) == len(prefix.tiers) == prefix.local_chunks + prefix.remote_chunks
+    assert len(prefix.chunks) <= len(tokens) // shape.chunk_tokens
+    for index, chunk in enumerate(prefix.chunks):
         assert same_bits(chunk, stamp(tokens, index, salt, shape)), f"chunk {index} holds another's content"
 
 

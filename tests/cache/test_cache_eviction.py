@@ -114,7 +114,7 @@ class Contract(RuleBasedStateMachine):
     @precondition(lambda self: self.inside)
     @rule(data=st.data())
     def another_than_the_first_leaves(self, data):
-        """As where a lease holds the first."""
+        """As where a prefix holds the first."""
         victim = data.draw(st.sampled_from(sorted(self.inside)))
         self.policy.on_remove(victim)
         self.inside.remove(victim)

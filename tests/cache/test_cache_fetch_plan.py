@@ -3,7 +3,7 @@
 import pytest
 
 from cache.fetch_plan import FetchPlan
-from cache.known_keys import KnownKeys
+from cache.write_behind import KnownKeys
 from core.clock import ManualClock
 
 

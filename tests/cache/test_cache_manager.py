@@ -3,7 +3,7 @@
 from contextlib import suppress
 
 import pytest
-from cache_support import IDENTITY, LIMITS, SHAPE, C, check_lease, hits, make_cache, prompt, reader, store
+from cache_support import IDENTITY, LIMITS, SHAPE, C, check_prefix, hits, make_cache, prompt, reader, store
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -64,7 +64,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
             self.cache = make_cache(self.url, capacity=3, identity=identity, prefetch_bytes=limit_bytes)
             self.cache._sizing = self.sizing
         self.stored: set[tuple] = set()
-        self.leases: list = []
+        self.prefixes: list = []
         self.fetches: list = []
         self.looked_up = self.local = self.remote = 0
 
@@ -99,17 +99,17 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         fetch.cancel()
         fetch.cancel()
 
-    def check(self, lease, tokens, salt):
+    def check(self, prefix, tokens, salt):
         chunks = self.chunks_of(tokens, salt)
-        check_lease(lease, tokens, salt)
-        assert self.stored.issuperset(chunks[: len(lease.chunks)])
-        assert lease.capacity_chunks == self.sizing.capacity_chunks
+        check_prefix(prefix, tokens, salt)
+        assert self.stored.issuperset(chunks[: len(prefix.chunks)])
+        assert prefix.capacity_chunks == self.sizing.capacity_chunks
         self.looked_up += len(chunks)
-        self.local += lease.local_chunks
-        self.remote += lease.remote_chunks
-        computed = len(tokens) - len(lease.chunks) * C
+        self.local += prefix.local_chunks
+        self.remote += prefix.remote_chunks
+        computed = len(tokens) - len(prefix.chunks) * C
         assert computed >= 0
-        self.leases.append((lease, tokens, salt))
+        self.prefixes.append((prefix, tokens, salt))
 
     @rule(tokens=prompts, salt=salts)
     def store(self, tokens, salt):
@@ -123,7 +123,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         pinned = self.cache.stats().pinned_chunks
         if len(chunks) + pinned <= min(self.sizing.capacity_chunks, self.cache.stats().capacity_chunks):
             self.look_up(tokens, salt)
-            assert len(self.leases[-1][0].chunks) == len(chunks)
+            assert len(self.prefixes[-1][0].chunks) == len(chunks)
 
     @rule(tokens=prompts, salt=salts, at=st.integers(0, 3))
     def store_that_fails(self, tokens, salt, at):
@@ -135,12 +135,12 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         # What came before the failure is whole; the failed chunk and what follows were not read.
         self.stored.update(self.chunks_of(tokens, salt)[:missing])
 
-    @precondition(lambda self: self.leases)
+    @precondition(lambda self: self.prefixes)
     @rule(data=st.data())
     def release(self, data):
-        lease, _, _ = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
-        lease.release()
-        lease.release()
+        prefix, _, _ = self.prefixes.pop(data.draw(st.integers(0, len(self.prefixes) - 1)))
+        prefix.release()
+        prefix.release()
 
     @rule(capacity=st.integers(0, 6))
     def resize(self, capacity):
@@ -152,9 +152,9 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         assert self.cache.flush(10)
 
     @invariant()
-    def leases_hold(self):
-        for lease, tokens, salt in getattr(self, "leases", []):
-            check_lease(lease, tokens, salt)
+    def prefixes_hold(self):
+        for prefix, tokens, salt in getattr(self, "prefixes", []):
+            check_prefix(prefix, tokens, salt)
 
     @invariant()
     def counts_and_bytes_are_true(self):
@@ -164,11 +164,11 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         actual = sum(entry.chunk.untyped_storage().nbytes() for entry in local._entries.values())
         assert stats.local_bytes == actual
         assert stats.used_chunks <= max(stats.capacity_chunks, stats.pinned_chunks)
-        held = {id(chunk) for lease, _, _ in self.leases for chunk in lease.chunks}
+        held = {id(chunk) for prefix, _, _ in self.prefixes for chunk in prefix.chunks}
         inside = {id(entry.chunk) for entry in local._entries.values()}
         assert stats.pinned_chunks == len(held & inside)
-        outside = sum(1 for lease, _, _ in self.leases for chunk in lease.chunks if id(chunk) not in inside)
-        assert stats.leased_outside_bytes == outside * SHAPE.size_bytes
+        outside = sum(1 for prefix, _, _ in self.prefixes for chunk in prefix.chunks if id(chunk) not in inside)
+        assert stats.pinned_outside_bytes == outside * SHAPE.size_bytes
         assert stats.fetched_bytes <= self.PREFETCH_CHUNKS * SHAPE.size_bytes
         assert (stats.chunks_looked_up, stats.local_chunks_hit, stats.remote_chunks_hit) == (
             self.looked_up,
@@ -178,14 +178,14 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "cache"):
-            for lease, _, _ in self.leases:
-                lease.release()
+            for prefix, _, _ in self.prefixes:
+                prefix.release()
             for fetch, _, _ in self.fetches:
                 fetch.cancel()
                 fetch.finish()
             assert self.cache.stats().fetched_bytes == 0
             assert self.cache.stats().pinned_chunks == 0
-            assert self.cache.stats().leased_outside_bytes == 0
+            assert self.cache.stats().pinned_outside_bytes == 0
             self.cache.close(5)
 
 
@@ -234,13 +234,13 @@ def test_what_is_leased_is_neither_evicted_nor_in_the_way_of_a_shrink(caches):
     cache._sizing = sizing
     sizing.capacity_chunks = 4
     store(cache, prompt(3))
-    lease = cache.lookup(prompt(3))
+    prefix = cache.lookup(prompt(3))
     sizing.capacity_chunks = 1
     assert hits(cache, prompt(1, first=5)) == (0, 0)
     assert store(cache, prompt(2, first=5)) == 0
-    check_lease(lease, prompt(3), "")
+    check_prefix(prefix, prompt(3), "")
     assert cache.stats().used_chunks == 3
-    lease.release()
+    prefix.release()
     assert cache.stats().used_chunks == 1
     assert hits(cache, prompt(3)) == (1, 0)
 
@@ -260,18 +260,18 @@ def test_chunks_behind_a_gap_are_no_hits_and_are_let_go(caches):
     gap = KeySchema(IDENTITY, SHAPE).of(prompt(3)).hashes[1]
     cache._local._eviction.on_remove(gap)
     del cache._local._entries[gap]
-    lease = cache.lookup(prompt(3))
-    assert list(lease.sources) == ["local"]
+    prefix = cache.lookup(prompt(3))
+    assert list(prefix.tiers) == ["local"]
     assert cache.stats().pinned_chunks == 1
-    lease.release()
+    prefix.release()
     assert cache.stats().pinned_chunks == 0
 
 
 def test_the_lease_reports_the_capacity_and_use_of_its_moment(caches):
     cache = caches(capacity=5)
     store(cache, prompt(3))
-    with cache.lookup(prompt(1)) as lease:
-        assert (lease.capacity_chunks, lease.used_chunks) == (5, 3)
+    with cache.lookup(prompt(1)) as prefix:
+        assert (prefix.capacity_chunks, prefix.used_chunks) == (5, 3)
 
 
 @pytest.mark.parametrize("at", ["sizing", "request", "arrange", "insert"])
@@ -288,10 +288,10 @@ def test_a_look_up_never_raises_and_pins_nothing_when_a_policy_fails(redis_serve
     name = {"request": "on_request", "arrange": "arrange", "insert": "on_insert"}.get(at)
     with monkeypatch.context() as broken:
         broken.setattr(*((cache._sizing, "observe") if name is None else (policy, name)), fails)
-        with cache.fetch_and_lookup(prompt(4)) as lease:
-            assert (lease.chunks, lease.local_chunks, lease.remote_chunks) == ([], 0, 0)
+        with cache.fetch_and_lookup(prompt(4)) as prefix:
+            assert (prefix.chunks, prefix.local_chunks, prefix.remote_chunks) == ([], 0, 0)
         stats = cache.stats()
-        assert (stats.pinned_chunks, stats.fetched_bytes, stats.leased_outside_bytes) == (0, 0, 0)
+        assert (stats.pinned_chunks, stats.fetched_bytes, stats.pinned_outside_bytes) == (0, 0, 0)
         assert stats.local_bytes == len(list(cache._local)) * SHAPE.size_bytes
     assert sum(hits(cache, prompt(4))) == 4
 

@@ -220,9 +220,9 @@ class TestThroughTheCache:
         proxy.stall()
         cache = caches(proxy.url, remote_deadline_ms=60_000.0)
         fetch = cache.prefetch(prompt(2))
-        with cache.lookup(prompt(2), prefetch=fetch) as lease:
+        with cache.lookup(prompt(2), prefetch=fetch) as prefix:
             assert not fetch._finished.is_set()
-            assert lease.chunks == []
+            assert prefix.chunks == []
 
     def test_while_redis_is_left_alone_nothing_is_fetched(self, proxy, caches) -> None:
         proxy.down()
@@ -239,7 +239,7 @@ class TestThroughTheCache:
         assert finished(fetch)
         stats = cache.stats()
         assert (stats.fetched_bytes, stats.local_bytes) == (3 * SHAPE.size_bytes, 0)
-        with cache.lookup(prompt(3), prefetch=fetch) as lease:
-            assert lease.remote_chunks == 3
+        with cache.lookup(prompt(3), prefetch=fetch) as prefix:
+            assert prefix.remote_chunks == 3
             stats = cache.stats()
             assert (stats.fetched_bytes, stats.local_bytes) == (0, 3 * SHAPE.size_bytes)

@@ -20,8 +20,8 @@ from core.redis_config import RedisAccessConfig
 from local_stack.config import StackConfig
 from local_stack.redis import RedisService
 from local_stack.service import NotReady
-from operators.boards.budget_board import BudgetBoard
-from operators.boards.load_board import LoadBoard, LoadReport
+from operators.shared_state.chunk_budget import SharedReports
+from operators.shared_state.slot_loads import LoadReporter, SharedLoads
 from tests.tls import Certificates, make_certificates
 
 N = 3
@@ -135,11 +135,11 @@ class TestRightAnswers:
     def test_the_boards_of_a_job_work(self, server, tls_url, admin, asks_as) -> None:
         for url in (server.url, tls_url):
             access = asks_as(NAMESPACE)
-            loads = LoadBoard(url, f"{NAMESPACE}:job:group", 2, access)
+            loads = SharedLoads(url, f"{NAMESPACE}:job:group", 2, access)
             loads.write(1, 12.0)
             assert loads.read() == {1: 12.0}
             loads.close()
-            budget = BudgetBoard(url, f"{NAMESPACE}:job:group", 2, access)
+            budget = SharedReports(url, f"{NAMESPACE}:job:group", 2, access)
             report = SlotReport(GainCurve((Step(2, 0.5),)), capacity_chunks=3)
             budget.write(0, report)
             assert budget.read() == {0: report}
@@ -160,8 +160,8 @@ def misses(cache) -> int:
     assert hits(cache, TOKENS) == (0, 0)
     store(cache, TOKENS)
     assert cache.flush(10)
-    with cache.fetch_and_lookup(TOKENS) as lease:
-        assert lease.remote_chunks == 0
+    with cache.fetch_and_lookup(TOKENS) as prefix:
+        assert prefix.remote_chunks == 0
     assert time.monotonic() - began_s < 5.0
     assert cache.stats().bytes_written == 0
     return cache.stats().remote_errors
@@ -237,7 +237,7 @@ class TestWrongAnswers:
         try:
             with caplog.at_level(logging.DEBUG):
                 assert misses(caches(server.url, access=access, breaker_failures=1)) > 0
-                report = LoadReport(LoadBoard(server.url, "board", 1, access), 0, lambda: 1.0)
+                report = LoadReporter(SharedLoads(server.url, "board", 1, access), 0, lambda: 1.0)
                 give_up_s = time.monotonic() + 10
                 while "load-report" not in caplog.text:
                     assert time.monotonic() < give_up_s

@@ -12,7 +12,7 @@ from cache_support import (
     SHAPE,
     Proxy,
     RedisServer,
-    check_lease,
+    check_prefix,
     free_port,
     hits,
     make_cache,
@@ -62,13 +62,13 @@ class TestKeeping:
 
     def test_promotes_the_first_chunks_where_not_all_fit(self, redis_server, filled, caches):
         cache = caches(redis_server.url, capacity=2)
-        with cache.fetch_and_lookup(TOKENS) as lease:
-            check_lease(lease, TOKENS, "")
-            assert lease.remote_chunks == N
+        with cache.fetch_and_lookup(TOKENS) as prefix:
+            check_prefix(prefix, TOKENS, "")
+            assert prefix.remote_chunks == N
             stats = cache.stats()
-            assert (stats.used_chunks, stats.leased_outside_bytes) == (2, (N - 2) * SHAPE.size_bytes)
+            assert (stats.used_chunks, stats.pinned_outside_bytes) == (2, (N - 2) * SHAPE.size_bytes)
             assert set(cache._local) == {bytes.fromhex(key.split(":")[1]) for key in KEYS[:2]}
-        assert cache.stats().leased_outside_bytes == 0
+        assert cache.stats().pinned_outside_bytes == 0
         assert hits(cache, TOKENS) == (2, N - 2)
 
     def test_what_finds_no_room_goes_to_redis_alone(self, redis_server, client, caches):
@@ -84,9 +84,9 @@ class TestKeeping:
         gap = bytes.fromhex(KEYS[1].split(":")[1])
         cache._local._eviction.on_remove(gap)
         del cache._local._entries[gap]
-        with cache.fetch_and_lookup(TOKENS) as lease:
-            check_lease(lease, TOKENS, "")
-            assert list(lease.sources) == ["local", "remote", "local", "local", "local"]
+        with cache.fetch_and_lookup(TOKENS) as prefix:
+            check_prefix(prefix, TOKENS, "")
+            assert list(prefix.tiers) == ["local", "remote", "local", "local", "local"]
 
     def test_another_salt_or_model_finds_nothing(self, redis_server, filled, caches):
         assert hits(caches(redis_server.url), TOKENS, "other") == (0, 0)

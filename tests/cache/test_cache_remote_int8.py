@@ -44,10 +44,10 @@ def store_numbers(cache, bad_at: int | None = None) -> None:
 
 def found(cache) -> int:
     """How many chunks of TOKENS come from Redis; each must be close to the right one, and to no other."""
-    with cache.fetch_and_lookup(TOKENS) as lease:
-        for index, chunk in enumerate(lease.chunks):
+    with cache.fetch_and_lookup(TOKENS) as prefix:
+        for index, chunk in enumerate(prefix.chunks):
             assert torch.allclose(chunk, number_chunk(index, cache.shape), atol=0.03)
-        return lease.remote_chunks
+        return prefix.remote_chunks
 
 
 @pytest.fixture
@@ -79,9 +79,9 @@ class TestKeeping:
     def test_the_local_tier_keeps_what_was_computed_as_it_is(self, int8):
         cache = int8()
         store_numbers(cache)
-        with cache.fetch_and_lookup(TOKENS) as lease:
-            assert lease.local_chunks == N
-            assert all(torch.equal(chunk, number_chunk(index)) for index, chunk in enumerate(lease.chunks))
+        with cache.fetch_and_lookup(TOKENS) as prefix:
+            assert prefix.local_chunks == N
+            assert all(torch.equal(chunk, number_chunk(index)) for index, chunk in enumerate(prefix.chunks))
 
     def test_the_predicted_transfer_is_of_the_bytes_that_move(self, redis_server, filled, int8, caches):
         """At a cost of a millisecond a byte int8 records come sooner than a prefill that raw ones come later than."""
@@ -91,8 +91,8 @@ class TestKeeping:
         for cache, wanted in ((int8(), N), (caches(redis_server.url), 0)):
             cache._remote._plan.round_trip_ms = 0.0
             cache._remote._plan.ms_per_byte = 1.0
-            with cache.fetch_and_lookup(TOKENS, prefill_ms_per_token=between) as lease:
-                assert lease.remote_chunks == wanted
+            with cache.fetch_and_lookup(TOKENS, prefill_ms_per_token=between) as prefix:
+                assert prefix.remote_chunks == wanted
 
 
 class TestDrift:
@@ -123,8 +123,8 @@ class TestDrift:
         """Nothing is kept, so the engine's row, which was loaded from Redis, is stored when Redis has lost its own."""
         first = client.mget(KEYS)
         cache = int8(capacity=0)
-        with cache.fetch_and_lookup(TOKENS) as lease:
-            rows = [chunk.clone() for chunk in lease.chunks]
+        with cache.fetch_and_lookup(TOKENS) as prefix:
+            rows = [chunk.clone() for chunk in prefix.chunks]
         client.flushall()
         assert found(cache) == 0
         cache.store(TOKENS, lambda index, out: out.copy_(rows[index]))
@@ -157,8 +157,8 @@ class TestMixing:
         for index, (key, chunk_hash) in enumerate(zip(keys_of(asked, shape), keys.hashes, strict=True)):
             client.set(key, encode(number_chunk(index, shape), shape, keys.fingerprint, chunk_hash, written))
         cache = caches(redis_server.url, shape=shape, remote_codec=asked)
-        with cache.fetch_and_lookup(TOKENS) as lease:
-            assert len(lease.chunks) == 0
+        with cache.fetch_and_lookup(TOKENS) as prefix:
+            assert len(prefix.chunks) == 0
         assert cache.stats().remote_corrupt >= 1
         assert cache.flush(10)
         assert not client.exists(keys_of(asked, shape)[0])

@@ -102,9 +102,9 @@ class TestOnRedis:
         writer = authenticated(remote_codec=codec)
         writer.store(TOKENS, lambda index, out: out.fill_(index + 1))
         assert writer.flush(10)
-        with authenticated(remote_codec=codec).fetch_and_lookup(TOKENS) as lease:
-            assert lease.remote_chunks == N
-            assert [round(chunk.mean().item(), 2) for chunk in lease.chunks] == [1, 2, 3, 4, 5]
+        with authenticated(remote_codec=codec).fetch_and_lookup(TOKENS) as prefix:
+            assert prefix.remote_chunks == N
+            assert [round(chunk.mean().item(), 2) for chunk in prefix.chunks] == [1, 2, 3, 4, 5]
 
     def test_jobs_without_it_or_with_another_neither_find_nor_delete(
         self, filled, authenticated, caches, client, monkeypatch

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from cache.registry import EVICTION, SIZING
+from core.default_slot import default_slot
 from core.errors import UserError
 from core.kafka_config import KafkaAccessConfig, KafkaConfig, KafkaSecurity
 from core.options import Parser, add_options, flatten, from_options, to_options
-from core.session_home import home_slot
 from experiments import batch_analysis, gpu_scaling
 from experiments.cache_experiments import COMMAND, CacheExperimentConfig, variants
 from experiments.config import (
@@ -135,7 +135,7 @@ def test_the_load_is_even_over_the_slots_of_every_parallelism() -> None:
     assert [variant.job.parallelism for variant in gpu_scaling.variants(config, "x")] == [2, 3, 4]
     requests = list(make_workload(config.even_workload))
     for slots in (2, 3, 4):
-        homes = Counter(home_slot(request.session_id, slots) for request in requests)
+        homes = Counter(default_slot(request.session_id, slots) for request in requests)
         assert set(homes.values()) == {len(requests) // slots}
     assert {(len(request.prompt_token_ids or ()), request.max_new_tokens) for request in requests} == {(64, 32)}
     given = gpu_scaling.COMMAND.parse(["--parallelisms", "7,11,13,17", "--even-over", "7"])

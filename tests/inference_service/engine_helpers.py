@@ -126,19 +126,19 @@ def plain_answer(model: LoadedModel, prompt: Sequence[int], max_new_tokens: int)
     return _plain[key]
 
 
-class MemoryLease:
-    """A lease whose chunks turn into NaN on release, so that any later read shows."""
+class MemoryPrefix:
+    """A prefix whose chunks turn into NaN on release, so that any later read shows."""
 
-    def __init__(self, cache: "MemoryCache", chunks: list[torch.Tensor], sources: list[str]) -> None:
+    def __init__(self, cache: "MemoryCache", chunks: list[torch.Tensor], tiers: list[str]) -> None:
         self._cache = cache
         self.chunks = chunks
-        self.sources = sources
-        self.local_chunks = sources.count("local")
-        self.remote_chunks = sources.count("remote")
+        self.tiers = tiers
+        self.local_chunks = tiers.count("local")
+        self.remote_chunks = tiers.count("remote")
         self.capacity_chunks = cache.capacity_chunks
         self.used_chunks = cache.used_chunks
         self._held = True
-        cache.open_leases += 1
+        cache.open_prefixes += 1
 
     def __enter__(self) -> Self:
         return self
@@ -151,7 +151,7 @@ class MemoryLease:
     def release(self) -> None:
         if self._held:
             self._held = False
-            self._cache.open_leases -= 1
+            self._cache.open_prefixes -= 1
             for chunk in self.chunks:
                 chunk.fill_(float("nan"))
 
@@ -179,7 +179,7 @@ class MemoryCache:
     def __init__(self, shape: ChunkShape, place: Callable[[int], str] = lambda index: "local") -> None:
         self.shape = shape
         self.place = place
-        self.open_leases = 0
+        self.open_prefixes = 0
         self.stored: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self.costs: list[float | None] = []
         """What the engine knew of the cost of a prefill, at each prefetch."""
@@ -200,20 +200,20 @@ class MemoryCache:
         self.costs.append(prefill_ms_per_token)
         return self.coming.get(tuple(token_ids))
 
-    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> MemoryLease:
+    def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> MemoryPrefix:
         if isinstance(prefetch, Coming):
             self.taken.append(prefetch)
         if tuple(token_ids) in self.refuses:
             raise RuntimeError("the cache is broken")
         chunks: list[torch.Tensor] = []
-        sources: list[str] = []
+        tiers: list[str] = []
         for index, key in enumerate(self._keys(token_ids, salt)):
-            source = self.place(index)
-            if key not in self.stored or source == "gone":
+            tier = self.place(index)
+            if key not in self.stored or tier == "gone":
                 break
             chunks.append(self.stored[key].clone())
-            sources.append(source)
-        return MemoryLease(self, chunks, sources)
+            tiers.append(tier)
+        return MemoryPrefix(self, chunks, tiers)
 
     def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:
         kept = 0

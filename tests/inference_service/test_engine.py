@@ -213,7 +213,7 @@ def test_a_failing_prefill_fails_alone_and_lets_its_chunks_go(model: LoadedModel
     engine._runner.forward = failing
     failure = run_with_one_bad(engine, model, PROMPT)
     assert failure.reason == "prefill failed: RuntimeError: out of memory"
-    assert cache.open_leases == 0
+    assert cache.open_prefixes == 0
 
 
 def test_the_cost_of_a_prefill_is_learnt_from_whole_chunks(qwen2: LoadedModel) -> None:

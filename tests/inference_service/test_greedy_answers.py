@@ -86,7 +86,7 @@ def test_with_reuse(model: LoadedModel, place: Callable[[int], str]) -> None:
         assert {"local": one.local_tokens, "remote": one.remote_tokens} == counted
         assert one.computed_tokens == len(PROMPTS[name]) - sum(counted.values()) >= 1
         assert (one.cache_capacity_chunks, one.cache_used_chunks) == (cache.capacity_chunks, cache.used_chunks)
-    assert cache.open_leases == 0
+    assert cache.open_prefixes == 0
 
 
 def test_prompts_that_share_a_prefix_reuse_it(model: LoadedModel) -> None:
@@ -175,7 +175,7 @@ def test_whoever_enters_and_leaves_when(
         str(index): plain_answer(qwen2, PROMPTS[name], max_new_tokens)
         for index, (name, max_new_tokens, _, _) in enumerate(arrivals)
     }
-    assert cache is None or cache.open_leases == 0
+    assert cache is None or cache.open_prefixes == 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

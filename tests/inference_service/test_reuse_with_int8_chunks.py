@@ -67,9 +67,9 @@ def test_logits_of_the_default_model_stay_close(default_model: LoadedModel, open
     writer = opened(default_model, chunk_tokens)
     writer.store(prompt, lambda index, out: runner.pool.read_chunk(0, index, out))
     assert writer.flush(10.0)
-    with opened(default_model, chunk_tokens).fetch_and_lookup(prompt) as lease:
-        assert lease.remote_chunks == 8
-        for index, chunk in enumerate(lease.chunks):
+    with opened(default_model, chunk_tokens).fetch_and_lookup(prompt) as prefix:
+        assert prefix.remote_chunks == 8
+        for index, chunk in enumerate(prefix.chunks):
             runner.pool.load_chunk(1, index, chunk)
     agreed = 0
     for index, token in enumerate(rest):

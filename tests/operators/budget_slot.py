@@ -9,7 +9,7 @@ import time
 from cache.sizing.budget import Budget, SlotReport
 from cache.sizing.gain_curve import GainCurve, Step
 from core.clock import SystemClock
-from operators.boards.budget_board import BudgetBoard, BudgetShare
+from operators.shared_state.chunk_budget import BudgetShare, SharedReports
 
 BUDGET = Budget(chunks=300, slots=3, least_chunks=20, greatest_chunks=250)
 
@@ -19,12 +19,12 @@ def report(gain: float, holds: int) -> SlotReport:
     return SlotReport(GainCurve((Step(200, gain),)), holds)
 
 
-def board(url: str, name: str = "budget") -> BudgetBoard:
-    return BudgetBoard(url, name, BUDGET.slots)
+def shared_reports(url: str, name: str = "budget") -> SharedReports:
+    return SharedReports(url, name, BUDGET.slots)
 
 
 def main(url: str, slot: int, gain: float) -> None:
-    share, held = BudgetShare(BUDGET, slot, board(url), SystemClock()), BUDGET.even_chunks
+    share, held = BudgetShare(BUDGET, slot, shared_reports(url), SystemClock()), BUDGET.even_chunks
     while True:
         share.offer(report(gain, held))
         if share.granted_chunks != held:

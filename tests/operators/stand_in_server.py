@@ -15,7 +15,7 @@ from core.errors import UserError
 from core.records import Response
 from inference_service.stats import EngineStats
 from operators.config import JobConfig
-from operators.envelope import Answer, Envelope, Ready, SlotStats, Source
+from operators.envelope import Answer, Envelope, Ready, RecordPosition, SlotStats
 from operators.written_response import WrittenResponse
 
 logger = logging.getLogger("stand-in")
@@ -38,7 +38,7 @@ class StandInSlot:
         config: JobConfig,
         slot: int,
         clock: Clock,
-        on_begin: Callable[[Sequence[Source]], None] = lambda sources: None,
+        on_begin: Callable[[Sequence[RecordPosition]], None] = lambda positions: None,
         on_pass: Callable[[], None] = lambda: None,
     ) -> None:
         logger.info("loading")
@@ -55,7 +55,7 @@ class StandInSlot:
         self._rows = config.engine.max_running
         self._steps = 0
         self._waiting: list[Envelope] = []
-        self._running: dict[Source, tuple[Envelope, int]] = {}
+        self._running: dict[RecordPosition, tuple[Envelope, int]] = {}
         self.ready = Ready(
             slot=slot, device="cpu", engine="e", model="m", dtype="float32", threads=1, chunk_bytes=1, load_s=0.0
         )
@@ -89,18 +89,18 @@ class StandInSlot:
         self._steps += 1
         while self._waiting and len(self._running) < self._rows:
             envelope = self._waiting.pop(0)
-            self._on_begin([envelope.source])
-            self._running[envelope.source] = (envelope, 0)
-        for source, (envelope, steps) in self._running.items():
-            self._running[source] = (envelope, steps + 1)
+            self._on_begin([envelope.position])
+            self._running[envelope.position] = (envelope, 0)
+        for position, (envelope, steps) in self._running.items():
+            self._running[position] = (envelope, steps + 1)
             prompt = envelope.request.prompt or ""
             if steps == (0 if prompt.endswith(AT_ONCE) else 2):
                 misbehave(prompt.removesuffix(AT_ONCE))
         self._on_pass()
         done = [envelope for envelope, steps in self._running.values() if steps >= envelope.request.max_new_tokens]
         for envelope in done:
-            del self._running[envelope.source]
-        return [Answer(envelope.source, WrittenResponse.of(response(envelope, self.ready.slot))) for envelope in done]
+            del self._running[envelope.position]
+        return [Answer(envelope.position, WrittenResponse.of(response(envelope, self.ready.slot))) for envelope in done]
 
     def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
         answers = [answer for envelope in batch if (answer := self.submit(envelope)) is not None]

@@ -9,10 +9,10 @@ from unittest import mock
 from core.clock import Clock
 from core.records import DeadLetter, Response
 from operators.config import JobConfig
-from operators.envelope import Answer, Envelope, Ready, Source
+from operators.envelope import Answer, Envelope, Ready, RecordPosition
 from operators.metrics.slot_metrics import SlotMetrics
-from operators.slots.custody import Retry
 from operators.slots.pump import Pump
+from operators.slots.retry_tracker import Retry
 from operators.written_response import WrittenResponse
 
 WAIT_S = 20.0
@@ -20,11 +20,13 @@ WAIT_S = 20.0
 
 
 def envelope(number: int) -> Envelope:
-    return Envelope(0, b"r%d" % number, Source("t", 0, number), 0.0)
+    return Envelope(0, b"r%d" % number, RecordPosition("t", 0, number), 0.0)
 
 
 def letter(envelope: Envelope) -> DeadLetter:
-    return DeadLetter.of(envelope.raw, "echo", stage="inference", topic="t", partition=0, offset=envelope.source.offset)
+    return DeadLetter.of(
+        envelope.raw, "echo", stage="inference", topic="t", partition=0, offset=envelope.position.offset
+    )
 
 
 class GatedSlot:
@@ -57,8 +59,8 @@ class GatedSlot:
 
     def send(self, order: Envelope) -> None:
         with self._changed:
-            self.sent.append(order.source.offset)
-            self._running[order.source.offset] = order
+            self.sent.append(order.position.offset)
+            self._running[order.position.offset] = order
             self._changed.notify_all()
 
     def receive(self) -> list[Answer | Retry]:
@@ -116,8 +118,8 @@ class GatedSlot:
         return set(self._running) if self.answers_at_once else self._let_go & set(self._running)
 
     def _answer(self, envelope: Envelope) -> Answer:
-        response = self.responses.get(envelope.source.offset)
-        return Answer(envelope.source, letter(envelope) if response is None else WrittenResponse.of(response))
+        response = self.responses.get(envelope.position.offset)
+        return Answer(envelope.position, letter(envelope) if response is None else WrittenResponse.of(response))
 
 
 class StandInSlot(GatedSlot):
@@ -145,7 +147,7 @@ class StandInSlot(GatedSlot):
     def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
         self._require_alive()
         self.taken += batch
-        self.groups.append([one.source.offset for one in batch])
+        self.groups.append([one.position.offset for one in batch])
         answers = [self._answer(one) for one in batch]
         return answers[::-1] if self.newest_first else answers
 

@@ -8,7 +8,7 @@ from core.kafka_config import KafkaConfig
 from core.records import DeadLetter
 from operators.delivery.answered_log import AnsweredLog
 from operators.delivery.journal import Partition
-from operators.envelope import Envelope, Source
+from operators.envelope import Envelope, RecordPosition
 from tests.operators.memory_journal import MemoryJournal, Transaction, TransactionState
 
 KAFKA = KafkaConfig()
@@ -27,7 +27,7 @@ class Topics:
         fields = {"session_id": "s", "user_id": "u", "max_new_tokens": 1, "created_at_ms": 0.0, "prompt": "p"}
         raw = json.dumps(fields | {"request_id": request_id}).encode()
         self.journal.now_ms += 1000
-        return Envelope(0, raw, Source(REQUESTS, 0, self.journal.append(REQUESTS, 0, "s", raw)), 0.0)
+        return Envelope(0, raw, RecordPosition(REQUESTS, 0, self.journal.append(REQUESTS, 0, "s", raw)), 0.0)
 
     def answer(self, request_id: str, transaction: Transaction | None = None, value: bytes = b"answer") -> None:
         within = () if transaction is None else (transaction,)
@@ -67,7 +67,7 @@ def test_what_was_written_after_the_attempt_began_is_not_looked_for() -> None:
 def test_a_partition_that_came_later_holds_nothing_old() -> None:
     topics = Topics(0)
     log = topics.log()
-    assert log.look(Envelope(0, b"", Source(REQUESTS, 7, 0), 0.0)) is None
+    assert log.look(Envelope(0, b"", RecordPosition(REQUESTS, 7, 0), 0.0)) is None
 
 
 def test_the_letter_of_a_record_that_was_no_request_answers_none() -> None:
@@ -94,7 +94,7 @@ def test_answers_are_read_from_the_oldest_request_on_and_once() -> None:
     answers = [span[Partition(RESPONSES, 0)] for span in spans if Partition(RESPONSES, 0) in span]
     assert answers == [range(3)]
     spans.clear()
-    third = Envelope(0, topics.envelopes[0].raw, Source(REQUESTS, 0, 2), 0.0)
+    third = Envelope(0, topics.envelopes[0].raw, RecordPosition(REQUESTS, 0, 2), 0.0)
     assert log.look(third) is None
     assert spans == []
 

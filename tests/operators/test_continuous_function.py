@@ -273,7 +273,7 @@ def test_attempts_survive_a_restart_of_the_job_and_the_time_it_was_down_does_not
     crash(harness, slots)
     process(harness, 3)
     again = slots.last.unanswered
-    assert [(one.source.offset, one.attempts, one.decoded_at_ms) for one in again] == [
+    assert [(one.position.offset, one.attempts, one.decoded_at_ms) for one in again] == [
         (1, 0, 1001.0),
         (2, 1, 1001.0),
         # On its way to the operator when the job went down, for all that this one can know.

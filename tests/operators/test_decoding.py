@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from core.clock import ManualClock
 from core.records import MAX_RESULT_BYTES, DeadLetter
 from operators.decoding import Decoder
-from operators.envelope import Envelope, Source
+from operators.envelope import Envelope, RecordPosition
 from operators.placement import SessionAffinity
 
-SOURCE = Source("llm.requests", 3, 17)
+POSITION = RecordPosition("llm.requests", 3, 17)
 GOOD = {
     "request_id": "r1",
     "session_id": "s1",
@@ -29,8 +29,8 @@ def decoder() -> Decoder:
 
 def test_a_request_goes_to_the_slot_of_its_session() -> None:
     raw = json.dumps(GOOD).encode()
-    decoded = decoder().decode(raw, SOURCE)
-    assert decoded == Envelope(SessionAffinity(4).slot_of("s1"), raw, SOURCE, 1234.0)
+    decoded = decoder().decode(raw, POSITION)
+    assert decoded == Envelope(SessionAffinity(4).slot_of("s1"), raw, POSITION, 1234.0)
     assert isinstance(decoded, Envelope)
     assert decoded.request.prompt == "hello"
 
@@ -54,7 +54,7 @@ def test_a_request_goes_to_the_slot_of_its_session() -> None:
     ],
 )
 def test_a_bad_record_is_a_dead_letter_with_its_bytes(raw: bytes | None, reason: str) -> None:
-    letter = decoder().decode(raw, SOURCE)
+    letter = decoder().decode(raw, POSITION)
     assert isinstance(letter, DeadLetter)
     assert reason in letter.reason
     assert "\n" not in letter.reason
@@ -72,7 +72,7 @@ def test_a_bad_record_is_a_dead_letter_with_its_bytes(raw: bytes | None, reason:
     ],
 )
 def test_a_dead_letter_names_its_request_where_that_can_be_read(record: object, request_id: str | None) -> None:
-    letter = decoder().decode(json.dumps(record).encode(), SOURCE)
+    letter = decoder().decode(json.dumps(record).encode(), POSITION)
     assert isinstance(letter, DeadLetter)
     assert letter.request_id == request_id
 
@@ -89,7 +89,7 @@ def test_a_dead_letter_names_its_request_where_that_can_be_read(record: object, 
     ids=["token ids", "messages", "fields", "name", "length"],
 )
 def test_a_dead_letter_is_bounded_whatever_the_record_holds(raw: bytes) -> None:
-    letter = decoder().decode(raw, SOURCE)
+    letter = decoder().decode(raw, POSITION)
     assert isinstance(letter, DeadLetter)
     assert len(letter.to_json()) < MAX_RESULT_BYTES
     assert letter.raw_bytes == len(raw)
@@ -99,5 +99,5 @@ def test_a_dead_letter_is_bounded_whatever_the_record_holds(raw: bytes) -> None:
 
 @given(st.binary(max_size=200))
 def test_no_bytes_raise(raw: bytes) -> None:
-    decoded = decoder().decode(raw, SOURCE)
+    decoded = decoder().decode(raw, POSITION)
     assert isinstance(decoded, Envelope) or decoded.raw == raw

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from operators.delivery.deduplicator import Deduplicator
 from operators.delivery.journal import Partition
-from operators.envelope import Source
+from operators.envelope import RecordPosition
 from tests.operators.memory_journal import MemoryJournal, Transaction, TransactionState
 
 TOPIC = "llm.requests"
@@ -34,7 +34,7 @@ def copies(ids: Sequence[str | None], records: int, begin: int = 0) -> list[int]
     found = [
         offset
         for offset, name in enumerate(ids)
-        if offset >= begin and name is not None and deduplicator.is_copy(name, Source(TOPIC, 0, offset))
+        if offset >= begin and name is not None and deduplicator.is_copy(name, RecordPosition(TOPIC, 0, offset))
     ]
     assert deduplicator.dropped == len(found)
     return found
@@ -60,26 +60,26 @@ def test_a_request_that_was_aborted_makes_the_next_one_no_copy() -> None:
     journal.append(TOPIC, 0, None, request("a"), Transaction(TransactionState.ABORTED))
     journal.gap(TOPIC, 0)
     again = journal.append(TOPIC, 0, None, request("a"))
-    assert not Deduplicator(10, journal).is_copy("a", Source(TOPIC, 0, again))
-    assert Deduplicator(10, journal, committed=False).is_copy("a", Source(TOPIC, 0, again))
+    assert not Deduplicator(10, journal).is_copy("a", RecordPosition(TOPIC, 0, again))
+    assert Deduplicator(10, journal, committed=False).is_copy("a", RecordPosition(TOPIC, 0, again))
 
 
 def test_partitions_are_apart() -> None:
     journal = journal_of(["a"])
     deduplicator = Deduplicator(10, journal)
-    assert not deduplicator.is_copy("a", Source(TOPIC, 0, 0))
-    assert not deduplicator.is_copy("a", Source(TOPIC, 1, 0))
+    assert not deduplicator.is_copy("a", RecordPosition(TOPIC, 0, 0))
+    assert not deduplicator.is_copy("a", RecordPosition(TOPIC, 1, 0))
 
 
 def test_the_time_before_is_read_once_and_not_at_all_where_there_is_none() -> None:
     ids = ["a", "b", "c", "a", "b"]
     journal = journal_of(ids)
     deduplicator = Deduplicator(3, journal)
-    assert deduplicator.is_copy("a", Source(TOPIC, 0, 3))
-    assert deduplicator.is_copy("b", Source(TOPIC, 0, 4))
+    assert deduplicator.is_copy("a", RecordPosition(TOPIC, 0, 3))
+    assert deduplicator.is_copy("b", RecordPosition(TOPIC, 0, 4))
     assert journal.reads == [{Partition(TOPIC, 0): range(3)}]
     fresh = journal_of(ids)
-    Deduplicator(3, fresh).is_copy("a", Source(TOPIC, 0, 0))
+    Deduplicator(3, fresh).is_copy("a", RecordPosition(TOPIC, 0, 0))
     assert fresh.reads == []
 
 
@@ -91,7 +91,7 @@ def test_a_kafka_that_can_not_be_read_is_an_error_and_no_guess() -> None:
     deduplicator = Deduplicator(3, Silent())
     for _ in range(2):
         with pytest.raises(TimeoutError):
-            deduplicator.is_copy("a", Source(TOPIC, 0, 5))
+            deduplicator.is_copy("a", RecordPosition(TOPIC, 0, 5))
 
 
 @given(
@@ -108,7 +108,7 @@ def test_wherever_one_begins_the_same_records_are_copies(ids: list[str | None], 
 def test_no_more_is_remembered_than_the_window_holds() -> None:
     deduplicator = Deduplicator(100, MemoryJournal())
     for offset in range(10_000):
-        deduplicator.is_copy(f"r{offset % 777}", Source(TOPIC, 0, offset))
+        deduplicator.is_copy(f"r{offset % 777}", RecordPosition(TOPIC, 0, offset))
     (recent,) = deduplicator._recent.values()
     assert len(recent._latest) <= 101
     assert len(recent._order) <= 101

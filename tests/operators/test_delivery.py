@@ -25,7 +25,7 @@ from operators.envelope import Envelope, WarmUp
 from operators.flink.continuous import ContinuousFunction
 from operators.flink.micro_batch import MicroBatchFunction
 from operators.flink.rows import READY
-from operators.flink.slot_function import FAR_TIMER_MS, SPARE_TIMER_MS, SlotFunction
+from operators.flink.slot_function import FAR_TIMER_MS, RECOVERY_TIMER_MS, SlotFunction
 from operators.placement import key_of_each_slot
 from tests.experiments.experiment_samples import response
 from tests.operators.flink.key_groups import subtask_of
@@ -92,7 +92,7 @@ class DeliveryMachine(RuleBasedStateMachine):
     def time_passes(self, by_ms: int) -> None:
         self._survive(lambda: self._advance(by_ms))
 
-    @rule(by_ms=st.sampled_from([MAX_WAIT_MS, SPARE_TIMER_MS, 3 * SPARE_TIMER_MS]))
+    @rule(by_ms=st.sampled_from([MAX_WAIT_MS, RECOVERY_TIMER_MS, 3 * RECOVERY_TIMER_MS]))
     def workers_stall(self, by_ms: int) -> None:
         self.now_ms += by_ms
         self._survive(lambda: self._each(lambda at: at.stall(by_ms)))
@@ -137,7 +137,7 @@ class DeliveryMachine(RuleBasedStateMachine):
 
         def wait() -> None:
             self.slots.answer_at_once(True)
-            self._advance(4 * SPARE_TIMER_MS)
+            self._advance(4 * RECOVERY_TIMER_MS)
             if self.ever_answered != set(range(len(self.topic))):
                 self._advance(2 * FAR_TIMER_MS)
 

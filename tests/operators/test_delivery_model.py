@@ -21,7 +21,7 @@ from operators.decoding import Decoder
 from operators.delivery.answered_log import AnsweredLog
 from operators.delivery.deduplicator import Deduplicator
 from operators.delivery.journal import Partition
-from operators.envelope import Envelope, Source
+from operators.envelope import Envelope, RecordPosition
 from operators.placement import SessionAffinity
 from tests.operators.memory_journal import NONE, MemoryJournal, Transaction, TransactionState
 
@@ -36,7 +36,7 @@ class JobSnapshot:
     """What a checkpoint holds."""
 
     offsets: dict[int, int] = field(default_factory=lambda: dict.fromkeys(range(PARTITIONS), 0))
-    in_flight: dict[int, dict[Source, Envelope]] = field(default_factory=dict)
+    in_flight: dict[int, dict[RecordPosition, Envelope]] = field(default_factory=dict)
     """By key: that of the slot that took the request in, at the parallelism of that time."""
 
 
@@ -83,7 +83,7 @@ class JobMachine(RuleBasedStateMachine):
             self.offsets[partition] = offset + 1
             entry = log[offset]
             assert entry is not None
-            decoded = self.decoder.decode(entry[0].value, Source(KAFKA.requests_topic, partition, offset))
+            decoded = self.decoder.decode(entry[0].value, RecordPosition(KAFKA.requests_topic, partition, offset))
             if isinstance(decoded, DeadLetter):
                 self._write(0, KAFKA.dead_letters_topic, decoded.request_id, decoded.to_json().encode())
             elif decoded is not None:
@@ -100,12 +100,12 @@ class JobMachine(RuleBasedStateMachine):
         if not running:
             return
         envelope = running.pop(which % len(running))
-        del self.in_flight[key - 1][envelope.source]
+        del self.in_flight[key - 1][envelope.position]
         request_id = envelope.request.request_id
         self.calls += 1
         topic, value = KAFKA.responses_topic, b"answer %d" % self.calls
         if dead:
-            place = {"topic": envelope.source.topic, "partition": envelope.source.partition, "offset": 0}
+            place = {"topic": envelope.position.topic, "partition": envelope.position.partition, "offset": 0}
             letter = DeadLetter.of(envelope.raw, f"no {self.calls}", stage="inference", request_id=request_id, **place)
             topic, value = KAFKA.dead_letters_topic, letter.to_json().encode()
         self._write(self._subtask(key - 1), topic, request_id, value)
@@ -174,7 +174,7 @@ class JobMachine(RuleBasedStateMachine):
             return
         self.restored.add(key)
         for envelope in list(self.in_flight.get(key, {}).values()):
-            del self.in_flight[key][envelope.source]
+            del self.in_flight[key][envelope.position]
             self._take_in(key, self._subtask(key), envelope)
 
     def _take_in(self, key: int, subtask: int, envelope: Envelope) -> None:
@@ -182,7 +182,7 @@ class JobMachine(RuleBasedStateMachine):
         if again is None:
             # The engine is never asked for what was answered, visibly or not.
             assert envelope.request.request_id not in self._said()
-            self.in_flight.setdefault(key, {})[envelope.source] = envelope
+            self.in_flight.setdefault(key, {})[envelope.position] = envelope
             self.running.setdefault(key, []).append(envelope)
         else:
             for record in again:

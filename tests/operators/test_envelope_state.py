@@ -51,5 +51,5 @@ def test_state_of_each_release_is_resumed(name: str, function: type[SlotFunction
         assert job.harness.holds_nothing
         attempts = [one.attempts for one in job.slots.last.taken]
         assert attempts == ([0, 1, 0] if name == "continuous" else [0, 0, 0])
-        assert [(one.raw, one.source) for one in job.slots.last.taken] == [(one.raw, one.source) for one in sent]
+        assert [(one.raw, one.position) for one in job.slots.last.taken] == [(one.raw, one.position) for one in sent]
         job.harness.close()

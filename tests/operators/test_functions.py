@@ -9,10 +9,10 @@ from pyflink.common import Row
 from pyflink.datastream import TimeDomain
 
 from core.clock import ManualClock
+from core.default_slot import default_slot
 from core.records import Response
-from core.session_home import home_slot
 from operators.config import Batching, BatchingConfig, JobConfig
-from operators.envelope import Envelope, Source, WarmUp
+from operators.envelope import Envelope, RecordPosition, WarmUp
 from operators.envelope_state import from_state
 from operators.flink.decode import DecodeFunction
 from operators.flink.inference import inference_function
@@ -60,7 +60,7 @@ def timers(harness: OperatorHarness, domain: TimeDomain = TimeDomain.PROCESSING_
 
 def test_a_full_batch_leaves_at_once_and_takes_its_state_along(harness: OperatorHarness) -> None:
     assert [process(harness, number) for number in range(4)] == [[], [], [0, 1, 2], []]
-    assert [from_state(one).source.offset for one in harness.state("pending", KEY)] == [3]
+    assert [from_state(one).position.offset for one in harness.state("pending", KEY)] == [3]
 
 
 def test_a_timer_closes_the_batch_that_it_was_set_for_and_no_other(harness: OperatorHarness) -> None:
@@ -147,8 +147,8 @@ def test_a_record_becomes_an_envelope_or_a_dead_letter_or_a_call_to_warm_up() ->
     (good,) = harness.process(Row(raw, 2, 5))
     sent = element_of(good.value.element)
     assert isinstance(sent, Envelope)
-    assert (good.tag, sent.slot, sent.raw) == (None, home_slot("s", len(keys)), raw)
-    assert sent.source == Source(CONFIG.kafka.requests_topic, 2, 5)
+    assert (good.tag, sent.slot, sent.raw) == (None, default_slot("s", len(keys)), raw)
+    assert sent.position == RecordPosition(CONFIG.kafka.requests_topic, 2, 5)
     assert good.value.key == keys[sent.slot]
     for bad in (b"no request", None):
         (letter,) = harness.process(Row(bad, 2, 6))

@@ -27,7 +27,7 @@ from operators.metrics import endpoint as metrics_endpoint
 from operators.metrics.endpoint import MetricsEndpoint
 from operators.metrics.sliding_window import MOST, SPAN_MS, SlidingWindow
 from operators.metrics.slot_metrics import SlotMetrics, cause_of
-from operators.slots.custody import Custody
+from operators.slots.retry_tracker import RetryTracker
 from operators.written_response import WrittenResponse
 from tests.experiments import experiment_samples
 from tests.operators.test_slot import envelope
@@ -136,9 +136,9 @@ def test_a_record_that_is_no_request_is_counted_as_such(metrics: SlotMetrics) ->
 
 
 def test_who_the_process_dies_of_has_a_cause_of_its_own() -> None:
-    made = Custody(1, 0.0)
+    made = RetryTracker(1, 0.0)
     made.take(envelope(1))
-    made.began([made.give()[0].source])
+    made.began([made.give()[0].position])
     (answer,) = made.lost("was ended by SIGKILL")
     assert cause_of(answer.record) == "process_died"  # type: ignore[union-attr,arg-type]
 
@@ -147,11 +147,11 @@ def test_counts_of_the_process_go_on_when_another_one_begins_with_nothing(metric
     hits = "cache_hit_chunks_total tier=local"
     counts = []
     for passes, chunks in ((10, 4), (25, 9)):
-        metrics.heard(stats(passes=passes, cache={"local_chunks_hit": chunks}))
+        metrics.update(stats(passes=passes, cache={"local_chunks_hit": chunks}))
         counts.append((samples(metrics)["passes_total"], samples(metrics)[hits]))
-    metrics.serves(False)
-    metrics.serves(True)
-    metrics.heard(stats(passes=5, cache={"local_chunks_hit": 2}))
+    metrics.set_ready(False)
+    metrics.set_ready(True)
+    metrics.update(stats(passes=5, cache={"local_chunks_hit": 2}))
     counts.append((samples(metrics)["passes_total"], samples(metrics)[hits]))
     assert counts == [(10, 4), (25, 9), (30, 11)]
 
@@ -159,14 +159,14 @@ def test_counts_of_the_process_go_on_when_another_one_begins_with_nothing(metric
 def test_what_the_process_holds_is_told_while_there_is_one(metrics: SlotMetrics) -> None:
     names = ("running_requests", "cache_used_chunks", "cache_write_queue_bytes", "slot_resident_bytes")
     assert all(math.isnan(samples(metrics)[name]) for name in names)
-    metrics.heard(stats(resident_bytes=5, running=4, cache={"used_chunks": 7, "queued_bytes": 9}))
+    metrics.update(stats(resident_bytes=5, running=4, cache={"used_chunks": 7, "queued_bytes": 9}))
     assert [samples(metrics)[name] for name in names] == [4, 7, 9, 5]
-    metrics.serves(False)
+    metrics.set_ready(False)
     assert all(math.isnan(samples(metrics)[name]) for name in names)
 
 
 def test_a_slot_without_a_cache_has_nothing_in_it(metrics: SlotMetrics) -> None:
-    metrics.heard(stats())
+    metrics.update(stats())
     assert samples(metrics)["cache_used_chunks"] == 0
     assert samples(metrics)["cache_hit_chunks_total tier=remote"] == 0
 
@@ -174,31 +174,31 @@ def test_a_slot_without_a_cache_has_nothing_in_it(metrics: SlotMetrics) -> None:
 def test_whether_a_process_serves_and_how_long_it_has_been_silent(metrics: SlotMetrics, clock: ManualClock) -> None:
     assert samples(metrics)["slot_up"] == 0
     clock.advance(9000.0)
-    metrics.serves(True)
+    metrics.set_ready(True)
     assert samples(metrics)["slot_silence_seconds"] == 0
-    metrics.heard(stats())
+    metrics.update(stats())
     clock.advance(2500.0)
     assert (samples(metrics)["slot_up"], samples(metrics)["slot_silence_seconds"]) == (1, 2.5)
-    metrics.serves(False)
+    metrics.set_ready(False)
     assert samples(metrics)["slot_up"] == 0
 
 
 def test_how_many_decode_together_is_of_the_time_since_the_last_sign_of_life(metrics: SlotMetrics) -> None:
-    metrics.heard(stats(decode_passes=10, decoded_tokens=10))
-    metrics.heard(stats(decode_passes=20, decoded_tokens=70))
+    metrics.update(stats(decode_passes=10, decoded_tokens=10))
+    metrics.update(stats(decode_passes=20, decoded_tokens=70))
     assert samples(metrics)["decode_rows"] == 6
-    metrics.heard(stats(decode_passes=20, decoded_tokens=70))
+    metrics.update(stats(decode_passes=20, decoded_tokens=70))
     assert samples(metrics)["decode_rows"] == 0
 
 
 def test_the_queue_is_what_has_not_begun(metrics: SlotMetrics, clock: ManualClock) -> None:
-    made = Custody(3, 0.0)
+    made = RetryTracker(3, 0.0)
     metrics.queue, metrics.waiting_since_ms = lambda: made.queue, lambda: made.waiting_since_ms
     assert (made.queue, made.waiting_since_ms) == (Queue(0, 0), None)
     assert samples(metrics)["oldest_wait_seconds"] == 0
     for number, decoded_at_ms in ((1, 400.0), (2, 600.0), (3, 800.0)):
         made.take(replace(envelope(number), decoded_at_ms=decoded_at_ms))
-    made.began([made.give()[0].source])
+    made.began([made.give()[0].position])
     names = ("in_flight_requests", "waiting_requests", "oldest_wait_seconds")
     assert [samples(metrics)[name] for name in names] == [3, 2, 0.4]
     made.lost("hung")
@@ -206,7 +206,7 @@ def test_the_queue_is_what_has_not_begun(metrics: SlotMetrics, clock: ManualCloc
 
 
 def test_flink_has_some_of_the_gauges_in_whole_numbers(metrics: SlotMetrics) -> None:
-    metrics.heard(stats(running=4, decode_passes=2, decoded_tokens=5))
+    metrics.update(stats(running=4, decode_passes=2, decoded_tokens=5))
     metrics.answered(response(e2e_ms=212.4))
     metrics.queue = lambda: Queue(4, 3)
     gauges = {name: read() for name, read in metrics.flink_gauges().items()}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.session_home import home_slot
+from core.default_slot import default_slot
 from operators.config import PlacementConfig
 from operators.placement import BalancedPlacement, SessionAffinity, key_of_each_slot
 
@@ -60,7 +60,7 @@ class KnownLoads:
 
 def at_home(slot: int, slots: int, count: int = 1) -> list[str]:
     """Sessions whose home is `slot`."""
-    found = (f"u{number}" for number in range(10_000) if home_slot(f"u{number}", slots) == slot)
+    found = (f"u{number}" for number in range(10_000) if default_slot(f"u{number}", slots) == slot)
     return list(islice(found, count))
 
 

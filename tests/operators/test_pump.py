@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from core.clock import ManualClock
-from operators.envelope import Answer, Source
+from operators.envelope import Answer, RecordPosition
 from operators.slots.pump import Pump
 from tests.experiments.experiment_samples import response
 from tests.operators.answers import response_of
@@ -45,8 +45,8 @@ def taken(pump: Pump, count: int, owner: int = 1) -> list[int]:
         answers = pump.take(owner, WAIT_S)
         assert answers, f"only {found} came"
         for answer in answers:
-            assert answer == Answer(answer.source, letter(envelope(answer.source.offset)))
-            found.append(answer.source.offset)
+            assert answer == Answer(answer.position, letter(envelope(answer.position.offset)))
+            found.append(answer.position.offset)
     return found
 
 
@@ -125,12 +125,12 @@ def test_an_answer_bears_the_time_at_which_it_is_taken_out(pump: Pump, slot: Gat
     assert pump.wait_for_room(WAIT_S)
     clock.advance(250.0)
     (first,) = pump.take(1)
-    assert first.source == Source("t", 0, 1)
+    assert first.position == RecordPosition("t", 0, 1)
     assert response_of(first) == finished.model_copy(update={"completed_at_ms": 1250.0, "e2e_ms": 850.0})
     clock.advance(50.0)
     slot.let_go(2)
     (second,) = pump.take(1, WAIT_S)
-    assert second.source == Source("t", 0, 2)
+    assert second.position == RecordPosition("t", 0, 2)
     assert response_of(second) == finished.model_copy(update={"completed_at_ms": 1300.0, "e2e_ms": 900.0})
 
 
@@ -162,7 +162,7 @@ def retried(pump: Pump, owner: int) -> list[tuple[int, int]]:
     while not (found := pump.retried(owner)):
         assert time.monotonic() < deadline_s
         time.sleep(0.001)
-    return [(one.source.offset, one.attempts) for one in found]
+    return [(one.position.offset, one.attempts) for one in found]
 
 
 def test_what_is_asked_again_is_told_to_its_owner_once(pump: Pump, slot: GatedSlot) -> None:
@@ -176,14 +176,14 @@ def test_what_is_asked_again_is_told_to_its_owner_once(pump: Pump, slot: GatedSl
     assert retried(pump, 1) == [(2, 2)]
     assert (pump.in_flight, pump.outstanding(1)) == (3, 2)
     slot.let_go(2)
-    assert [answer.source.offset for answer in pump.take(1, WAIT_S)] == [2]
+    assert [answer.position.offset for answer in pump.take(1, WAIT_S)] == [2]
 
 
 def test_what_has_been_answered_is_not_told_as_asked_again(pump: Pump, slot: GatedSlot) -> None:
     hand_in(pump, 1, 2)
     slot.ask_again(1, 2)
     slot.let_go(1)
-    assert [answer.source.offset for answer in pump.take(1, WAIT_S)] == [1]
+    assert [answer.position.offset for answer in pump.take(1, WAIT_S)] == [1]
     assert retried(pump, 1) == [(2, 1)]
 
 

@@ -8,7 +8,7 @@ import pytest
 from core.clock import ManualClock
 from core.records import DeadLetter
 from operators.config import BatchingConfig, JobConfig
-from operators.envelope import Envelope, Source, WarmUp
+from operators.envelope import Envelope, RecordPosition, WarmUp
 from operators.flink.continuous import ContinuousFunction
 from operators.flink.micro_batch import MicroBatchFunction
 from operators.flink.rows import DEAD_LETTERS, READY
@@ -41,7 +41,7 @@ class Job:
         raw = json.dumps(fields | {"request_id": f"r{number}"}).encode()
         offset = self.journal.append(KAFKA.requests_topic, 0, None, raw)
         assert offset == number
-        return Envelope(0, raw, Source(KAFKA.requests_topic, 0, offset), 0.0)
+        return Envelope(0, raw, RecordPosition(KAFKA.requests_topic, 0, offset), 0.0)
 
     def restart(self) -> None:
         """From a checkpoint of this moment."""

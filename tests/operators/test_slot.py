@@ -15,7 +15,7 @@ from inference_service.config import EngineConfig
 from inference_service.engine import Engine
 from inference_service.stats import EngineStats
 from operators.config import BatchingConfig, JobConfig
-from operators.envelope import Answer, Envelope, Source
+from operators.envelope import Answer, Envelope, RecordPosition
 from operators.slots.slot import InferenceSlot
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 from tests.operators.answers import response_of, responses_of
@@ -47,12 +47,12 @@ def envelope(number: int, **changes: object) -> Envelope:
         "prompt": "a prompt of some tokens",
     }
     raw = json.dumps({key: value for key, value in (fields | changes).items() if value is not None}).encode()
-    return Envelope(0, raw, Source("t", 0, number), SystemClock().wall_ms())
+    return Envelope(0, raw, RecordPosition("t", 0, number), SystemClock().wall_ms())
 
 
 def answered(slot: InferenceSlot, one: Envelope) -> Response:
     (answer,) = slot.answer([one])
-    assert answer.source == one.source
+    assert answer.position == one.position
     return response_of(answer)
 
 
@@ -67,8 +67,8 @@ def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
     answers = slot.answer(batch)
     letters = {one.record.request_id: one.record for one in answers if isinstance(one.record, DeadLetter)}
     responses = {one.record.request_id: response_of(one) for one in answers if one.record.request_id not in letters}
-    assert {answer.source: answer.record.request_id for answer in answers} == {
-        one.source: one.request.request_id for one in batch
+    assert {answer.position: answer.record.request_id for answer in answers} == {
+        one.position: one.request.request_id for one in batch
     }
     assert sorted(responses) == ["r0", "r4"]
     assert sorted(letters) == ["r1", "r2", "r3"]
@@ -92,7 +92,7 @@ def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
 def test_records_with_one_id_are_each_answered(slot: InferenceSlot) -> None:
     answers = slot.answer([envelope(number, request_id="r7") for number in (7, 8, 9)])
     assert [answer.record.request_id for answer in answers] == ["r7"] * 3
-    assert sorted(answer.source.offset for answer in answers) == [7, 8, 9]
+    assert sorted(answer.position.offset for answer in answers) == [7, 8, 9]
 
 
 def test_requests_that_step_together_leave_each_by_itself(slot: InferenceSlot) -> None:
@@ -102,7 +102,7 @@ def test_requests_that_step_together_leave_each_by_itself(slot: InferenceSlot) -
     left: list[list[Answer]] = []
     while slot.unfinished:
         left += [answers] if (answers := slot.step()) else []
-    assert [[answer.source for answer in answers] for answers in left] == [[short.source], [long.source]]
+    assert [[answer.position for answer in answers] for answers in left] == [[short.position], [long.position]]
     first, second = responses_of(answer for answers in left for answer in answers)
     assert (first.output_tokens, second.output_tokens) == (2, 6)
     assert (first.batch_size, second.batch_size) == (1, 2)
@@ -143,7 +143,7 @@ def test_a_request_that_cannot_be_answered_is_done_with_when_it_is_handed_in(slo
     answer = slot.submit(bad)
     assert answer is not None
     assert isinstance(answer.record, DeadLetter)
-    assert (answer.source, answer.record.raw, answer.record.stage) == (bad.source, bad.raw, "inference")
+    assert (answer.position, answer.record.raw, answer.record.stage) == (bad.position, bad.raw, "inference")
     assert (slot.unfinished, slot.step()) == (0, [])
 
 
@@ -200,7 +200,7 @@ def test_ready_says_what_serves(slot: InferenceSlot) -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_slot_says_whom_it_begins_with_and_that_it_gets_on(config: JobConfig, grouped: bool) -> None:
-    said: list[Source | None] = []
+    said: list[RecordPosition | None] = []
     made = InferenceSlot(config, 0, SystemClock(), on_begin=said.extend, on_pass=lambda: said.append(None))
     requests = [envelope(number, max_new_tokens=3, prompt="p" * number) for number in (1, 2)]
     assert said == []
@@ -211,5 +211,5 @@ def test_a_slot_says_whom_it_begins_with_and_that_it_gets_on(config: JobConfig, 
             made.submit(request)
         while made.unfinished:
             made.step()
-    assert said == [*(request.source for request in requests), None, None, None]
+    assert said == [*(request.position for request in requests), None, None, None]
     made.close()

@@ -24,9 +24,9 @@ from core.clock import SystemClock
 from core.errors import UserError
 from inference_service.config import EngineConfig
 from operators.config import BatchingConfig, JobConfig, SupervisionConfig
-from operators.envelope import Answer, Envelope, Group, Ready
+from operators.envelope import Answer, Envelope, MicroBatch, Ready
 from operators.slots import process as slot_process
-from operators.slots.process import END_TIMEOUT_S, Beat, Began, Said, SlotDiedError, SlotProcess
+from operators.slots.process import END_TIMEOUT_S, Began, Heartbeat, SlotDiedError, SlotMessage, SlotProcess
 from operators.slots.slot import InferenceSlot
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 from tests.operators.answers import letter_of, response_of
@@ -45,16 +45,16 @@ process.SERVER, config, requests, awaited = pickle.load(sys.stdin.buffer)
 made = process.SlotProcess(config, 0)
 for request in requests:
     made.send(request)
-while not isinstance(made.hear(60.0), awaited):
+while not isinstance(made.receive(60.0), awaited):
     pass
 print(made._process.pid, flush=True)
 while True:
-    made.hear(60.0)
+    made.receive(60.0)
 """
 
 
-class Heard(SlotProcess):
-    """One that is ready, and heard for one kind of thing at a time."""
+class AwaitedProcess(SlotProcess):
+    """A process that is ready; a test waits for one kind of message at a time."""
 
     def __init__(self, config: JobConfig) -> None:
         super().__init__(config, 0)
@@ -64,25 +64,25 @@ class Heard(SlotProcess):
             self.close()
             raise
 
-    def until(self, kind: type) -> list[Said]:
+    def until(self, kind: type) -> list[SlotMessage]:
         """All that it says up to something of that kind."""
-        said: list[Said] = []
+        said: list[SlotMessage] = []
         deadline_s = time.monotonic() + WAIT_S
         while not said or not isinstance(said[-1], kind):
             assert time.monotonic() < deadline_s, said
-            said += [one for one in [self.hear(1.0)] if one is not None]
+            said += [one for one in [self.receive(1.0)] if one is not None]
         return said
 
     def next(self, kind: type):  # type: ignore[no-untyped-def]
         return self.until(kind)[-1]
 
-    def receive(self) -> list[Answer]:
+    def answers(self) -> list[Answer]:
         answers: list[Answer] = self.next(list)
         return answers
 
     def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
-        self.send(Group(batch))
-        return self.receive()
+        self.send(MicroBatch(batch))
+        return self.answers()
 
 
 @pytest.fixture(scope="module")
@@ -104,23 +104,23 @@ def slot(config: JobConfig) -> InferenceSlot:
 
 
 @pytest.fixture(scope="module")
-def process(config: JobConfig) -> Iterator[Heard]:
-    made = Heard(config)
+def process(config: JobConfig) -> Iterator[AwaitedProcess]:
+    made = AwaitedProcess(config)
     yield made
     made.close()
     assert made._process.returncode == 0
 
 
-Start = Callable[[JobConfig], Heard]
+Start = Callable[[JobConfig], AwaitedProcess]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts a process that the test may end as it likes."""
-    made: list[Heard] = []
+    made: list[AwaitedProcess] = []
 
-    def one(config: JobConfig) -> Heard:
-        made.append(Heard(config))
+    def one(config: JobConfig) -> AwaitedProcess:
+        made.append(AwaitedProcess(config))
         return made[-1]
 
     yield one
@@ -144,7 +144,7 @@ def prompts(*max_new_tokens: int) -> list[Envelope]:
 
 def tokens(answers: Iterable[Answer]) -> dict[int, tuple[int, ...]]:
     """By the place of the request."""
-    return {answer.source.offset: response_of(answer).token_ids for answer in answers}
+    return {answer.position.offset: response_of(answer).token_ids for answer in answers}
 
 
 def has_ended(process: psutil.Process) -> bool:
@@ -154,24 +154,24 @@ def has_ended(process: psutil.Process) -> bool:
     return True
 
 
-def test_requests_sent_one_by_one_come_back_each_by_itself(process: Heard, slot: InferenceSlot) -> None:
+def test_requests_sent_one_by_one_come_back_each_by_itself(process: AwaitedProcess, slot: InferenceSlot) -> None:
     requests = prompts(30, 10, 20)
     for request in requests:
         process.send(request)
     answers: list[Answer] = []
     while len(answers) < len(requests):
-        answers += process.receive()
+        answers += process.answers()
     assert tokens(answers) == tokens(slot.answer(requests))
     assert [len(tokens(answers)[number]) for number in range(3)] == [30, 10, 20]
     assert len({response_of(answer).batch_id for answer in answers}) == len(requests)
     for request in requests:
         process.send(request)
-        (answer,) = process.receive()
+        (answer,) = process.answers()
         assert tokens([answer]).items() <= tokens(answers).items()
         assert response_of(answer).batch_size == 1
 
 
-def test_a_group_comes_back_whole(process: Heard, slot: InferenceSlot) -> None:
+def test_a_group_comes_back_whole(process: AwaitedProcess, slot: InferenceSlot) -> None:
     requests = prompts(3, 12, 1, 7)
     answers = process.answer(requests)
     assert tokens(answers) == tokens(slot.answer(requests))
@@ -181,24 +181,24 @@ def test_a_group_comes_back_whole(process: Heard, slot: InferenceSlot) -> None:
     assert len({one.completed_at_ms for one in responses}) == 1
 
 
-def test_what_the_model_cannot_answer_comes_back_as_a_dead_letter(process: Heard) -> None:
+def test_what_the_model_cannot_answer_comes_back_as_a_dead_letter(process: AwaitedProcess) -> None:
     bad = envelope(4, model="another")
     process.send(bad)
-    (answer,) = process.receive()
-    assert answer.source == bad.source
+    (answer,) = process.answers()
+    assert answer.position == bad.position
     assert "'another'" in letter_of(answer).reason
     assert (letter_of(answer).raw, letter_of(answer).offset) == (bad.raw, 4)
 
 
-def test_a_group_is_answered_though_one_of_it_cannot_be(process: Heard) -> None:
+def test_a_group_is_answered_though_one_of_it_cannot_be(process: AwaitedProcess) -> None:
     answers = process.answer([envelope(0), envelope(1, prompt=None, prompt_token_ids=[10**6]), envelope(2)])
-    by_place = {answer.source.offset: answer for answer in answers}
+    by_place = {answer.position.offset: answer for answer in answers}
     assert sorted(by_place) == [0, 1, 2]
     assert "vocabulary" in letter_of(by_place[1]).reason
     assert response_of(by_place[0]).token_ids == response_of(by_place[2]).token_ids
 
 
-def test_the_process_says_what_serves(process: Heard, slot: InferenceSlot) -> None:
+def test_the_process_says_what_serves(process: AwaitedProcess, slot: InferenceSlot) -> None:
     assert process.ready.model_copy(update={"load_s": 0.0}) == slot.ready.model_copy(update={"load_s": 0.0})
     assert process._process.pid != os.getpid()
 
@@ -208,7 +208,7 @@ def test_what_the_process_logs_is_in_this_ones_log_with_its_level_and_name_once(
 ) -> None:
     process = start(stand_in)
     process.send(envelope(9, prompt="log"))
-    (answer,) = process.receive()
+    (answer,) = process.answers()
     assert letter_of(answer).reason == "logged"
     (record,) = (one for one in caplog.records if one.levelno == logging.ERROR)
     assert (record.name, record.process) == ("stand-in", process._process.pid)
@@ -233,7 +233,7 @@ def test_a_model_that_cannot_be_served_is_told_in_a_line(config: JobConfig, tmp_
     engine = config.engine.model_copy(update={"model": str(tmp_path)})
     before = psutil.Process().children()
     with pytest.raises(UserError, match=r"^model: cannot load ") as raised:
-        Heard(config.model_copy(update={"engine": engine}))
+        AwaitedProcess(config.model_copy(update={"engine": engine}))
     assert "\n" not in str(raised.value)
     assert set(psutil.Process().children()) <= set(before)
 
@@ -241,7 +241,7 @@ def test_a_model_that_cannot_be_served_is_told_in_a_line(config: JobConfig, tmp_
 def test_a_slot_that_fails_to_load_is_told_with_its_traceback(stand_in: JobConfig) -> None:
     before = psutil.Process().children()
     with pytest.raises(SlotDiedError, match="disk lost") as raised:
-        Heard(stand_in.model_copy(update={"engine": EngineConfig(model="broken")}))
+        AwaitedProcess(stand_in.model_copy(update={"engine": EngineConfig(model="broken")}))
     assert "Traceback" in str(raised.value)
     assert "in __init__" in str(raised.value)
     assert set(psutil.Process().children()) <= set(before)
@@ -252,51 +252,51 @@ def test_an_engine_that_raises_is_told_with_its_traceback(stand_in: JobConfig, s
     process = start(stand_in)
     process.send(envelope(1, prompt=f"raise {error}"))
     with pytest.raises(SlotDiedError, match=f"{error}: device lost") as raised:
-        process.receive()
+        process.answers()
     assert raised.value.how == f"failed: {error}: device lost"
     assert "Traceback" in str(raised.value)
     assert "in step" in str(raised.value)
     with pytest.raises(SlotDiedError, match="with status 1"):
-        process.receive()
+        process.answers()
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_killed_process_is_told_by_its_signal(stand_in: JobConfig, start: Start, grouped: bool) -> None:
     process = start(stand_in)
     poison = envelope(1, prompt="kill")
-    process.send(Group([poison]) if grouped else poison)
+    process.send(MicroBatch([poison]) if grouped else poison)
     for _ in range(2):
         with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
-            process.receive()
+            process.answers()
         # Whoever sends is not told: what comes of it is heard.
         process.send(envelope(2))
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_the_process_says_before_it_begins_with_a_request(process: Heard, grouped: bool) -> None:
+def test_the_process_says_before_it_begins_with_a_request(process: AwaitedProcess, grouped: bool) -> None:
     requests = prompts(3, 2)
-    for order in [Group(requests)] if grouped else requests:
+    for order in [MicroBatch(requests)] if grouped else requests:
         process.send(order)
     began: list[Envelope] = []
     answered = 0
     while answered < len(requests):
         said = process.until(list)
-        sources = [source for one in said if isinstance(one, Began) for source in one.sources]
-        began += [one for one in requests if one.source in sources]
+        positions = [position for one in said if isinstance(one, Began) for position in one.positions]
+        began += [one for one in requests if one.position in positions]
         answered += len(said[-1])  # type: ignore[arg-type]
-    assert sorted(began, key=lambda one: one.source.offset) == requests
+    assert sorted(began, key=lambda one: one.position.offset) == requests
 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_the_process_says_that_it_lives_while_it_works(stand_in: JobConfig, start: Start, grouped: bool) -> None:
     process = start(stand_in)
     for _ in range(2):
-        assert not any(isinstance(said, list) for said in process.until(Beat))
+        assert not any(isinstance(said, list) for said in process.until(Heartbeat))
     long = envelope(1, max_new_tokens=LONG)
-    process.send(Group([long]) if grouped else long)
+    process.send(MicroBatch([long]) if grouped else long)
     process.next(Began)
     for _ in range(3):
-        assert [type(said) for said in process.until(Beat)] == [Beat]
+        assert [type(said) for said in process.until(Heartbeat)] == [Heartbeat]
     process.kill()
 
 
@@ -305,11 +305,11 @@ def test_sending_does_not_wait_for_a_process_that_stands_still(stand_in: JobConf
     os.kill(process._process.pid, signal.SIGSTOP)
     for number in range(20):
         process.send(envelope(number, prompt="x" * 500_000))
-    while process.hear(0.1) is not None:
+    while process.receive(0.1) is not None:
         pass
     process.kill()
     with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
-        process.receive()
+        process.answers()
 
 
 def test_a_process_that_stops_in_the_midst_of_a_word_is_not_waited_for(
@@ -326,7 +326,7 @@ def test_a_process_that_stops_in_the_midst_of_a_word_is_not_waited_for(
     os.kill(process._process.pid, signal.SIGSTOP)
     monkeypatch.setattr(slot_process, "END_TIMEOUT_S", 0.1)
     with pytest.raises(SlotDiedError, match="does not speak any more"):
-        process.receive()
+        process.answers()
 
 
 def unread_bytes(process: SlotProcess) -> int:
@@ -341,9 +341,9 @@ def test_ending_does_not_wait_for_a_long_answer(config: JobConfig, start: Start)
     process.send(envelope(1, max_new_tokens=LONG))
     process.send(envelope(2, max_new_tokens=1))
     # Left by itself, so the long one runs.
-    assert [answer.source.offset for answer in process.receive()] == [2]
+    assert [answer.position.offset for answer in process.answers()] == [2]
     with ThreadPoolExecutor(1) as threads:
-        receiving = threads.submit(process.receive)
+        receiving = threads.submit(process.answers)
         process.end()
         with pytest.raises(SlotDiedError, match="was ended with status 0"):
             receiving.result(WAIT_S)
@@ -361,7 +361,7 @@ def test_a_process_that_does_not_end_in_time_is_killed(
     process.end()
     assert process._process.returncode == -signal.SIGKILL
     with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
-        process.receive()
+        process.answers()
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import pytest
 
 from core.clock import ManualClock, SystemClock
 from inference_service.stats import EngineStats
-from operators.envelope import Answer, Envelope, Group, SlotStats, Source
-from operators.slots.line import HungUpError, Line
-from operators.slots.process import Beat
-from operators.slots.server import BEAT_S, Pulse, serve
+from operators.envelope import Answer, Envelope, MicroBatch, RecordPosition, SlotStats
+from operators.slots.channel import Channel, ChannelClosedError
+from operators.slots.process import Heartbeat
+from operators.slots.server import HEARTBEAT_S, HeartbeatSender, serve
 from tests.operators.test_pump import WAIT_S, envelope, letter
 
 STATS = SlotStats(EngineStats(passes=7), None, resident_bytes=1 << 20)
@@ -36,7 +36,7 @@ class SteppedSlot:
     def submit(self, envelope: Envelope) -> Answer | None:
         if envelope.raw == b"refused":
             return answer(envelope)
-        self.running[envelope.source.offset] = envelope
+        self.running[envelope.position.offset] = envelope
         return None
 
     def step(self) -> list[Answer]:
@@ -56,7 +56,7 @@ class Server:
     def __init__(self, slot: SteppedSlot) -> None:
         self.connection, theirs = Pipe()
         self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(Line(theirs), slot), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(Channel(theirs), slot), daemon=True)
         self._thread.start()
 
     def receive(self) -> Any:
@@ -64,26 +64,26 @@ class Server:
         while True:
             assert self.connection.poll(WAIT_S)
             said = self.connection.recv()
-            if said != Beat(STATS):
+            if said != Heartbeat(STATS):
                 return said
 
     def join(self) -> None:
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
 
-    def _run(self, line: Line, slot: SteppedSlot) -> None:
+    def _run(self, channel: Channel, slot: SteppedSlot) -> None:
         try:
-            serve(line, slot, Pulse(line, SystemClock()))  # type: ignore[arg-type]
+            serve(channel, slot, HeartbeatSender(channel, SystemClock()))  # type: ignore[arg-type]
         except BaseException as error:
             self.error = error
 
 
 def answer(envelope: Envelope) -> Answer:
-    return Answer(envelope.source, letter(envelope))
+    return Answer(envelope.position, letter(envelope))
 
 
 def refused(number: int) -> Envelope:
-    return Envelope(0, b"refused", Source("t", 0, number), 0.0)
+    return Envelope(0, b"refused", RecordPosition("t", 0, number), 0.0)
 
 
 @pytest.fixture
@@ -133,14 +133,14 @@ def test_what_the_model_cannot_answer_leaves_before_what_runs(server: Server, sl
 
 
 def test_orders_that_come_together_are_taken_in_together(server: Server, slot: SteppedSlot) -> None:
-    server.connection.send([envelope(1), refused(2), envelope(3), Group([envelope(4), envelope(5)])])
+    server.connection.send([envelope(1), refused(2), envelope(3), MicroBatch([envelope(4), envelope(5)])])
     assert server.receive() == [answer(refused(2))]
     assert server.receive() == [answer(envelope(5)), answer(envelope(4))]
     assert slot.began.get(timeout=WAIT_S) == [1, 3]
 
 
 def test_a_group_is_answered_as_a_whole(server: Server) -> None:
-    server.connection.send([Group([envelope(1), envelope(2)])])
+    server.connection.send([MicroBatch([envelope(1), envelope(2)])])
     assert server.receive() == [answer(envelope(2)), answer(envelope(1))]
 
 
@@ -151,14 +151,14 @@ def test_a_server_that_runs_ends_with_the_other_side(server: Server, slot: Stepp
     server.connection.close()
     slot.outcomes.put(outcome)
     server.join()
-    assert isinstance(server.error, HungUpError)
+    assert isinstance(server.error, ChannelClosedError)
     assert slot.began.empty()
 
 
 def test_a_server_that_waits_ends_with_the_other_side(server: Server, slot: SteppedSlot) -> None:
     server.connection.close()
     server.join()
-    assert isinstance(server.error, HungUpError)
+    assert isinstance(server.error, ChannelClosedError)
     assert slot.began.empty()
 
 
@@ -173,16 +173,16 @@ def test_an_engine_that_raises_ends_the_server(server: Server, slot: SteppedSlot
 def test_a_server_that_waits_says_that_it_lives(server: Server, slot: SteppedSlot) -> None:
     for _ in range(2):
         assert server.connection.poll(WAIT_S)
-        assert server.connection.recv() == Beat(STATS)
+        assert server.connection.recv() == Heartbeat(STATS)
 
 
 def test_a_pulse_beats_no_faster_than_it_may(slot: SteppedSlot) -> None:
     ours, theirs = Pipe()
     clock = ManualClock()
-    pulse = Pulse(Line(theirs), clock)
+    heartbeat = HeartbeatSender(Channel(theirs), clock)
     heard = []
-    for advance_ms in (0.0, BEAT_S * 1e3 - 1.0, 0.5, 0.5, 10 * BEAT_S * 1e3, 1.0):
+    for advance_ms in (0.0, HEARTBEAT_S * 1e3 - 1.0, 0.5, 0.5, 10 * HEARTBEAT_S * 1e3, 1.0):
         clock.advance(advance_ms)
-        pulse.beat(slot)  # type: ignore[arg-type]
-        heard.append(ours.poll() and ours.recv() == Beat(STATS))
+        heartbeat.beat(slot)  # type: ignore[arg-type]
+        heard.append(ours.poll() and ours.recv() == Heartbeat(STATS))
     assert heard == [True, False, False, True, True, False]

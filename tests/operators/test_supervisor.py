@@ -21,12 +21,12 @@ from core.errors import UserError
 from core.records import DeadLetter, Response
 from inference_service.config import EngineConfig
 from operators.config import Batching, BatchingConfig, JobConfig, SupervisionConfig
-from operators.envelope import Answer, Envelope, Group, Ready
+from operators.envelope import Answer, Envelope, MicroBatch, Ready
 from operators.metrics.slot_metrics import SlotMetrics
 from operators.slots import process as slot_process
 from operators.slots import supervisor
-from operators.slots.custody import Retry
-from operators.slots.process import Beat, Began, Said, SlotDiedError
+from operators.slots.process import Began, Heartbeat, SlotDiedError, SlotMessage
+from operators.slots.retry_tracker import Retry
 from operators.slots.supervisor import Process, Supervisor, backoff_s
 from tests.operators.answers import response_of
 from tests.operators.test_pump import letter
@@ -88,11 +88,11 @@ class Outcomes:
     def add(self, came: Sequence[Answer | Retry]) -> None:
         for one in came:
             if isinstance(one, Retry):
-                number = one.envelope.source.offset
+                number = one.envelope.position.offset
                 self.retries[number] += 1
                 assert one.envelope.attempts == self.retries[number]
                 continue
-            number = one.source.offset
+            number = one.position.offset
             assert number not in self.responses.keys() | self.letters.keys()
             if isinstance(one.record, DeadLetter):
                 self.letters[number] = one.record
@@ -130,7 +130,7 @@ def pid(slot: Supervisor) -> int:
     return process._process.pid
 
 
-HUNG = "hung: it has said nothing for 2 s"
+HUNG = "hung: it sent nothing for 2 s"
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_deaths_are_counted_and_the_slot_is_down_meanwhile(start: Start) -> None
     slot.send(envelope(2))
     assert (read("infertuner_in_flight_requests"), read("infertuner_waiting_requests")) == (2, 2)
     (first,) = scripts.made
-    first.says.put(Beat(STATS))
-    first.says.put(Began([envelope(1).source]))
+    first.says.put(Heartbeat(STATS))
+    first.says.put(Began([envelope(1).position]))
     deadline_s = time.monotonic() + WAIT_S
     while read("infertuner_waiting_requests") == 2:
         assert time.monotonic() < deadline_s
@@ -211,7 +211,7 @@ def test_what_is_asked_again_is_told_with_its_attempts(start: Start) -> None:
 def test_attempts_of_before_a_restart_of_the_job_count(start: Start) -> None:
     slot = start(config())
     plain = envelope(1, prompt="kill")
-    tried = Envelope(plain.slot, plain.raw, plain.source, plain.decoded_at_ms, attempts=1)
+    tried = Envelope(plain.slot, plain.raw, plain.position, plain.decoded_at_ms, attempts=1)
     found = ask(slot, [tried, envelope(2)], Batching.CONTINUOUS)
     assert list(found.responses) == [2]
     assert "died 2 times" in found.letters[1].reason
@@ -261,7 +261,7 @@ def test_an_answer_ends_a_row_of_deaths(start: Start) -> None:
     [
         ("broken", "failed: OSError: disk lost"),
         ("killed", "was ended by SIGKILL"),
-        ("stalled", "hung: it has said nothing for 1 s"),
+        ("stalled", "hung: it sent nothing for 1 s"),
     ],
 )
 def test_a_slot_that_cannot_load_is_tried_again_and_then_told(model: str, told: str) -> None:
@@ -293,15 +293,15 @@ class Script(Process):
 
     def __init__(self, clock: ManualClock) -> None:
         self._clock = clock
-        self.says: SimpleQueue[Said | Exception] = SimpleQueue()
-        self.sent: list[Envelope | Group] = []
+        self.says: SimpleQueue[SlotMessage | Exception] = SimpleQueue()
+        self.sent: list[Envelope | MicroBatch] = []
         self.killed = False
         self.ended = threading.Event()
 
-    def send(self, order: Envelope | Group) -> None:
+    def send(self, order: Envelope | MicroBatch) -> None:
         self.sent.append(order)
 
-    def hear(self, timeout_s: float) -> Said | None:
+    def receive(self, timeout_s: float) -> SlotMessage | None:
         if not self.says.empty():
             said = self.says.get()
             if isinstance(said, Exception):
@@ -351,9 +351,9 @@ def test_a_process_hangs_that_says_nothing_for_the_time_allowed(start: Start) ->
     slot = start(config(engine_timeout_s=100.0, slot_restarts=100), scripts.clock, start=scripts.start)
     (first,) = scripts.made
     slot.send(envelope(1))
-    first.says.put(Began([envelope(1).source]))
+    first.says.put(Began([envelope(1).position]))
     for _ in range(5):
-        first.says.put(Beat(STATS))
+        first.says.put(Heartbeat(STATS))
     second = scripts.wait_for(2)
     assert first.killed
     # Five beats came at once, so its time ran from the last of them on.
@@ -374,7 +374,7 @@ def test_what_waits_for_a_process_times_out(start: Start) -> None:
     scripts.made[0].says.put(SlotDiedError("was ended by SIGKILL"))
     # The second one never gets ready.
     scripts.wait_for(2)
-    slot.send(Envelope(0, envelope(1).raw, envelope(1).source, scripts.clock.wall_ms()))
+    slot.send(Envelope(0, envelope(1).raw, envelope(1).position, scripts.clock.wall_ms()))
     (answer,) = slot.receive()
     assert isinstance(answer, Answer)
     assert isinstance(answer.record, DeadLetter)
@@ -388,17 +388,17 @@ def test_what_a_process_said_before_it_died_counts(start: Start) -> None:
     slot.send(envelope(1))
     slot.send(envelope(2))
     done = envelope(1)
-    first.says.put(Began([done.source]))
-    first.says.put([Answer(done.source, letter(done))])
+    first.says.put(Began([done.position]))
+    first.says.put([Answer(done.position, letter(done))])
     first.says.put(SlotDiedError("was ended by SIGKILL"))
     second = scripts.wait_for(2)
-    assert slot.receive() == [Answer(done.source, letter(done))]
+    assert slot.receive() == [Answer(done.position, letter(done))]
     deadline_s = time.monotonic() + WAIT_S
     while not second.sent:
         assert time.monotonic() < deadline_s
     (order,) = second.sent
     assert isinstance(order, Envelope)
-    assert (order.source, order.attempts) == (envelope(2).source, 0)
+    assert (order.position, order.attempts) == (envelope(2).position, 0)
 
 
 def test_a_slot_ends_while_it_waits_to_start_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from kafka import KafkaProducer
 from prometheus_client.parser import text_string_to_metric_families
 
 from core.clock import SystemClock
+from core.default_slot import default_slot
 from core.records import FinishReason, Request
-from core.session_home import home_slot
 from experiments.flink_job import FlinkJob
 from inference_service.completion import Completion
 from inference_service.config import EngineConfig
@@ -112,7 +112,7 @@ def test_a_bounded_run_answers_everything_as_the_engine_alone_would(run: Run, mo
     answers = {answer.request_id: answer for answer in run.responses}
     assert (answers["r52"].finish_reason, answers["r52"].output_tokens) == (FinishReason.DEADLINE, 0)
     for session in range(7):
-        home = home_slot(f"s{session}", parallelism)
+        home = default_slot(f"s{session}", parallelism)
         assert {answer.slot for answer in run.responses if answer.session_id == f"s{session}"} <= {home}
     wanted = one_by_one(model, [request for request in run.sent if request.request_id in ids(50)])
     assert {name: answers[name].token_ids for name in ids(50)} == wanted
@@ -213,7 +213,7 @@ def test_new_sessions_go_around_an_overloaded_slot_and_old_ones_stay(run: Run, s
     """All sessions are at home at slot 0, which is given more than it can do."""
     run.submit("--parallelism", "2", "--max-running", "1", "--overload-ms", "300", *slow)
     run.read_until(lambda r: len(r.ready) == 2)
-    at_home = [name for name in (f"u{number}" for number in range(200)) if home_slot(name, 2) == 0]
+    at_home = [name for name in (f"u{number}" for number in range(200)) if default_slot(name, 2) == 0]
     for number in range(40):
         run.send(1, start=number, session_id=at_home[number // 2], max_new_tokens=5)
         time.sleep(0.05)  # the load's own pace: a session's two requests come apart, and loads are told in between
@@ -231,5 +231,5 @@ def _neighbours(slots: int) -> tuple[str, str]:
     """Two sessions that are at home at the same slot."""
     first = "n0"
     return first, next(
-        f"n{number}" for number in range(1, 100) if home_slot(f"n{number}", slots) == home_slot(first, slots)
+        f"n{number}" for number in range(1, 100) if default_slot(f"n{number}", slots) == default_slot(first, slots)
     )

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.default_slot import default_slot
 from core.errors import UserError
-from core.session_home import home_slot
 from workloads.config import Arrivals, IndependentConfig, WorkloadConfig
 from workloads.independent import IndependentWorkload
 from workloads.timed_request import TimedRequest
@@ -88,7 +88,7 @@ def test_no_length_is_outside_its_limits(cv: float, prompt: int, answer: int, se
 @pytest.mark.parametrize("slots", [1, 2, 3, 4, 6, 12])
 def test_home_slots_take_turns_and_so_do_those_of_each_divisor(slots: int) -> None:
     load = list(workload(requests=48, even_over=12))
-    assert [home_slot(timed.session_id, slots) for timed in load] == [index % slots for index in range(48)]
+    assert [default_slot(timed.session_id, slots) for timed in load] == [index % slots for index in range(48)]
 
 
 def test_a_mean_above_its_limit_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""What one side of a line says the other one hears whole and in order, and each side notices the other one's end."""
+"""What one side of a channel says the other one hears whole and in order, and each side notices the other one's end."""
 
 import os
 import struct
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from operators.envelope import Answer, Envelope, Group, Source
-from operators.slots.line import HungUpError, Line
+from operators.envelope import Answer, Envelope, MicroBatch, RecordPosition
+from operators.slots.channel import Channel, ChannelClosedError
 from operators.written_response import WrittenResponse
 from tests.experiments.experiment_samples import response
 from tests.operators.stand_in_slot import envelope, letter
@@ -25,8 +25,8 @@ LARGE = bytes(range(256)) * 4000
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Line, Line]]:
-    ours, theirs = map(Line, Pipe())
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    ours, theirs = map(Channel, Pipe())
     yield ours, theirs
     ours.close()
     theirs.close()
@@ -38,11 +38,11 @@ def at_once(what: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def test_both_sides_hear_what_the_other_one_says_in_its_order(ends: tuple[Line, Line]) -> None:
+def test_both_sides_hear_what_the_other_one_says_in_its_order(ends: tuple[Channel, Channel]) -> None:
     said: list[Any] = [
-        [envelope(1), Group([envelope(2), Envelope(3, b"\xff", Source("t", 1, 2), 0.5, attempts=1)])],
-        [Answer(Source("t", 0, 1), letter(envelope(1)))],
-        [Answer(Source("t", 0, 2), WrittenResponse.of(response(text="ok \udfff")))],
+        [envelope(1), MicroBatch([envelope(2), Envelope(3, b"\xff", RecordPosition("t", 1, 2), 0.5, attempts=1)])],
+        [Answer(RecordPosition("t", 0, 1), letter(envelope(1)))],
+        [Answer(RecordPosition("t", 0, 2), WrittenResponse.of(response(text="ok \udfff")))],
         [],
         None,
     ]
@@ -50,19 +50,19 @@ def test_both_sides_hear_what_the_other_one_says_in_its_order(ends: tuple[Line, 
         for what in said:
             ours.send(what)
         for what in said:
-            assert theirs.speaks(WAIT_S)
+            assert theirs.poll(WAIT_S)
             assert theirs.receive() == what
-        assert not theirs.speaks(0.0)
+        assert not theirs.poll(0.0)
 
 
-def test_what_is_larger_than_the_socket_arrives_whole(ends: tuple[Line, Line]) -> None:
+def test_what_is_larger_than_the_socket_arrives_whole(ends: tuple[Channel, Channel]) -> None:
     ours, theirs = ends
     sending = at_once(lambda: ours.send([LARGE, 1]))
     assert theirs.receive() == [LARGE, 1]
     sending.join(WAIT_S)
 
 
-def test_what_several_threads_send_is_not_mixed(ends: tuple[Line, Line]) -> None:
+def test_what_several_threads_send_is_not_mixed(ends: tuple[Channel, Channel]) -> None:
     ours, theirs = ends
     times = 5
     senders = [at_once(lambda name=name: [ours.send((name, LARGE)) for _ in range(times)]) for name in "abcd"]  # type: ignore[misc]
@@ -73,63 +73,63 @@ def test_what_several_threads_send_is_not_mixed(ends: tuple[Line, Line]) -> None
         sender.join(WAIT_S)
 
 
-def test_nothing_is_said_before_it_is_sent(ends: tuple[Line, Line]) -> None:
+def test_nothing_is_said_before_it_is_sent(ends: tuple[Channel, Channel]) -> None:
     ours, theirs = ends
-    assert not theirs.speaks(0.0)
-    assert not theirs.speaks(0.01)
+    assert not theirs.poll(0.0)
+    assert not theirs.poll(0.01)
     ours.send("first")
-    assert theirs.speaks(0.0)
+    assert theirs.poll(0.0)
     # A look takes nothing away.
-    assert theirs.speaks(WAIT_S)
+    assert theirs.poll(WAIT_S)
     assert theirs.receive() == "first"
-    assert not theirs.speaks(0.0)
+    assert not theirs.poll(0.0)
 
 
-def test_a_look_ends_as_soon_as_something_comes(ends: tuple[Line, Line]) -> None:
+def test_a_look_ends_as_soon_as_something_comes(ends: tuple[Channel, Channel]) -> None:
     ours, theirs = ends
     found: list[bool] = []
-    looking = at_once(lambda: found.append(theirs.speaks(HOUR_S)))
+    looking = at_once(lambda: found.append(theirs.poll(HOUR_S)))
     ours.send("something")
     looking.join(WAIT_S)
     assert found == [True]
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_who_hangs_up_is_noticed_after_all_that_was_said(ends: tuple[Line, Line], first: int) -> None:
+def test_who_hangs_up_is_noticed_after_all_that_was_said(ends: tuple[Channel, Channel], first: int) -> None:
     gone, left = ends[first], ends[1 - first]
     gone.send("last words")
     gone.close()
-    assert left.speaks(0.0)
+    assert left.poll(0.0)
     assert left.receive() == "last words"
     for _ in range(2):
-        assert left.speaks(0.0)
-        with pytest.raises(HungUpError):
+        assert left.poll(0.0)
+        with pytest.raises(ChannelClosedError):
             left.receive()
-        with pytest.raises(HungUpError):
+        with pytest.raises(ChannelClosedError):
             left.send("anyone?")
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_who_hangs_up_without_having_listened_is_noticed(ends: tuple[Line, Line], first: int) -> None:
+def test_who_hangs_up_without_having_listened_is_noticed(ends: tuple[Channel, Channel], first: int) -> None:
     gone, left = ends[first], ends[1 - first]
     left.send("unheard")
     gone.close()
-    assert left.speaks(0.0)
+    assert left.poll(0.0)
     for _ in range(2):
-        with pytest.raises(HungUpError):
+        with pytest.raises(ChannelClosedError):
             left.receive()
 
 
-def test_a_look_that_waits_notices_the_end_of_the_other_side(ends: tuple[Line, Line]) -> None:
+def test_a_look_that_waits_notices_the_end_of_the_other_side(ends: tuple[Channel, Channel]) -> None:
     ours, theirs = ends
     found: list[bool] = []
-    looking = at_once(lambda: found.append(theirs.speaks(HOUR_S)))
+    looking = at_once(lambda: found.append(theirs.poll(HOUR_S)))
     ours.close()
     looking.join(WAIT_S)
     assert found == [True]
 
 
-def test_who_sends_into_a_full_socket_notices_the_end_of_the_other_side(ends: tuple[Line, Line]) -> None:
+def test_who_sends_into_a_full_socket_notices_the_end_of_the_other_side(ends: tuple[Channel, Channel]) -> None:
     ours, theirs = ends
     raised: list[BaseException] = []
 
@@ -137,11 +137,11 @@ def test_who_sends_into_a_full_socket_notices_the_end_of_the_other_side(ends: tu
         try:
             while True:
                 ours.send(LARGE)
-        except HungUpError as error:
+        except ChannelClosedError as error:
             raised.append(error)
 
     sending = at_once(send)
-    assert theirs.speaks(WAIT_S)
+    assert theirs.poll(WAIT_S)
     theirs.close()
     sending.join(WAIT_S)
     assert len(raised) == 1
@@ -149,10 +149,10 @@ def test_who_sends_into_a_full_socket_notices_the_end_of_the_other_side(ends: tu
 
 def test_the_end_of_the_other_side_in_the_midst_of_a_message_is_a_hang_up_too() -> None:
     ours, theirs = Pipe()
-    line = Line(theirs)
+    channel = Channel(theirs)
     # The length of what is to come, as `Connection` writes it, and no more than the beginning of it.
     os.write(ours.fileno(), struct.pack("!i", len(LARGE)) + LARGE[:100])
     ours.close()
-    with pytest.raises(HungUpError):
-        line.receive()
-    line.close()
+    with pytest.raises(ChannelClosedError):
+        channel.receive()
+    channel.close()

@@ -7,28 +7,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.records import DeadLetter
-from operators.envelope import Answer, Envelope, Source
-from operators.slots.custody import Custody, Retry
+from operators.envelope import Answer, Envelope, RecordPosition
+from operators.slots.retry_tracker import Retry, RetryTracker
 from tests.operators.test_slot import envelope
 
 
-def custody(max_attempts: int = 2, timeout_ms: float = 0.0) -> Custody:
-    return Custody(max_attempts, timeout_ms)
+def tracker(max_attempts: int = 2, timeout_ms: float = 0.0) -> RetryTracker:
+    return RetryTracker(max_attempts, timeout_ms)
 
 
-def taken(made: Custody, *numbers: int) -> list[Envelope]:
+def taken(made: RetryTracker, *numbers: int) -> list[Envelope]:
     envelopes = [envelope(number) for number in numbers]
     for one in envelopes:
         made.take(one)
     return envelopes
 
 
-def given_now(made: Custody) -> list[int]:
-    return [one.source.offset for one in made.give()]
+def given_now(made: RetryTracker) -> list[int]:
+    return [one.position.offset for one in made.give()]
 
 
-def at(number: int) -> Source:
-    return envelope(number).source
+def at(number: int) -> RecordPosition:
+    return envelope(number).position
 
 
 def outcome(came: list[Answer | Retry]) -> dict[int, object]:
@@ -36,15 +36,15 @@ def outcome(came: list[Answer | Retry]) -> dict[int, object]:
     found: dict[int, object] = {}
     for one in came:
         if isinstance(one, Retry):
-            found[one.envelope.source.offset] = one.envelope.attempts
+            found[one.envelope.position.offset] = one.envelope.attempts
         else:
             assert isinstance(one.record, DeadLetter)
-            found[one.source.offset] = one.record.reason
+            found[one.position.offset] = one.record.reason
     return found
 
 
 def test_what_comes_is_given_at_once() -> None:
-    made = custody()
+    made = tracker()
     taken(made, 1, 2)
     assert given_now(made) == [1, 2]
     taken(made, 3)
@@ -54,7 +54,7 @@ def test_what_comes_is_given_at_once() -> None:
 
 
 def test_what_had_begun_is_asked_again_one_by_one_and_the_rest_follows() -> None:
-    made = custody()
+    made = tracker()
     taken(made, 1, 2, 3, 4)
     made.give()
     made.began([at(1)])
@@ -71,7 +71,7 @@ def test_what_had_begun_is_asked_again_one_by_one_and_the_rest_follows() -> None
 
 
 def test_who_it_dies_of_again_is_given_up_and_says_how() -> None:
-    made = custody(max_attempts=3)
+    made = tracker(max_attempts=3)
     (poison,) = taken(made, 1)
     ends = []
     for how in ("hung", "was ended by SIGSEGV", "was ended by SIGKILL"):
@@ -85,7 +85,7 @@ def test_who_it_dies_of_again_is_given_up_and_says_how() -> None:
 
 
 def test_a_single_attempt_is_the_only_one() -> None:
-    made = custody(max_attempts=1)
+    made = tracker(max_attempts=1)
     taken(made, 1)
     made.give()
     made.began([at(1)])
@@ -94,7 +94,7 @@ def test_a_single_attempt_is_the_only_one() -> None:
 
 def test_a_prompt_that_kills_before_it_has_begun_is_found_too() -> None:
     """As a tokenizer may: nothing has begun, so nobody has used an attempt until it was alone."""
-    made = custody()
+    made = tracker()
     taken(made, 1, 2)
     made.give()
     assert made.lost("hung") == []
@@ -108,9 +108,9 @@ def test_a_prompt_that_kills_before_it_has_begun_is_found_too() -> None:
 
 
 def test_a_suspect_of_before_a_restart_is_alone_too() -> None:
-    made = custody()
+    made = tracker()
     taken(made, 1)
-    made.take(Envelope(0, b"", Source("t", 0, 7), 0.0, attempts=1))
+    made.take(Envelope(0, b"", RecordPosition("t", 0, 7), 0.0, attempts=1))
     taken(made, 2)
     assert given_now(made) == [7]
     assert given_now(made) == []
@@ -119,10 +119,10 @@ def test_a_suspect_of_before_a_restart_is_alone_too() -> None:
 
 
 def test_nothing_joins_what_runs_once_a_suspect_waits() -> None:
-    made = custody()
+    made = tracker()
     taken(made, 1)
     assert given_now(made) == [1]
-    made.take(Envelope(0, b"", Source("t", 0, 7), 0.0, attempts=1))
+    made.take(Envelope(0, b"", RecordPosition("t", 0, 7), 0.0, attempts=1))
     taken(made, 2)
     assert given_now(made) == []
     made.answered(at(1))
@@ -133,27 +133,27 @@ def test_nothing_joins_what_runs_once_a_suspect_waits() -> None:
 
 @pytest.mark.parametrize("suspect", [False, True])
 def test_what_the_process_does_not_have_times_out(suspect: bool) -> None:
-    made = custody(timeout_ms=100.0)
+    made = tracker(timeout_ms=100.0)
     old = Envelope(0, envelope(1).raw, at(1), 1000.0, attempts=int(suspect))
     made.take(old)
     assert made.expire(1099.0) == []
     (answer,) = made.expire(1100.0)
     assert isinstance(answer.record, DeadLetter)
     assert answer.record.reason.startswith("timeout: not answered within 100 ms")
-    assert (answer.source, answer.record.raw) == (old.source, old.raw)
+    assert (answer.position, answer.record.raw) == (old.position, old.raw)
     assert len(made) == 0
     assert made.give() == []
 
 
 def test_what_the_process_has_is_the_engines_to_time_out() -> None:
-    made = custody(timeout_ms=100.0)
+    made = tracker(timeout_ms=100.0)
     made.take(Envelope(0, envelope(1).raw, at(1), 1000.0))
     made.give()
     assert made.expire(5000.0) == []
 
 
 def test_without_a_time_out_nothing_is_too_old() -> None:
-    made = custody()
+    made = tracker()
     taken(made, 1)
     assert made.expire(1e15) == []
 
@@ -162,7 +162,7 @@ def test_without_a_time_out_nothing_is_too_old() -> None:
 def test_each_request_has_one_outcome_whatever_dies(seed: int, max_attempts: int, rows: int) -> None:
     """A process that begins with up to `rows` at a time, dies of poison, and now and then of nothing in particular."""
     chance = random.Random(seed)
-    made = custody(max_attempts)
+    made = tracker(max_attempts)
     total = 12
     poison = {number for number in range(total) if chance.random() < 0.3}
     coming = list(range(total))

@@ -8,8 +8,8 @@ from redis import Redis
 
 from benchmarks.raw_redis import running_redis
 from cache.config import CacheConfig, RemoteConfig
-from operators.boards.load_board import LoadBoard, LoadReport, LoadView
 from operators.config import JobConfig, Placement, PlacementConfig
+from operators.shared_state.slot_loads import LoadReader, LoadReporter, SharedLoads
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,9 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 @pytest.mark.integration
 def test_what_a_slot_reports_is_what_is_seen_until_it_falls_silent(redis_url: str) -> None:
     queue = [120.0]
-    report = LoadReport(LoadBoard(redis_url, "board-a", 2), 1, lambda: queue[0])
-    view = LoadView(LoadBoard(redis_url, "board-a", 2))
-    other = LoadView(LoadBoard(redis_url, "board-b", 2))
+    report = LoadReporter(SharedLoads(redis_url, "board-a", 2), 1, lambda: queue[0])
+    view = LoadReader(SharedLoads(redis_url, "board-a", 2))
+    other = LoadReader(SharedLoads(redis_url, "board-b", 2))
     try:
         eventually(lambda: view.queues_ms == {1: 120.0})
         queue[0] = 7.0
@@ -45,20 +45,20 @@ def test_what_a_slot_reports_is_what_is_seen_until_it_falls_silent(redis_url: st
 
 @pytest.mark.integration
 def test_a_value_that_is_no_number_is_no_queue_and_no_end(redis_url: str) -> None:
-    view = LoadView(LoadBoard(redis_url, "board-c", 1))
+    view = LoadReader(SharedLoads(redis_url, "board-c", 1))
     try:
         with Redis.from_url(redis_url) as client:
             client.set("board-c:queue:0", "many", px=500)
             eventually(lambda: client.get("board-c:queue:0") is None)
-        LoadBoard(redis_url, "board-c", 1).write(0, 3.0)
+        SharedLoads(redis_url, "board-c", 1).write(0, 3.0)
         eventually(lambda: view.queues_ms == {0: 3.0})
     finally:
         view.close()
 
 
 def test_without_redis_nothing_is_known_and_nothing_raises() -> None:
-    view = LoadView(LoadBoard("redis://127.0.0.1:1/0", "board-d", 2))
-    report = LoadReport(LoadBoard("redis://127.0.0.1:1/0", "board-d", 2), 0, lambda: 1.0)
+    view = LoadReader(SharedLoads("redis://127.0.0.1:1/0", "board-d", 2))
+    report = LoadReporter(SharedLoads("redis://127.0.0.1:1/0", "board-d", 2), 0, lambda: 1.0)
     assert view.queues_ms == {}
     view.close()
     report.close()
@@ -81,4 +81,4 @@ def test_a_board_is_there_where_it_is_of_use(
         placing=PlacementConfig(placement=placement),
         cache=CacheConfig(remote=RemoteConfig(redis_url=redis_url)),
     )
-    assert (LoadBoard.of(config) is not None) is there
+    assert (SharedLoads.of(config) is not None) is there

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from inference_service.completion import timed_out
-from operators.envelope import Answer, Envelope, Queue, Source
+from operators.envelope import Answer, Envelope, Queue, RecordPosition
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Retry:
     envelope: Envelope
 
 
-class Custody:
+class RetryTracker:
     """Each request that is taken in leaves once: with `answered`, or by an `Answer` that a method returns."""
 
     def __init__(self, max_attempts: int, timeout_ms: float) -> None:
@@ -28,9 +28,9 @@ class Custody:
         self._timeout_ms = timeout_ms
         self._waiting: deque[Envelope] = deque()
         self._suspects: deque[Envelope] = deque()
-        self._given: dict[Source, Envelope] = {}
+        self._given: dict[RecordPosition, Envelope] = {}
         """What the process has, in order."""
-        self._begun: set[Source] = set()
+        self._begun: set[RecordPosition] = set()
         self._alone = False
         """Whether what the process has is a suspect, that nothing may join."""
 
@@ -44,7 +44,7 @@ class Custody:
     @property
     def waiting_since_ms(self) -> float | None:
         """When the first of those was decoded that have not begun; none if all have."""
-        given = [envelope for source, envelope in self._given.items() if source not in self._begun]
+        given = [envelope for position, envelope in self._given.items() if position not in self._begun]
         waiting = [*self._waiting, *self._suspects, *given]
         return min((envelope.decoded_at_ms for envelope in waiting), default=None)
 
@@ -60,16 +60,16 @@ class Custody:
         orders = [self._suspects.popleft()] if self._alone else list(self._waiting)
         if not self._alone:
             self._waiting.clear()
-        self._given.update((envelope.source, envelope) for envelope in orders)
+        self._given.update((envelope.position, envelope) for envelope in orders)
         return orders
 
-    def began(self, sources: Iterable[Source]) -> None:
+    def began(self, positions: Iterable[RecordPosition]) -> None:
         """The process has begun to work on them."""
-        self._begun.update(sources)
+        self._begun.update(positions)
 
-    def answered(self, source: Source) -> None:
-        self._begun.discard(source)
-        del self._given[source]
+    def answered(self, position: RecordPosition) -> None:
+        self._begun.discard(position)
+        del self._given[position]
 
     def lost(self, how: str) -> list[Answer | Retry]:
         """The process has died, in a way that `how` tells: who is asked again one attempt later, and who is not.
@@ -80,7 +80,7 @@ class Custody:
         came: list[Answer | Retry] = []
         innocent: list[Envelope] = []
         for envelope in self._given.values():
-            if self._alone or envelope.source in self._begun:
+            if self._alone or envelope.position in self._begun:
                 came.append(self._tried(envelope, how))
             elif self._begun:
                 innocent.append(envelope)

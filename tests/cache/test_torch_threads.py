@@ -8,8 +8,8 @@ import pytest
 import torch
 from cache_support import hits, make_cache, prompt, store
 
-from cache.lone_thread import compute_alone
 from cache.payload import RawPayload
+from cache.torch_threads import use_one_thread
 
 N = 3
 
@@ -42,7 +42,7 @@ def noting(threads: set[int], method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_only_the_thread_that_asks_for_it_computes_alone():
-    assert in_a_thread(compute_alone) == 1
+    assert in_a_thread(use_one_thread) == 1
     assert torch.get_num_threads() == 3
     assert in_a_thread(lambda: None) == 3
 

@@ -16,11 +16,11 @@ from cache.config import CacheConfig, RemoteConfig, SizingConfig
 from cache.sizing.budget import SlotReport
 from core.clock import ManualClock, SystemClock
 from core.errors import UserError
-from operators.boards.budget_board import STALE_MS, BudgetShare
 from operators.config import JobConfig
+from operators.shared_state.chunk_budget import STALE_MS, BudgetShare
 from operators.slots.check import check_before_start
-from tests.operators.budget_slot import BUDGET, board, report
-from tests.operators.test_load_board import eventually
+from tests.operators.budget_slot import BUDGET, report, shared_reports
+from tests.operators.test_slot_loads import eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +57,7 @@ def test_processes_agree_and_the_share_of_one_that_dies_goes_to_the_others(redis
         # The least of each, then 180 more for who gains the most, and the rest for the second.
         for process, share in zip(slots, (200, 20, 80), strict=True):
             grants(process, share)
-        watching = board(redis_url)
+        watching = shared_reports(redis_url)
         stack.callback(watching.close)
         eventually(lambda: [one.capacity_chunks for one in watching.read().values()] == [200, 20, 80])
         slots[0].kill()
@@ -68,7 +68,7 @@ def test_processes_agree_and_the_share_of_one_that_dies_goes_to_the_others(redis
 
 @pytest.mark.integration
 def test_what_is_no_report_leaves_the_even_share_and_no_error(redis_url: str) -> None:
-    one = board(redis_url, "broken")
+    one = shared_reports(redis_url, "broken")
     share = BudgetShare(BUDGET, 0, one, SystemClock())
     try:
         with Redis.from_url(redis_url) as client:

@@ -7,7 +7,7 @@ import torch
 _changing = threading.Lock()
 
 
-def compute_alone() -> None:
+def use_one_thread() -> None:
     """Let torch use no further threads for what this thread computes.
 
     Each thread that torch computes in would get a team of OpenMP's of its own, which stays. With more teams than cores

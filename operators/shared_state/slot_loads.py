@@ -12,15 +12,15 @@ from redis.exceptions import RedisError
 
 from core.clients import FROM_ENVIRONMENT, redis_settings
 from core.redis_config import RedisAccessConfig
-from operators.boards.periodic import Periodic
 from operators.config import JobConfig, Placement
+from operators.shared_state.periodic import Periodic
 
 STALE_MS = 2000
 """What a slot has said is forgotten after this."""
 TIMEOUT_S = 0.5
 
 
-class LoadBoard:
+class SharedLoads:
     """Queue lengths in ms by slot, in Redis, under a name that no other job has."""
 
     def __init__(self, redis_url: str, name: str, slots: int, access: RedisAccessConfig = FROM_ENVIRONMENT) -> None:
@@ -30,8 +30,8 @@ class LoadBoard:
         self._keys = [f"{name}:queue:{slot}" for slot in range(slots)]
 
     @classmethod
-    def of(cls, config: JobConfig) -> "LoadBoard | None":
-        """The job's board; none where sessions stay at home anyway, or without Redis to carry their chunks along."""
+    def of(cls, config: JobConfig) -> "SharedLoads | None":
+        """The job's shared; none where sessions stay at home anyway, or without Redis to carry their chunks along."""
         remote = config.cache.remote
         if config.placing.placement is not Placement.BALANCED or remote.redis_url is None or config.parallelism == 1:
             return None
@@ -59,33 +59,33 @@ class Loads(Protocol):
         ...
 
 
-class LoadView:
-    """The board as it was read last, by a thread of its own."""
+class LoadReader:
+    """The shared as it was read last, by a thread of its own."""
 
-    def __init__(self, board: LoadBoard) -> None:
-        self._board = board
+    def __init__(self, shared: SharedLoads) -> None:
+        self._shared = shared
         self.queues_ms: Mapping[int, float] = {}
         self._periodic = Periodic("load-view", self._refresh)
 
     def close(self) -> None:
         self._periodic.close()
-        self._board.close()
+        self._shared.close()
 
     def _refresh(self) -> None:
         try:
-            self.queues_ms = self._board.read()
+            self.queues_ms = self._shared.read()
         except (RedisError, ValueError):
             self.queues_ms = {}
             raise
 
 
-class LoadReport:
-    """Writes what `queue_ms` says of one slot to the board, by a thread of its own."""
+class LoadReporter:
+    """Writes what `queue_ms` says of one slot to the shared, by a thread of its own."""
 
-    def __init__(self, board: LoadBoard, slot: int, queue_ms: Callable[[], float]) -> None:
-        self._board = board
-        self._periodic = Periodic("load-report", lambda: board.write(slot, queue_ms()))
+    def __init__(self, shared: SharedLoads, slot: int, queue_ms: Callable[[], float]) -> None:
+        self._shared = shared
+        self._periodic = Periodic("load-report", lambda: shared.write(slot, queue_ms()))
 
     def close(self) -> None:
         self._periodic.close()
-        self._board.close()
+        self._shared.close()

@@ -7,12 +7,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-class HungUpError(EOFError):
+class ChannelClosedError(EOFError):
     """The other side has ended."""
 
 
-class Line:
-    """One end of a connection: any thread may send, one receives. Raises `HungUpError` once the other side has ended.
+class Channel:
+    """One end of a connection. Any thread may send, one receives.
+
+    Raises `ChannelClosedError` once the other end is closed.
 
     It does what `Connection.send`, `recv` and `poll` do, at a fifth of their cost for small messages: those make a
     pickler in Python for each message, and a selector for each look.
@@ -30,15 +32,15 @@ class Line:
             try:
                 self._connection.send_bytes(packed)
             except OSError as error:
-                raise HungUpError from error
+                raise ChannelClosedError from error
 
     def receive(self) -> Any:
         try:
             return pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
-            raise HungUpError from error
+            raise ChannelClosedError from error
 
-    def speaks(self, timeout_s: float) -> bool:
+    def poll(self, timeout_s: float) -> bool:
         """Whether something has come, or the other side has ended, within `timeout_s`."""
         return bool(self._poll.poll(timeout_s * 1000))
 

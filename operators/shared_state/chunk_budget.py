@@ -17,16 +17,16 @@ from cache.sizing.budget import Budget, SlotReport
 from core.clients import FROM_ENVIRONMENT, redis_settings
 from core.clock import Clock
 from core.redis_config import RedisAccessConfig
-from operators.boards.load_board import TIMEOUT_S
-from operators.boards.periodic import Periodic
 from operators.config import JobConfig
+from operators.shared_state.periodic import Periodic
+from operators.shared_state.slot_loads import TIMEOUT_S
 
 STALE_MS = 3000
 """A slot that has said nothing for this long has lost its share."""
 _REPORT = TypeAdapter(SlotReport)
 
 
-class BudgetBoard:
+class SharedReports:
     """Reports by slot, in Redis, under a name that no other job has."""
 
     def __init__(self, redis_url: str, name: str, slots: int, access: RedisAccessConfig = FROM_ENVIRONMENT) -> None:
@@ -54,16 +54,16 @@ class BudgetShare:
     where nothing has been for `STALE_MS`.
     """
 
-    def __init__(self, budget: Budget, slot: int, board: BudgetBoard | None, clock: Clock) -> None:
-        """Without `board` the slot is the only one."""
+    def __init__(self, budget: Budget, slot: int, shared: SharedReports | None, clock: Clock) -> None:
+        """Without `shared` the slot is the only one."""
         self._budget = budget
         self._slot = slot
-        self._board = board
+        self._shared = shared
         self._clock = clock
         self._read_ms = -math.inf
         self._report: SlotReport | None = None
-        self.granted_chunks = budget.even_chunks if board is None else budget.least_chunks
-        self._periodic = None if board is None else Periodic("budget-share", lambda: self._refresh(board))
+        self.granted_chunks = budget.even_chunks if shared is None else budget.least_chunks
+        self._periodic = None if shared is None else Periodic("budget-share", lambda: self._refresh(shared))
 
     @classmethod
     def of(cls, config: JobConfig, slot: int, clock: Clock) -> "BudgetShare | None":
@@ -77,11 +77,11 @@ class BudgetShare:
             least_chunks=sizing.min_capacity_chunks,
             greatest_chunks=sizing.max_capacity_chunks,
         )
-        board = None
+        shared = None
         if config.parallelism > 1 and remote.redis_url is not None:
             name = f"{remote.redis_namespace}:{config.job_name}:{config.kafka.consumer_group}"
-            board = BudgetBoard(remote.redis_url, name, config.parallelism, remote.access)
-        return cls(budget, slot, board, clock)
+            shared = SharedReports(remote.redis_url, name, config.parallelism, remote.access)
+        return cls(budget, slot, shared, clock)
 
     def offer(self, report: SlotReport) -> None:
         self._report = report
@@ -90,19 +90,19 @@ class BudgetShare:
         """End the thread. The others have the share once the last report is stale."""
         if self._periodic is not None:
             self._periodic.close()
-        if self._board is not None:
-            self._board.close()
+        if self._shared is not None:
+            self._shared.close()
 
-    def _refresh(self, board: BudgetBoard) -> None:
+    def _refresh(self, shared: SharedReports) -> None:
         report = self._report
         if report is None:
             return
         # What was granted is taken at the next look-up: it counts as held.
         held = max(report.capacity_chunks, self.granted_chunks)
         try:
-            reports = self._exchange(board, replace(report, capacity_chunks=held))
+            reports = self._exchange(shared, replace(report, capacity_chunks=held))
             share = self._budget.share(reports).get(self._slot, self._budget.least_chunks)
-            if share > held and not self._fits(self._exchange(board, replace(report, capacity_chunks=share))):
+            if share > held and not self._fits(self._exchange(shared, replace(report, capacity_chunks=share))):
                 share = held
         except (RedisError, ValueError):
             if self._clock.monotonic_ms() - self._read_ms > STALE_MS:
@@ -111,9 +111,9 @@ class BudgetShare:
         self._read_ms = self._clock.monotonic_ms()
         self.granted_chunks = share
 
-    def _exchange(self, board: BudgetBoard, report: SlotReport) -> dict[int, SlotReport]:
-        board.write(self._slot, report)
-        return board.read()
+    def _exchange(self, shared: SharedReports, report: SlotReport) -> dict[int, SlotReport]:
+        shared.write(self._slot, report)
+        return shared.read()
 
     def _fits(self, reports: dict[int, SlotReport]) -> bool:
         return sum(report.capacity_chunks for report in reports.values()) <= self._budget.chunks
