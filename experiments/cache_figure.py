@@ -33,7 +33,7 @@ def cache_figure(runs: Sequence[RunRecords], path: Path) -> None:
     """Write the figure of `runs` to `path` as PNG. Raises `ValueError` if none of them has an answer."""
     runs = answered(runs)
     frames = [metrics.frame(run.responses) for run in runs]
-    colours = _colours(runs)
+    colours = run_colours(runs)
     with four_panels(path) as (figure, ((tokens, latency), (capacity, hits))):
         _draw_tokens(tokens, runs, frames, colours)
         _draw_latency(latency, runs, frames, colours)
@@ -54,8 +54,8 @@ def _caption(runs: Sequence[RunRecords]) -> str:
     )
 
 
-def _colours(runs: Sequence[RunRecords]) -> list[str]:
-    """Colour of each run: the strategy's own for its first run, an unused one for each further eviction policy."""
+def run_colours(runs: Sequence[RunRecords]) -> list[str]:
+    """The colour of each run. A strategy's first run has the strategy's own colour; every other run an unused one."""
     others = iter(OTHER_COLOURS * (1 + len(runs) // len(OTHER_COLOURS)))
     strategies = [run.manifest.job.cache.sizing.strategy for run in runs]
     return [

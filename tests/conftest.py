@@ -1,11 +1,13 @@
 """What tests of several rooms share: one real Kafka, Redis and Flink for the whole run."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from core.registry import Registry
 from local_stack import LocalStack, StackConfig
 from local_stack.processes import is_alive
 from local_stack.service import log_tail
@@ -39,3 +41,16 @@ def stack_survives(request: pytest.FixtureRequest) -> Iterator[None]:
         told = "".join(f"{process.name} has died" + log_tail(process, running.config.dir / "log") for process in dead)
         running.start()
         pytest.fail(told, pytrace=False)
+
+
+@pytest.fixture
+def register(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Registry, str, str, str], None]:
+    """Adds to a registry as a developer would: writes a module with `source`, and adds one line for its `attribute`."""
+
+    def add(registry: Registry, name: str, attribute: str, source: str) -> None:
+        module = f"added_{name.lower()}"
+        (tmp_path / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(registry.places, name, f"{module}:{attribute}")
+
+    return add

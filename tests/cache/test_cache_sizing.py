@@ -6,22 +6,12 @@ import io
 import pytest
 from cache_support import given, in_another_process
 from hypothesis import strategies as st
+from sizing_contract import check_bounds, config, key, loads
 
-from cache.config import SizingConfig
 from cache.registry import SIZING
 from cache.sizing import make_sizing
 from cache.sizing.fluid import Fluid
 from cache.sizing.frequency import Frequency
-
-
-def config(strategy: str, **changes) -> SizingConfig:
-    values = {"capacity_chunks": 100, "min_capacity_chunks": 10, "max_capacity_chunks": 1000, "frequency_buckets": 4}
-    return SizingConfig(strategy=strategy, **(values | changes))
-
-
-def key(number: int, bucket: int = 0) -> bytes:
-    """A key of its own for each number, in that one of four buckets."""
-    return (number * 4 + bucket).to_bytes(8, "little") + b"\0" * 24
 
 
 def fluid_after(policy: Fluid, start_ms: float, every_ms: float, count: int = 15) -> int:
@@ -125,31 +115,10 @@ def test_frequency_does_not_depend_on_the_hash_seed():
     assert in_another_process(script) == printed.getvalue().strip()
 
 
-@pytest.mark.parametrize("strategy", ["FLUID", "FREQUENCY", "MRC"])
-@given(
-    requests=st.lists(
-        st.tuples(st.floats(0, 5000), st.lists(st.integers(0, 30), max_size=12)), min_size=1, max_size=120
-    )
-)
+@pytest.mark.parametrize("strategy", list(SIZING))
+@given(requests=loads)
 def test_capacity_stays_within_bounds_and_moves_only_at_decisions(strategy, requests):
-    policy = make_sizing(
-        config(
-            strategy,
-            capacity_chunks=20,
-            max_capacity_chunks=25,
-            adjust_every_requests=5,
-            frequency_window_accesses=64,
-            mrc_warmup_requests=0,
-        )
-    )
-    now_ms, before = 0.0, policy.capacity_chunks
-    for count, (gap_ms, numbers) in enumerate(requests, start=1):
-        now_ms += gap_ms
-        capacity = policy.observe(now_ms, [key(n, n % 4) for n in dict.fromkeys(numbers)])
-        assert 10 <= capacity <= 25
-        assert capacity == policy.capacity_chunks
-        assert capacity == before or count % 5 == 0
-        before = capacity
+    check_bounds(strategy, requests)
 
 
 @given(st.lists(st.lists(st.integers(0, 20), max_size=30), max_size=40))

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cache.registry import SIZING
 from experiments import metrics
-from experiments.cache_figure import cache_figure
+from experiments.cache_figure import cache_figure, run_colours
 from experiments.cache_metrics import COLUMNS, SHOWN, table
 from experiments.figures import caption
 from experiments.records import write_run
@@ -39,6 +39,11 @@ def test_the_figure_shows_every_strategy_in_its_colour(tmp_path: Path) -> None:
     for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73), (0xCC, 0x79, 0xA7)):
         distance = abs(image - [part / 255 for part in colour]).max(axis=2)
         assert (distance < 0.01).sum() > 5000, colour
+
+
+def test_a_strategy_without_a_colour_of_its_own_gets_one_that_no_run_has(tmp_path: Path) -> None:
+    colours = run_colours([made_run("STATIC", 0, 4), made_run("OTHER", 1, 4), made_run("STATIC", 2, 4)])
+    assert len(set(colours)) == 3
 
 
 def test_the_figure_needs_an_answer_but_not_of_every_run(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import itertools
 import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,9 +18,11 @@ from core.errors import UserError
 from core.kafka_config import KafkaConfig
 from core.records import Request
 from local_stack import LocalStack
+from workloads import __main__ as workloads_command
 from workloads.catalogue import make_workload
 from workloads.config import PhasesConfig, TraceConfig, WorkloadConfig
 from workloads.kafka_generator import KafkaLoadGenerator, LoadReport, connect, connected
+from workloads.registry import WORKLOADS
 
 INTERVAL_MS = 100.0
 
@@ -112,6 +115,57 @@ def test_sends_each_request_when_it_is_due_with_the_session_as_key() -> None:
     assert report.duration_ms == pytest.approx(3 * INTERVAL_MS + INTERVAL_MS * 2 / 3)
     assert report.offered_rate == pytest.approx(4000 / report.duration_ms)
     assert report.reached_rate == pytest.approx(report.offered_rate)
+
+
+FIBONACCI = '''
+"""Sends requests at growing gaps: each prompt is as long as the two before it together."""
+
+from workloads.timed_request import TimedRequest, request_id
+
+
+class Fibonacci:
+    def __init__(self, config):
+        self._config = config
+
+    @property
+    def requests(self):
+        return self._config.requests
+
+    def adjustments(self):
+        return {}
+
+    def __iter__(self):
+        tokens, following = 1, 2
+        for index in range(self._config.requests):
+            yield TimedRequest(
+                at_ms=100.0 * tokens,
+                request_id=request_id("fibonacci", self._config.seed, index),
+                session_id="s1",
+                user_id="u1",
+                max_new_tokens=self._config.max_new_tokens,
+                prompt_token_ids=(7,) * tokens,
+            )
+            tokens, following = following, tokens + following
+'''
+
+
+def test_a_workload_is_added_by_one_file_and_one_line(
+    register: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(WORKLOADS, "fibonacci", "Fibonacci", FIBONACCI)
+    producer = FakeProducer(ManualClock(1e12))
+    generator = KafkaLoadGenerator(
+        producer, "llm.requests", make_workload(WorkloadConfig(workload="fibonacci", requests=5)), producer.clock
+    )
+    report = generator.run(ManualStop(producer.clock))
+    sent = [Request.from_json(value) for _, _, value in producer.records]
+    assert [len(request.prompt_token_ids or ()) for request in sent] == [1, 2, 3, 5, 8]
+    assert report.acknowledged == 5
+    options = ["--workload", "fibonacci", "--requests", "5", "--run", "r", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["workloads", *options])
+    workloads_command.main()
+    printed = [Request.from_json(line) for line in capsys.readouterr().out.splitlines()]
+    assert [request.created_at_ms for request in printed] == [request.created_at_ms - 1e12 for request in sent]
 
 
 def test_a_producer_slower_than_the_schedule_shows_as_lag_and_not_in_creation_times() -> None:
