@@ -15,8 +15,9 @@ from core.clock import SystemClock
 from core.errors import UserError
 from core.records import Request
 from inference_service.completion import Completion, Failure
-from inference_service.engine import Engine, load_checked_model
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.model import LoadedModel
+from inference_service.transformers_engine import load_checked_model
 from operators.config import JobConfig
 
 
@@ -48,11 +49,11 @@ def bare_engine(job: JobConfig) -> Iterator[BareEngine]:
 
 
 @cache
-def _loaded(job: JobConfig) -> tuple[LoadedModel, Engine]:
+def _loaded(job: JobConfig) -> tuple[LoadedModel, ContinuousEngine]:
     """In the worker process, once: model and warm engine."""
     torch.set_num_threads(job.threads_per_slot)
     model = load_checked_model(job.engine)
-    engine = Engine(model, job.engine, None, job.cache.chunk_tokens, SystemClock())
+    engine = ContinuousEngine(model, job.engine, None, job.cache.chunk_tokens, SystemClock())
     engine.warm_up()
     return model, engine
 

@@ -29,7 +29,7 @@ from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from cache.config import CacheConfig
 from core.config import Config
 from core.errors import UserError, exit_on_user_error
-from inference_service.config import EngineConfig, EngineKind
+from inference_service.config import EngineConfig
 from operators.config import Batching, BatchingConfig, JobConfig
 from operators.job_files import with_absolute_paths
 from workloads.catalogue import make_workload
@@ -245,7 +245,7 @@ def measure(config: BatchingBenchmarkConfig, console: Console) -> Report:
 
 def check(config: BatchingBenchmarkConfig) -> None:
     """Raises `UserError` for what would fail or mislead once all has been started."""
-    if config.engine.engine is not EngineKind.TRANSFORMERS:
+    if config.engine.is_simulated:
         raise UserError("--engine: batching is compared on a real engine; leave it out")
     if config.long_prompt_tokens + config.long_answer_tokens > config.engine.max_model_len:
         raise UserError(

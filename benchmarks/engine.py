@@ -34,7 +34,7 @@ from transformers import Qwen2Config
 from benchmarks.ceilings import Ceilings, Fit, Work, fit, free_bytes, synchronize
 from benchmarks.random_models import SHAPES, RandomModel, build, costs_of, make_runner, shape_bytes
 from core.machine import usable_cores
-from inference_service.pieces import Piece
+from inference_service.active_sequence import Piece
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE_TOKENS = 256

@@ -36,9 +36,9 @@ from core.config import Config
 from core.errors import UserError, exit_on_user_error
 from core.machine import usable_cores
 from core.redis_config import RedisUrl
-from inference_service.engine import load_checked_model
+from inference_service.active_sequence import Piece
 from inference_service.model import LoadedModel
-from inference_service.pieces import Piece
+from inference_service.transformers_engine import load_checked_model
 
 ROWS = ("recomputed", "raw", "int8", "chained")
 """The first is what the others are held against."""

@@ -33,7 +33,7 @@ from core.errors import UserError, exit_on_user_error
 from core.machine import usable_cores
 from core.redis_config import RedisUrl
 from inference_service.config import EngineConfig
-from inference_service.engine import load_checked_model
+from inference_service.transformers_engine import load_checked_model
 
 
 def _numbers(text: object) -> object:

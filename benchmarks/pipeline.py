@@ -40,7 +40,7 @@ from core.clock import SystemClock
 from core.config import Config
 from core.errors import UserError, exit_on_user_error
 from core.records import Request
-from inference_service.config import EngineConfig, EngineKind
+from inference_service.config import EngineConfig
 from operators.config import JobConfig
 from operators.job_files import with_absolute_paths
 from workloads.config import Arrivals, IndependentConfig, WorkloadConfig
@@ -131,7 +131,7 @@ def percentile(values: Iterable[float], percent: float) -> float:
 
 def measure(config: PipelineConfig, console: Console) -> Report:
     """Run everything. Raises `UserError`."""
-    if config.engine.engine is not EngineKind.TRANSFORMERS:
+    if config.engine.is_simulated:
         raise UserError("--engine: the pipeline is measured around a real engine and one of its own; leave it out")
     job = with_absolute_paths(JobConfig(parallelism=1, engine=config.engine, cache=CacheConfig(cache=False)))
     samples: Samples = defaultdict(list)

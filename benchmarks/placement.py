@@ -30,7 +30,7 @@ from benchmarks.report import Neighbours, Report, conditions_of, ratios, spread
 from benchmarks.reuse_probe import WrongMeasurementError
 from core.config import Config
 from core.errors import UserError, exit_on_user_error
-from inference_service.config import EngineConfig, EngineKind
+from inference_service.config import EngineConfig
 from operators.config import JobConfig, Placement, PlacementConfig
 from operators.job_files import with_absolute_paths
 from workloads.independent import session_at_home
@@ -129,7 +129,7 @@ def job_of(placement: Placement, engine: EngineConfig) -> JobConfig:
 
 def check(config: PlacementBenchmarkConfig) -> None:
     """Raises `UserError` for what would fail or mislead once all has been started."""
-    if config.engine.engine is not EngineKind.TRANSFORMERS:
+    if config.engine.is_simulated:
         raise UserError("--engine: placement is compared on a real engine; leave it out")
     if config.out == config.figure:
         raise UserError(f"--out: {config.out} is where the figure goes; name a file that ends in .json")

@@ -39,8 +39,9 @@ from core.machine import usable_cores
 from core.records import Request
 from inference_service.completion import Completion, Failure
 from inference_service.config import EngineConfig
-from inference_service.engine import Engine, load_checked_model
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.model import LoadedModel
+from inference_service.transformers_engine import load_checked_model
 
 RUNS = ("no_cache", "unknown", "known")
 """The three runs of a round: no cache; Redis holds none of the prompts; Redis holds all of them."""
@@ -118,7 +119,7 @@ class StallProbe:
         if name == "known":
             self._fill_redis([prompt for group in newcomers for prompt in group])
         cache = None if name == "no_cache" else AskingAlways(self._open(self._slow_url))
-        engine = Engine(self._model, config.engine, cache, self.settings.chunk_tokens, self._clock)
+        engine = ContinuousEngine(self._model, config.engine, cache, self.settings.chunk_tokens, self._clock)
         engine.warm_up()
         try:
             gaps, done = self._gaps(engine, running, newcomers)
@@ -128,7 +129,7 @@ class StallProbe:
         return gaps
 
     def _gaps(
-        self, engine: Engine, running: Sequence[list[int]], groups: Sequence[Sequence[list[int]]]
+        self, engine: ContinuousEngine, running: Sequence[list[int]], groups: Sequence[Sequence[list[int]]]
     ) -> tuple[list[float], list[Completion]]:
         """Times between the ends of two steps, from when all of `running` decode until the first of them is done."""
         config = self._config
@@ -170,7 +171,7 @@ class StallProbe:
     def _fill_redis(self, prompts: Sequence[list[int]]) -> None:
         """Compute the prompts and write them to Redis, without the delay."""
         cache = self._open(self._redis_url, capacity_chunks=0)
-        engine = Engine(self._model, self._config.engine, cache, self.settings.chunk_tokens, self._clock)
+        engine = ContinuousEngine(self._model, self._config.engine, cache, self.settings.chunk_tokens, self._clock)
         engine.run([_request("writer", prompt, 1) for prompt in prompts])
         flushed = cache.flush(FLUSH_TIMEOUT_S)
         dropped = cache.stats().write_dropped

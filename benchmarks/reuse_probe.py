@@ -14,12 +14,12 @@ from cache.manager import TwoLevelCache, open_cache
 from cache.protocol import CachedPrefix, Prefetch
 from core.errors import UserError
 from core.records import Request
+from inference_service.active_sequence import Piece
 from inference_service.completion import Completion
 from inference_service.config import EngineConfig
-from inference_service.engine import Engine
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel
-from inference_service.pieces import Piece
 from inference_service.runner import Runner
 
 FLUSH_TIMEOUT_S = 60.0
@@ -188,8 +188,8 @@ class ReuseProbe:
     def _new_cache(self) -> TwoLevelCache:
         return open_cache(self.settings, self.shape, self.model.identity, self._clock)
 
-    def _engine(self, cache: TwoLevelCache | ColdCache | None) -> Engine:
-        engine = Engine(self.model, self._config, cache, self.chunk_tokens, self._clock)
+    def _engine(self, cache: TwoLevelCache | ColdCache | None) -> ContinuousEngine:
+        engine = ContinuousEngine(self.model, self._config, cache, self.chunk_tokens, self._clock)
         engine.warm_up()
         return engine
 
@@ -197,7 +197,7 @@ class ReuseProbe:
         drawn: list[int] = torch.randint(0, self.model.vocab_size, (tokens,), generator=self._tokens).tolist()
         return drawn
 
-    def _complete(self, engine: Engine, prompt: list[int], max_new_tokens: int) -> Completion:
+    def _complete(self, engine: ContinuousEngine, prompt: list[int], max_new_tokens: int) -> Completion:
         request = Request(
             request_id="benchmark",
             session_id="benchmark",

@@ -37,9 +37,10 @@ from core.errors import UserError, exit_on_user_error
 from core.records import Request
 from inference_service.completion import Completion
 from inference_service.config import EngineConfig, SamplingDefaults
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.default_model import byte_tokenizer, default_model_path
-from inference_service.engine import Engine, load_checked_model
 from inference_service.model import LoadedModel
+from inference_service.transformers_engine import load_checked_model
 
 CHUNK_TOKENS = 32
 MAX_LEN = 1088
@@ -110,7 +111,7 @@ class OurEngine:
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = replace(model, eos_token_ids=frozenset())
-        self._engine = Engine(self.model, config, None, CHUNK_TOKENS, SystemClock())
+        self._engine = ContinuousEngine(self.model, config, None, CHUNK_TOKENS, SystemClock())
         self._engine.warm_up()
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, list[list[int]]]:

@@ -36,7 +36,7 @@ from core.records import Response
 from experiments.config import in_own_space
 from experiments.kafka_topics import fresh_topics, reading
 from experiments.services import Services
-from inference_service.config import EngineConfig, EngineKind
+from inference_service.config import EngineConfig
 from inference_service.device_profile import DeviceProfile
 from operators.config import BatchingConfig, JobConfig
 from workloads.config import IndependentConfig, WorkloadConfig
@@ -171,7 +171,7 @@ def instant_job(slots: int) -> Iterator[JobConfig]:
     with tempfile.TemporaryDirectory(prefix="zero-engine-") as directory:
         profile = Path(directory) / "instant.json"
         profile.write_text(DeviceProfile.instant().model_dump_json())
-        engine = EngineConfig(engine=EngineKind.SIMULATED, profile=profile, threads=1, max_running=ROWS)
+        engine = EngineConfig(engine="simulated", profile=profile, threads=1, max_running=ROWS)
         batching = BatchingConfig(max_in_flight=4 * ROWS)
         yield JobConfig(parallelism=slots, engine=engine, batching=batching, cache=CacheConfig(cache=False))
 

@@ -6,6 +6,7 @@ and never a silent default.
 
 import base64
 import json
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
@@ -29,6 +30,8 @@ Identifier = Annotated[str, Field(min_length=1, max_length=256)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 MAX_STOPS = 64
 """Maximum number of stop strings, and of stop tokens, per request."""
+MAX_CHOICES = 128
+"""Maximum number of answers per request."""
 MAX_BIASED_TOKENS = 1024
 """Maximum number of tokens with a bias per request."""
 MAX_RECORD_BYTES = 1 << 20
@@ -126,6 +129,12 @@ class Request(BaseModel):
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="report log-probabilities, and of so many of the likeliest tokens"
     )
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="the same for the tokens of the prompt, all of which are then computed"
+    )
+    n: Annotated[int, _default_for_null(1)] = Field(
+        default=1, ge=1, le=MAX_CHOICES, description="number of answers, each with random numbers of its own"
+    )
     # Where the answer ends.
     min_new_tokens: int | None = Field(default=None, ge=0, le=1 << 20, description="no end or stop before this many")
     stop: Annotated[tuple[StopString, ...], BeforeValidator(_one_or_several)] | None = Field(
@@ -201,13 +210,26 @@ _NEUTRAL = {name: field.default for name, field in Sampling.model_fields.items()
 
 
 class TokenLogprob(BaseModel):
-    """The log-probability of one token of an answer, by the model's own logits."""
+    """The log-probability of one token of an answer or a prompt, by the model's own logits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     token_id: int
     logprob: float = Field(le=1e-3)
     top: tuple[tuple[int, float], ...] = Field(default=(), description="likeliest tokens: ids and log-probabilities")
+
+
+class Choice(BaseModel):
+    """One of the `n` answers to a request."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = Field(
+        default=None, description="one for each of token_ids, if the request asked for them"
+    )
+    finish_reason: FinishReason
 
 
 class Response(BaseModel):
@@ -227,6 +249,12 @@ class Response(BaseModel):
         default=None, description="one for each of token_ids, if the request asked for them"
     )
     finish_reason: FinishReason
+    further_choices: tuple[Choice, ...] = Field(
+        default=(), description="the answers after the first one, where the request's n is above 1"
+    )
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = Field(
+        default=None, description="one for each prompt token, none for the first, if the request asked for them"
+    )
     sampling: Sampling | None = Field(
         default=None, description="how its tokens were chosen; none in records of versions that did not say"
     )
@@ -247,7 +275,7 @@ class Response(BaseModel):
     local_tokens: int = Field(ge=0, description="prompt tokens whose key/value came from the local tier")
     remote_tokens: int = Field(ge=0, description="prompt tokens whose key/value came from Redis")
     computed_tokens: int = Field(ge=0, description="prompt tokens that were prefilled")
-    output_tokens: int = Field(ge=0)
+    output_tokens: int = Field(ge=0, description="of all choices together")
 
     created_at_ms: float = Field(description="the request's")
     completed_at_ms: float = Field(description="Unix time at which the answer leaves: with its whole micro-batch")
@@ -265,24 +293,35 @@ class Response(BaseModel):
     def _tokens_add_up(self) -> Self:
         if self.prompt_tokens != self.local_tokens + self.remote_tokens + self.computed_tokens:
             raise ValueError("prompt_tokens must equal local_tokens + remote_tokens + computed_tokens")
-        if self.output_tokens != len(self.token_ids):
-            raise ValueError("output_tokens must equal the number of token_ids")
+        if self.output_tokens != len(self.token_ids) + sum(len(one.token_ids) for one in self.further_choices):
+            raise ValueError("output_tokens must equal the number of token_ids of all choices")
         return self
 
     @property
     def is_too_long(self) -> bool:
         """Whether its record could be above `MAX_RESULT_BYTES`, or its topic would refuse it."""
         # Most are short: then nothing is written to find that out.
-        written_bytes = 12 * len(self.text) + 12 * len(self.token_ids)
-        for one in self.logprobs or ():
-            written_bytes += 80 + 40 * len(one.top)
+        written_bytes = _logprob_bytes(self.prompt_logprobs)
+        choices: tuple[Response | Choice, ...] = (self, *self.further_choices)
+        for one in choices:
+            written_bytes += 12 * len(one.text) + 12 * len(one.token_ids) + _logprob_bytes(one.logprobs)
         if RECORD_OVERHEAD_BYTES + written_bytes <= MAX_RESULT_BYTES:
             return False
         return RECORD_OVERHEAD_BYTES + len(self.to_json()) > MAX_RESULT_BYTES
 
     def to_json(self, without: AbstractSet[str] = frozenset()) -> str:
-        """The record, without the fields that `without` names."""
-        return _ascii_json(self, without)
+        """The record, without the fields that `without` names, and those that the request did not ask for."""
+        return _ascii_json(
+            self, without | {name for name, default in _ONLY_IF_ASKED.items() if getattr(self, name) == default}
+        )
+
+
+_ONLY_IF_ASKED: dict[str, Any] = {"logprobs": None, "prompt_logprobs": None, "further_choices": ()}
+
+
+def _logprob_bytes(logprobs: Sequence[TokenLogprob | None] | None) -> int:
+    """More than the JSON of `logprobs` takes."""
+    return sum(80 + (0 if one is None else 40 * len(one.top)) for one in logprobs or ())
 
 
 class DeadLetter(BaseModel):

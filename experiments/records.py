@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 from core.config import Config
 from core.errors import UserError, one_line
 from core.records import DeadLetter, Response
-from inference_service.config import EngineKind
 from operators.config import JobConfig
 from workloads.config import WorkloadConfig
 from workloads.kafka_generator import LoadReport
@@ -109,7 +108,7 @@ class Manifest(Config):
     @property
     def simulated(self) -> bool:
         """Whether times are a model's, and nothing was computed."""
-        return self.job.engine.engine is EngineKind.SIMULATED
+        return self.job.engine.is_simulated
 
 
 KINDS: dict[str, type[BaseModel]] = {"sent": Sent, "response": Response, "dead_letter": DeadLetter}

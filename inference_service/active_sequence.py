@@ -1,21 +1,70 @@
-"""A request in the engine: what is computed of it, where its keys and values stand, and what comes next."""
+"""A sequence in the engine: what is computed of it, where its keys and values stand, and what comes next."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from cache.protocol import Prefetch
 from core.records import Request, TokenLogprob
-from inference_service.pieces import Piece
-from inference_service.sampling import Draw, SequenceSampler
-from inference_service.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from cache.protocol import Prefetch
+    from inference_service.completion import Completion
+    from inference_service.engine import TokenListener
+    from inference_service.sampling import Draw, SequenceSampler
+    from inference_service.stop_strings import StopStrings
+    from inference_service.text_stream import TextStream
+
+MOST_SCORED_TOKENS = 64
+"""Prompt tokens per pass where their log-probabilities are asked for: each then has logits of a whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of one sequence, at least one: of its prompt, or the one that it sampled last."""
+
+    row: int
+    start: int
+    """Number of tokens that the row holds before."""
+    tokens: Sequence[int]
+    scored: bool = False
+    """True if the logits after each of the tokens are needed, and not after the last one alone."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def logit_rows(self) -> int:
+        """Number of rows of logits that a pass returns for the piece."""
+        return len(self.tokens) if self.scored else 1
+
+
+def leading_rows(pieces: Sequence[Piece]) -> int:
+    """How many of the pieces, from the first on, are one token of the row of the same index."""
+    in_place = (
+        len(piece.tokens) == 1 and piece.row == index and not piece.scored for index, piece in enumerate(pieces)
+    )
+    return next((index for index, fits in enumerate(in_place) if not fits), len(pieces))
+
+
+@dataclass(eq=False)
+class ActiveRequest:
+    """A request in the engine, with a sequence for each of its `n` answers."""
+
+    request: Request
+    on_token: "TokenListener | None" = None
+    sequences: "list[ActiveSequence]" = field(default_factory=list)
+    completions: "dict[int, Completion]" = field(default_factory=dict)
+    """What is complete, by the index of the answer."""
 
 
 @dataclass(eq=False)
 class ActiveSequence:
-    """A request from its submission to its end, as the engine schedules it."""
+    """One answer to a request, from its submission to its end, as the engine schedules it."""
 
-    request: Request
+    parent: ActiveRequest
     prompt: list[int]
-    sampler: SequenceSampler
+    sampler: "SequenceSampler"
     arrived_ms: float
     expires_ms: float
     """Wall time of the request's own deadline. The answer is what there is by then."""
@@ -23,13 +72,21 @@ class ActiveSequence:
     """Wall time at which the engine times the request out."""
     weight: int
     """Maximum tokens of prompt and answer."""
-    stop: StopStrings | None = None
+    stop: "StopStrings | None" = None
     stopped_text: str | None = None
     """The answer's text, once a stop string has ended it."""
-    prefetch: Prefetch | None = None
+    choice: int = 0
+    """Index of the answer among the `n` of its request."""
+    stream: "TextStream | None" = None
+    """Its text so far, if the request's tokens are told as they come."""
+    left: bool = False
+    """True once it is out of the engine."""
+    arrival: int = 0
+    """Rank among all requests."""
+    prefetch: "Prefetch | None" = None
     """Its chunks that are being fetched from Redis while it is queued."""
     waited_for_reuse: bool = False
-    """Whether it has waited once for a chunk that another request was about to compute."""
+    """True once it has waited for a chunk that another request was about to compute."""
     row: int = -1
     began_ms: float = 0.0
     began_with: int = 1
@@ -43,6 +100,8 @@ class ActiveSequence:
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One for each token of `output`, if the request asked for them."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each computed token of the prompt but the first, if the request asked for them."""
     held: int = 0
     """Tokens whose keys and values are in the sequence's row: all but the last sampled one."""
     finite: int = 0
@@ -53,11 +112,20 @@ class ActiveSequence:
     """Sum of the batch sizes of its decode steps."""
 
     long: bool = False
-    """Whether its prompt, without reused chunks, exceeds the token budget of a step."""
+    """True if its prompt, without reused chunks, exceeds the token budget of a step."""
     ms_per_token: float = 0.0
     """Cost of the latest piece of a long prompt."""
     piece_tokens: int = 0
     """Prompt tokens to compute in the current step."""
+
+    @property
+    def request(self) -> Request:
+        return self.parent.request
+
+    @property
+    def leader(self) -> "ActiveSequence | None":
+        """The first choice of its request, which computes the prompt for all; none for the first choice itself."""
+        return self.parent.sequences[0] if self.choice else None
 
     @property
     def ends_ms(self) -> float:
@@ -65,8 +133,23 @@ class ActiveSequence:
         return min(self.expires_ms, self.times_out_ms)
 
     @property
+    def is_scored(self) -> bool:
+        """True if log-probabilities of its prompt are asked for."""
+        return self.request.prompt_logprobs is not None and self.leader is None
+
+    @property
+    def reuses(self) -> bool:
+        """False if every token of its prompt must be computed, because its logits are asked for."""
+        return not self.is_scored
+
+    @property
+    def most_piece_tokens(self) -> int:
+        """Maximum size of a piece of its prompt."""
+        return MOST_SCORED_TOKENS if self.is_scored else len(self.prompt)
+
+    @property
     def is_fetching(self) -> bool:
-        """Whether chunks of its prompt may still arrive from Redis in time."""
+        """True while chunks of its prompt may still arrive from Redis in time."""
         return self.prefetch is not None and not self.prefetch.ready
 
     @property
@@ -76,7 +159,7 @@ class ActiveSequence:
 
     @property
     def ends_prompt(self) -> bool:
-        """Whether the current step computes the rest of its prompt."""
+        """True if the current step computes the rest of its prompt."""
         return self.piece_tokens == self.missing
 
     @property
@@ -84,12 +167,13 @@ class ActiveSequence:
         return self.prompt + self.output
 
     @property
-    def draw(self) -> Draw | None:
+    def draw(self) -> "Draw | None":
         """The token to draw in the current step; none before the last piece of the prompt."""
-        return Draw(self.sampler, self.output) if self.output or self.ends_prompt else None
+        return self.sampler.draw(self.output) if self.output or self.ends_prompt else None
 
     @property
     def piece(self) -> Piece:
         """Its tokens to compute in the current step: a piece of the prompt, or the last sampled token."""
-        tokens = self.output[-1:] or self.prompt[self.held : self.held + self.piece_tokens]
-        return Piece(self.row, self.held, tokens)
+        if self.output:
+            return Piece(self.row, self.held, self.output[-1:])
+        return Piece(self.row, self.held, self.prompt[self.held : self.held + self.piece_tokens], self.is_scored)

@@ -1,8 +1,23 @@
 """What becomes of a request: an answer with what the engine counted and timed, or a reason why there is none."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from core.records import FinishReason, Request, Sampling, TokenLogprob
+from core.records import Choice, FinishReason, Request, Sampling, TokenLogprob
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of an answer, as soon as it is chosen. An end token is no part of the answer and makes no event."""
+
+    request: Request
+    choice: int
+    """Index of the answer among the `n` of the request."""
+    token_id: int
+    logprob: TokenLogprob | None
+    text: str
+    """The text that this token makes final; often empty. It never ends within a character or within what may become a
+    stop string. The texts of all events are a prefix of the choice's text: what was held back is only there."""
 
 
 @dataclass(frozen=True)
@@ -10,18 +25,17 @@ class Completion:
     """An answered request, with what the engine counted and timed. Times are of the engine's clock."""
 
     request: Request
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None
-    """Of each token, if the request asked for them."""
-    finish_reason: FinishReason
+    choices: tuple[Choice, ...]
+    """As many as the request's `n`, in the order of their indices."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None
+    """One for each prompt token if the request asked for them. The first one is none: nothing precedes it."""
     sampling: Sampling
     prompt_tokens: int
     local_tokens: int
     remote_tokens: int
     computed_tokens: int
     decode_steps: int
-    """Tokens after the first one, an end-of-sequence token included."""
+    """Tokens after the first one, an end-of-sequence token included; of the choice that has most."""
     decode_rows: float | None
     """Mean number of sequences that decoded together in those steps; none without a step."""
     began_with: int
@@ -36,6 +50,24 @@ class Completion:
     finished_ms: float
     """When the answer was complete: at the end of a step, which may have computed more after the last token."""
 
+    # Most requests ask for one choice.
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        return self.choices[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.choices[0].finish_reason
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -43,6 +75,39 @@ class Failure:
 
     request: Request
     reason: str
+
+
+def combined(completions: Sequence[Completion]) -> Completion:
+    """The completion of a request out of those of its choices, in their order.
+
+    The first choice computed the prompt: its counts are the request's.
+    """
+    first, *others = completions
+    if not others:
+        return first
+    steps = sum(one.decode_steps for one in completions)
+    rows = sum(one.decode_rows * one.decode_steps for one in completions if one.decode_rows is not None)
+    last = max(completions, key=lambda one: one.last_token_ms or 0.0)
+    return Completion(
+        request=first.request,
+        choices=tuple(choice for one in completions for choice in one.choices),
+        prompt_logprobs=first.prompt_logprobs,
+        sampling=first.sampling,
+        prompt_tokens=first.prompt_tokens,
+        local_tokens=first.local_tokens,
+        remote_tokens=first.remote_tokens,
+        computed_tokens=first.computed_tokens,
+        decode_steps=max(one.decode_steps for one in completions),
+        decode_rows=rows / steps if steps else None,
+        began_with=first.began_with,
+        cache_capacity_chunks=first.cache_capacity_chunks,
+        cache_used_chunks=first.cache_used_chunks,
+        arrived_ms=first.arrived_ms,
+        began_ms=first.began_ms,
+        first_token_ms=first.first_token_ms,
+        last_token_ms=last.last_token_ms,
+        finished_ms=max(one.finished_ms for one in completions),
+    )
 
 
 def timed_out(timeout_ms: float) -> str:

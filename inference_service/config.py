@@ -2,21 +2,14 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from core.config import Config
+from inference_service.registry import ENGINES
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class EngineKind(StrEnum):
-    """What computes."""
-
-    TRANSFORMERS = "transformers"
-    SIMULATED = "simulated"
-    """A model of a device's times, and nothing else: it waits instead of computing."""
 
 
 class SamplingDefaults(StrEnum):
@@ -31,7 +24,9 @@ class SamplingDefaults(StrEnum):
 class EngineConfig(Config):
     """The model and the pool of slots it runs on."""
 
-    engine: EngineKind = Field(default=EngineKind.TRANSFORMERS, description="transformers, or simulated: only its time")
+    engine: Annotated[str, ENGINES] = Field(
+        default="transformers", description="transformers, or simulated: waits for as long as a device would compute"
+    )
     profile: Path | None = Field(default=None, description="simulated: JSON file of the device's times")
     model: str = Field(default="default", min_length=1, description="path or name of a causal LM; default: built here")
     device: str = Field(
@@ -72,10 +67,15 @@ class EngineConfig(Config):
         description="a request that is not answered this long after it was decoded becomes a dead letter; 0: never",
     )
 
+    @property
+    def is_simulated(self) -> bool:
+        """True if the engine waits for as long as a device would compute, and computes nothing."""
+        return self.engine == "simulated"
+
     @model_validator(mode="after")
     def _profile_where_simulated(self) -> Self:
-        if self.engine is EngineKind.SIMULATED and self.profile is None:
+        if self.is_simulated and self.profile is None:
             raise ValueError("profile is missing; name the file that benchmarks/engine.py wrote")
-        if self.engine is not EngineKind.SIMULATED and self.profile is not None:
+        if not self.is_simulated and self.profile is not None:
             raise ValueError("profile is only read where engine is simulated; leave it out, or add that")
         return self

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from inference_service.active_sequence import Piece
 from inference_service.attention_interface import Compute
 from inference_service.attention_window import AttentionWindow
 from inference_service.kv_pool import KVPool
-from inference_service.pieces import Piece
 
 _NO_LENGTH = 1 << 24
 """Tokens, more than any sequence has."""
@@ -50,8 +50,9 @@ class PackedPass:
         ends = [0]
         for piece in pieces:
             ends.append(ends[-1] + len(piece.tokens))
-        self.last_tokens = torch.tensor([end - 1 for end in ends[1:]], device=device)
-        """`[pieces]`: where in the pass each one's last token stands."""
+        scored = [range(end - piece.logit_rows, end) for piece, end in zip(pieces, ends[1:], strict=True)]
+        self.scored_tokens = torch.tensor([place for places in scored for place in places], device=device)
+        """`[logit rows]`: places in the pass of the tokens whose logits are needed."""
         positions = [torch.arange(piece.start, piece.end, device=device) for piece in pieces[rows:]]
         self._row_positions = torch.tensor([piece.start for piece in pieces[:rows]], dtype=torch.long, device=device)
         self.positions = torch.cat([self._row_positions, *positions])

@@ -1,24 +1,25 @@
 """What the engine needs of a model and of what runs it, real or simulated."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from cache.protocol import ChunkShape
-from inference_service.generation_defaults import GenerationDefaults
-from inference_service.pieces import Piece
-from inference_service.prompt_encoder import PromptEncoder
+    from cache.protocol import ChunkShape
+    from inference_service.active_sequence import Piece
+    from inference_service.generation_defaults import GenerationDefaults
+    from inference_service.prompt_encoder import PromptEncoder
 
 
-class Rows(Protocol):
+class KVRows(Protocol):
     """Key/value memory for several sequences, a row each."""
 
-    def load_chunks(self, row: int, chunks: Sequence[torch.Tensor]) -> None:
+    def load_chunks(self, row: int, chunks: Sequence["torch.Tensor"]) -> None:
         """Copy chunks to the beginning of `row`, one after the other."""
         ...
 
-    def chunk_reader(self, row: int, tokens: int) -> Callable[[int, torch.Tensor], None]:
+    def chunk_reader(self, row: int, tokens: int) -> Callable[[int, "torch.Tensor"], None]:
         """What copies chunk i of `row`, which holds `tokens`, to a tensor; meant to be called with rising i."""
         ...
 
@@ -46,12 +47,13 @@ class ModelRunner(Protocol):
     def rows(self) -> int: ...
 
     @property
-    def pool(self) -> Rows: ...
+    def pool(self) -> KVRows: ...
 
-    def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Compute the pieces, each of another row; the logits after the last token of each, `[pieces, vocabulary]`.
+    def forward(self, pieces: Sequence["Piece"]) -> "torch.Tensor":
+        """Compute the pieces, each of another row; logits `[logit rows, vocabulary]`, in the order of the pieces.
 
-        Single tokens of the first rows, in the rows' order and before all other pieces, cost least.
+        They are the logits after the last token of each piece, or after each of its tokens if it is `scored`. Single
+        tokens of the first rows, in the rows' order and before all other pieces, cost least.
         """
         ...
 
@@ -81,7 +83,7 @@ class ServedModel(Protocol):
         ...
 
     @property
-    def prompt_encoder(self) -> PromptEncoder: ...
+    def prompt_encoder(self) -> "PromptEncoder": ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -90,11 +92,11 @@ class ServedModel(Protocol):
     def eos_token_ids(self) -> Collection[int]: ...
 
     @property
-    def generation(self) -> GenerationDefaults:
+    def generation(self) -> "GenerationDefaults":
         """How tokens are chosen where a request does not say."""
         ...
 
-    def chunk_shape(self, chunk_tokens: int) -> ChunkShape: ...
+    def chunk_shape(self, chunk_tokens: int) -> "ChunkShape": ...
 
     def make_runner(self, rows: int, chunk_tokens: int) -> ModelRunner:
         """A runner with memory for `rows` sequences of up to `max_len` tokens."""

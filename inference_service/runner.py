@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from inference_service.active_sequence import Piece, leading_rows
 from inference_service.attention_interface import EAGER, computed_by
 from inference_service.attention_window import FULL, AttentionWindow
 from inference_service.kv_pool import KVPool
 from inference_service.packed_pass import PackedPass, as_given
-from inference_service.pieces import Piece, leading_rows
 
 if TYPE_CHECKING:
     from inference_service.model import LoadedModel
@@ -42,7 +42,8 @@ class Runner:
         """Compute the pieces, each of another row, over what their rows already hold.
 
         Single tokens of the first rows, in the rows' order and before all other pieces, attend together.
-        Returns the logits after the last token of each, `[pieces, vocabulary]`.
+        Returns the logits after the last token of each piece, or after each token if the piece is scored:
+        `[logit rows, vocabulary]`.
         """
         rows = leading_rows(pieces) if self._packs or self._batches else 0
         if self._packs:
@@ -59,7 +60,7 @@ class Runner:
                 position_ids=packed.positions[None],
                 past_key_values=packed,
                 use_cache=True,
-                logits_to_keep=packed.last_tokens,
+                logits_to_keep=packed.scored_tokens,
             )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -68,7 +69,9 @@ class Runner:
         self.pool.begin_prefill(piece.row, piece.start, len(piece.tokens))
         positions = torch.arange(piece.start, piece.end, device=self._device)
         masks = {window: window.mask(positions, 0, piece.end)[None, None] for window in dict.fromkeys(self._windows)}
-        return self._forward(torch.tensor([piece.tokens], device=self._device), positions[None], masks)
+        return self._forward(
+            torch.tensor([piece.tokens], device=self._device), positions[None], masks, piece.logit_rows
+        )
 
     def _decode(self, pieces: Sequence[Piece]) -> torch.Tensor:
         positions = torch.tensor([piece.start for piece in pieces], device=self._device)
@@ -79,8 +82,13 @@ class Runner:
         return self._forward(input_ids, positions[:, None], masks)
 
     def _forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, masks: dict[AttentionWindow, torch.Tensor]
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        masks: dict[AttentionWindow, torch.Tensor],
+        logit_rows: int = 1,
     ) -> torch.Tensor:
+        """The logits after the last `logit_rows` tokens of each row of `input_ids`, one row after the other."""
         given = {window: as_given(mask, self._additive) for window, mask in masks.items()}
         mask: Any
         if len(given) == 1:
@@ -93,7 +101,7 @@ class Runner:
             position_ids=position_ids,
             past_key_values=self.pool,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=logit_rows,
         )
-        logits: torch.Tensor = output.logits[:, -1]
+        logits: torch.Tensor = output.logits[:, -logit_rows:].flatten(0, 1)
         return logits

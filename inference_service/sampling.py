@@ -78,8 +78,11 @@ class SequenceSampler:
         prompt: Sequence[int] = (),
         most_tokens: int = 1 << 62,
         end_tokens: Collection[int] = (),
+        choice: int = 0,
     ) -> None:
-        """`most_tokens`: that the answer may have; `end_tokens`: those that end it."""
+        """`most_tokens`: that the answer may have; `end_tokens`: those that end it; `choice`: index among the answers
+        to one request, each of which has random numbers of its own.
+        """
         self.sampling = sampling
         self.greedy = sampling.temperature < LEAST_TEMPERATURE
         self.filtered = not self.greedy and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
@@ -91,7 +94,11 @@ class SequenceSampler:
         counts_answer = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._subtracted = _Subtracted(sampling) if counts_answer else None
         self._bias = _arrays(sampling.logit_bias) if sampling.logit_bias else _NO_BIAS
-        self._uniforms = _Uniforms(0 if sampling.seed is None else sampling.seed)
+        self._uniforms = _Uniforms(0 if sampling.seed is None else sampling.seed, choice)
+
+    def draw(self, output: Sequence[int]) -> "Draw":
+        """The next token after `output`."""
+        return Draw(self, output)
 
     def uniforms(self, index: int, attempt: int = 0) -> _Numbers:
         """`[2, PROPOSALS]` numbers in [0, 1) that token `index` of the answer is drawn with; others each attempt."""
@@ -185,20 +192,20 @@ class _Subtracted:
 
 
 class _Uniforms:
-    """Uniform numbers of each token of an answer, from Philox (Salmon et al., SC 2011): the seed is the key.
+    """Uniform numbers of each token of an answer, from Philox (Salmon et al., SC 2011): seed and choice are the key.
 
     The counter holds the place in the answer and the attempt, so that numbers can be had in any order.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, choice: int) -> None:
+        self._key = seed | choice << 64
         self._made: tuple[int, int] | None = None
         self._numbers: _Numbers = np.empty(0)
 
     def of(self, index: int, attempt: int) -> _Numbers:
         part, place = divmod(index, _TOKENS_AT_ONCE)
         if self._made != (part, attempt):
-            generator = np.random.Philox(key=self._seed, counter=[0, part, attempt, 0])
+            generator = np.random.Philox(key=self._key, counter=[0, part, attempt, 0])
             bits = generator.random_raw(_TOKENS_AT_ONCE * 2 * PROPOSALS)
             # The 53 bits that a float64 in [0, 1) has.
             self._numbers = ((bits >> np.uint64(11)) * 2.0**-53).reshape(_TOKENS_AT_ONCE, 2, PROPOSALS)

@@ -15,11 +15,13 @@ import torch
 from cache.protocol import ChunkShape
 from core.clock import Clock, SystemClock
 from core.errors import UserError
+from inference_service.active_sequence import Piece, leading_rows
 from inference_service.config import EngineConfig
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.default_model import byte_tokenizer
 from inference_service.device_profile import DeviceProfile
+from inference_service.engine import EngineSetting
 from inference_service.generation_defaults import GenerationDefaults
-from inference_service.pieces import Piece, leading_rows
 from inference_service.prompt_encoder import PromptEncoder
 
 MOST_LATE_MS = 10.0
@@ -95,8 +97,11 @@ class SimulatedRunner:
         self._timeline = timeline
 
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Take the time of the pieces in one pass; logits `[pieces, vocabulary]`."""
-        logits = self._logits([piece.tokens[-1] for piece in pieces], [piece.end for piece in pieces])
+        """Take the time of the pieces in one pass; logits `[logit rows, vocabulary]`."""
+        scored = [(piece, place) for piece in pieces for place in range(-piece.logit_rows, 0)]
+        logits = self._logits(
+            [piece.tokens[place] for piece, place in scored], [piece.end + place + 1 for piece, place in scored]
+        )
         rows = leading_rows(pieces)
         spans = [(len(piece.tokens), piece.start) for piece in pieces[rows:]]
         self._timeline.spend(self._profile.pass_ms([piece.start for piece in pieces[:rows]], spans))
@@ -147,6 +152,21 @@ class SimulatedModel:
 
     def wait_for_device(self) -> None:
         """No copy is ever under way."""
+
+
+def make(config: EngineConfig, setting: EngineSetting) -> ContinuousEngine:
+    """The scheduler and the requests are real; the device of `config.profile` is simulated. Nothing is cached."""
+    torch.set_num_threads(setting.threads)
+    return ContinuousEngine(
+        load_simulated(config, setting.slot),
+        config,
+        None,
+        setting.chunk_tokens,
+        setting.clock,
+        name="simulated",
+        on_begin=setting.on_begin,
+        on_pass=setting.on_pass,
+    )
 
 
 def load_simulated(config: EngineConfig, slot: int = 0) -> SimulatedModel:

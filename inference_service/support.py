@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from core.errors import UserError
+from inference_service.active_sequence import Piece
 from inference_service.attention_interface import OURS
 from inference_service.attention_window import find_windows
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel
-from inference_service.pieces import Piece
 from inference_service.runner import Runner
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from cache.config import CacheConfig
 from core.config import Config
 from core.kafka_config import KafkaConfig
 from core.machine import usable_cores
-from inference_service.config import EngineConfig, EngineKind
+from inference_service.config import EngineConfig
 
 LEAST_RECOVERY_MS = 60_000
 """What a transaction must last beside the time between two checkpoints: a failure, a restart and the next commit."""
@@ -225,6 +225,6 @@ class JobConfig(Config):
 
     @model_validator(mode="after")
     def _nothing_to_reuse_where_simulated(self) -> Self:
-        if self.engine.engine is EngineKind.SIMULATED and self.cache.cache:
+        if self.engine.is_simulated and self.cache.cache:
             raise ValueError("cache has nothing to reuse where engine is simulated; add --no-cache")
         return self

@@ -6,26 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 
 import psutil
-import torch
-import transformers
 
 from cache.manager import TwoLevelCache, open_cache
+from cache.protocol import ChunkShape, ModelIdentity
 from core.clock import Clock
 from core.errors import UserError
 from core.records import MAX_RESULT_BYTES, Response
 from inference_service.completion import Completion, Failure
-from inference_service.config import EngineKind
-from inference_service.engine import Engine, load_checked_model
-from inference_service.protocol import ServedModel
-from inference_service.simulated import load_simulated
+from inference_service.engine import EngineSetting, make_engine
 from operators.config import Batching, JobConfig
 from operators.envelope import Answer, Envelope, Ready, RecordPosition, SlotStats
 from operators.shared_state.chunk_budget import BudgetShare
 from operators.written_response import WrittenResponse
 
 logger = logging.getLogger(__name__)
-
-TRANSFORMERS = f"transformers-{transformers.__version__}"
 
 
 class InferenceSlot:
@@ -46,50 +40,45 @@ class InferenceSlot:
         self._clock = clock
         self._process = psutil.Process()
         self.threads = config.threads_per_slot
-        torch.set_num_threads(self.threads)
-        engine, chunk_tokens = config.engine, config.cache.chunk_tokens
+        engine = config.engine
         if config.batching.batching is Batching.MICRO:
             # Nothing else runs that a long prompt could hold up, and all leave together.
             engine = engine.model_copy(update={"step_prefill_tokens": 0})
-        model: ServedModel
         self._cache: TwoLevelCache | None = None
         self._share: BudgetShare | None = None
-        if engine.engine is EngineKind.SIMULATED:
-            self._engine_name = "simulated"
-            model = load_simulated(engine, slot)
-        else:
-            self._engine_name = TRANSFORMERS
-            model = loaded = load_checked_model(engine, slot)
-            if config.cache.cache:
-                self._share = BudgetShare.of(config, slot, clock)
-                shape = loaded.chunk_shape(chunk_tokens)
-                self._cache = open_cache(config.cache, shape, loaded.identity, clock, self._share)
+
+        def open_slot_cache(shape: ChunkShape, identity: ModelIdentity) -> TwoLevelCache:
+            self._share = BudgetShare.of(config, slot, clock)
+            self._cache = open_cache(config.cache, shape, identity, clock, self._share)
+            return self._cache
+
         self._envelopes: dict[int, Envelope] = {}
         """What the engine has, by the identity of the request: ids of requests may repeat."""
-        self._engine = Engine(
-            model,
-            engine,
-            self._cache,
-            chunk_tokens,
-            clock,
+        setting = EngineSetting(
+            slot=slot,
+            threads=self.threads,
+            chunk_tokens=config.cache.chunk_tokens,
+            clock=clock,
+            open_cache=open_slot_cache if config.cache.cache else None,
             on_begin=lambda requests: on_begin([self._envelopes[id(one)].position for one in requests]),
             on_pass=on_pass,
         )
+        self._engine = make_engine(engine, setting)
         self._engine.warm_up()
+        self._info = self._engine.info
         self._batch_ids = (f"{slot}-{int(clock.wall_ms())}-{number}" for number in itertools.count())
         self._load_s = time.monotonic() - began
 
     @property
     def ready(self) -> Ready:
-        model = self._engine.model
         return Ready(
             slot=self.index,
-            device=str(model.device),
-            engine=self._engine_name,
-            model=model.name,
-            dtype=str(self._engine.chunk_shape.dtype).removeprefix("torch."),
+            device=self._info.device,
+            engine=self._info.engine,
+            model=self._info.model,
+            dtype=self._info.dtype,
             threads=self.threads,
-            chunk_bytes=self._engine.chunk_shape.size_bytes,
+            chunk_bytes=self._info.chunk_bytes,
             load_s=round(self._load_s, 3),
         )
 
@@ -166,7 +155,7 @@ class InferenceSlot:
         return Answer(envelope.position, WrittenResponse.of(response))
 
     def _response(self, done: Completion, batch_id: str, batch_size: int) -> Response:
-        request, model = done.request, self._engine.model
+        request = done.request
         tpot_ms = None
         if done.first_token_ms is not None and done.last_token_ms is not None and done.decode_steps > 0:
             tpot_ms = (done.last_token_ms - done.first_token_ms) / done.decode_steps
@@ -179,11 +168,13 @@ class InferenceSlot:
             token_ids=done.token_ids,
             logprobs=done.logprobs,
             finish_reason=done.finish_reason,
+            further_choices=done.choices[1:],
+            prompt_logprobs=done.prompt_logprobs,
             sampling=done.sampling,
             slot=self.index,
-            device=str(model.device),
-            engine=self._engine_name,
-            model=model.name,
+            device=self._info.device,
+            engine=self._info.engine,
+            model=self._info.model,
             batch_id=batch_id,
             batch_size=batch_size,
             decode_rows=done.decode_rows,
@@ -191,7 +182,7 @@ class InferenceSlot:
             local_tokens=done.local_tokens,
             remote_tokens=done.remote_tokens,
             computed_tokens=done.computed_tokens,
-            output_tokens=len(done.token_ids),
+            output_tokens=sum(len(choice.token_ids) for choice in done.choices),
             created_at_ms=request.created_at_ms,
             completed_at_ms=done.finished_ms,
             # Clocks may be set back between two readings; a wait is never less than nothing.
@@ -202,5 +193,5 @@ class InferenceSlot:
             e2e_ms=done.finished_ms - request.created_at_ms,
             cache_capacity_chunks=done.cache_capacity_chunks,
             cache_used_chunks=done.cache_used_chunks,
-            chunk_bytes=self._engine.chunk_shape.size_bytes,
+            chunk_bytes=self._info.chunk_bytes,
         )

@@ -16,7 +16,7 @@ from benchmarks.reuse_probe import WrongMeasurementError
 from benchmarks.vllm_cpu import OurEngine, PromptBatch
 from core.errors import UserError
 from inference_service.config import EngineConfig
-from inference_service.engine import load_checked_model
+from inference_service.transformers_engine import load_checked_model
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, save_tiny
 
 LOADS = (PromptBatch("decode1", 1, 4, 3), PromptBatch("prefill1024", 1, 20, 1), PromptBatch("mix", 3, 5, 2))

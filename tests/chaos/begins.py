@@ -22,7 +22,7 @@ class BeginLog:
         configuration = {
             "formatters": {"line": {"format": "%(levelname)s %(message)s"}},
             "handlers": {"begins": handler},
-            "loggers": {"inference_service.engine": {"level": "DEBUG", "handlers": ["begins"]}},
+            "loggers": {"inference_service.continuous_engine": {"level": "DEBUG", "handlers": ["begins"]}},
         }
         self.configuration.write_text(json.dumps(configuration))
 

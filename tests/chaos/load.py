@@ -12,7 +12,8 @@ from core.clock import SystemClock
 from core.records import DeadLetter, Request, Response
 from experiments.collector import Ledger
 from inference_service.completion import Completion
-from inference_service.engine import Engine, load_checked_model
+from inference_service.continuous_engine import ContinuousEngine
+from inference_service.transformers_engine import load_checked_model
 from operators.config import JobConfig
 from workloads.timed_request import TimedRequest
 
@@ -136,7 +137,7 @@ class Reference:
         engine = job.engine
         loaded = load_checked_model(engine)
         self.model = loaded.name
-        self._engine = Engine(loaded, engine, None, job.cache.chunk_tokens, SystemClock())
+        self._engine = ContinuousEngine(loaded, engine, None, job.cache.chunk_tokens, SystemClock())
         self._known: dict[tuple[object, ...], tuple[int, ...]] = {}
 
     def learn(self, requests: Iterable[Request]) -> None:

@@ -10,7 +10,7 @@ from core.records import DeadLetter, Response
 from experiments.cache_experiments import with_strategy
 from experiments.config import in_own_space
 from experiments.records import LoadSummary, Manifest, Provenance, ReadySlot, RunRecords, Sent
-from inference_service.config import EngineConfig, EngineKind
+from inference_service.config import EngineConfig
 from operators.config import Batching, BatchingConfig, JobConfig
 from workloads.config import WorkloadConfig
 
@@ -187,7 +187,7 @@ def made_scaling_run(slots: int, position: int, device: str = "cpu", requests: i
     )
     engine = EngineConfig()
     if device.startswith("simulated"):
-        engine = EngineConfig(engine=EngineKind.SIMULATED, profile=Path("profile.json"))
+        engine = EngineConfig(engine="simulated", profile=Path("profile.json"))
     made = manifest()
     return run_of(
         *responses,

@@ -8,14 +8,15 @@ from typing import Any, Self
 import torch
 import transformers
 
-from cache.protocol import ChunkShape, Prefetch
+from cache.protocol import ChunkShape, KVCache, Prefetch
 from core.clock import Clock, ManualClock
 from core.records import Request
 from inference_service.completion import Completion, Failure
 from inference_service.config import EngineConfig
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.default_model import byte_tokenizer
-from inference_service.engine import Engine, load_checked_model
 from inference_service.model import LoadedModel
+from inference_service.transformers_engine import load_checked_model
 
 CHUNK = 8
 MAX_LEN = 64
@@ -84,15 +85,15 @@ def ask(request_id: str, tokens: Sequence[int], max_new_tokens: int = 6, **field
 def make_engine(
     model: LoadedModel,
     *,
-    cache: "MemoryCache | None" = None,
+    cache: KVCache | None = None,
     max_running: int = 4,
     clock: Clock | None = None,
     on_begin: Callable[[Sequence[Request]], None] = lambda requests: None,
     on_pass: Callable[[], None] = lambda: None,
     **settings: Any,
-) -> Engine:
+) -> ContinuousEngine:
     config = EngineConfig(max_running=max_running, max_model_len=MAX_LEN, **settings)
-    return Engine(model, config, cache, CHUNK, clock or ManualClock(), on_begin=on_begin, on_pass=on_pass)
+    return ContinuousEngine(model, config, cache, CHUNK, clock or ManualClock(), on_begin=on_begin, on_pass=on_pass)
 
 
 def answers(done: Iterable[Completion | Failure]) -> dict[str, Completion]:

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from core.clock import ManualClock
 from core.records import FinishReason
-from inference_service import engine as engine_module
+from inference_service import continuous_engine as engine_module
+from inference_service import scheduler
+from inference_service.active_sequence import Piece
 from inference_service.completion import Completion, Failure
-from inference_service.engine import Engine
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.model import LoadedModel
-from inference_service.pieces import Piece
 from tests.inference_service.engine_helpers import (
     CHUNK,
     MemoryCache,
@@ -27,7 +28,7 @@ from tests.inference_service.engine_helpers import (
 )
 
 
-def finish(engine: Engine, most_steps: int = 500) -> list[Completion | Failure]:
+def finish(engine: ContinuousEngine, most_steps: int = 500) -> list[Completion | Failure]:
     done: list[Completion | Failure] = []
     for _ in range(most_steps):
         done += engine.step()
@@ -36,7 +37,7 @@ def finish(engine: Engine, most_steps: int = 500) -> list[Completion | Failure]:
     raise AssertionError(f"{engine.unfinished} requests are not done after {most_steps} steps")
 
 
-def steps_until_done(engine: Engine, request_id: str) -> int:
+def steps_until_done(engine: ContinuousEngine, request_id: str) -> int:
     for step in range(1, 500):
         if any(one.request.request_id == request_id for one in engine.step()):
             return step
@@ -46,7 +47,7 @@ def steps_until_done(engine: Engine, request_id: str) -> int:
 class Watch:
     """What each pass computed: its rows that decode, and the tokens of its pieces of prompts. `poison` fails a pass."""
 
-    def __init__(self, engine: Engine, poison: Callable[[Sequence[Piece]], bool] | None = None) -> None:
+    def __init__(self, engine: ContinuousEngine, poison: Callable[[Sequence[Piece]], bool] | None = None) -> None:
         self.passes: list[tuple[int, list[int]]] = []
         self._forward = engine._runner.forward
         self._poison = poison
@@ -60,7 +61,7 @@ class Watch:
     def forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
         if self._poison is not None and self._poison(pieces):
             raise RuntimeError("CUDA out of memory")
-        running = {sequence.row for sequence in self._engine._running}
+        running = {sequence.row for sequence in self._engine._rows.running}
         prompts = [len(piece.tokens) for piece in pieces if piece.row not in running]
         self.passes.append((len(pieces) - len(prompts), prompts))
         return self._forward(pieces)
@@ -135,7 +136,7 @@ def test_a_short_prompt_overtakes_a_long_one_which_still_gets_half(model: Loaded
 class Timed(Watch):
     """Each prompt token takes 1 ms, and the rows that decode 10 ms together, of the engine's clock."""
 
-    def __init__(self, engine: Engine, clock: ManualClock) -> None:
+    def __init__(self, engine: ContinuousEngine, clock: ManualClock) -> None:
         super().__init__(engine)
         self._clock = clock
 
@@ -225,7 +226,7 @@ def test_tokens_of_what_runs_stay_within_their_bound(model: LoadedModel) -> None
     most = 0
     while engine.unfinished:
         engine.step()
-        most = max(most, len(engine._running) + len(engine._prefilling))
+        most = max(most, len(engine._rows.running) + len(engine._rows.prefilling))
     assert most == 2
 
 
@@ -282,7 +283,7 @@ def test_a_deadline_passes_while_it_runs_and_what_it_has_is_its_answer(model: Lo
 TIMEOUT = {"request_timeout_ms": 50.0}
 
 
-def timed_out(engine: Engine, clock: ManualClock) -> tuple[str, str]:
+def timed_out(engine: ContinuousEngine, clock: ManualClock) -> tuple[str, str]:
     """The only one that leaves at its time, and why."""
     clock.advance(49)
     assert engine.step() == []
@@ -412,7 +413,7 @@ def test_a_poison_request_in_a_running_batch_fails_alone(model: LoadedModel) -> 
     poisoned = 13
 
     def holds_poison(pieces: Sequence[Piece]) -> bool:
-        owners = {sequence.row: sequence.request.request_id for sequence in engine._running}
+        owners = {sequence.row: sequence.request.request_id for sequence in engine._rows.running}
         return any(piece.start >= poisoned and owners.get(piece.row) == "bad" for piece in pieces)
 
     Watch(engine, holds_poison)
@@ -439,7 +440,7 @@ def test_memory_that_one_request_has_too_little_of_is_freed_for_the_others(
 
     def exhausts(pieces: Sequence[Piece]) -> bool:
         alive.extend(tensor() is not None for tensor in held)
-        owners = {sequence.row: sequence.request.request_id for sequence in engine._running}
+        owners = {sequence.row: sequence.request.request_id for sequence in engine._rows.running}
         if any(piece.start >= 13 and owners.get(piece.row) == "bad" for piece in pieces):
             activations = torch.zeros(10)
             held.append(weakref.ref(activations))
@@ -502,7 +503,7 @@ def test_a_step_that_fails_once_costs_no_request(model: LoadedModel) -> None:
 
 
 def test_without_a_budget_a_pass_is_bounded_all_the_same(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "MOST_PASS_TOKENS", 30)
+    monkeypatch.setattr(scheduler, "MOST_PASS_TOKENS", 30)
     engine = make_engine(model, max_running=8, step_prefill_tokens=0)
     engine.submit(ask("running", tokens_of(9, 4), 9), 0.0)
     engine.step()

@@ -15,8 +15,8 @@ from transformers import Qwen2Config
 from inference_service import default_model
 from inference_service.config import EngineConfig
 from inference_service.default_model import EOS, NAME, PAD, build_default_model, byte_tokenizer, default_model_path
-from inference_service.engine import load_checked_model
 from inference_service.model import LoadedModel
+from inference_service.transformers_engine import load_checked_model
 
 
 def digest(path: Path) -> str:

@@ -21,12 +21,12 @@ from engine_helpers import (
 from core.clock import ManualClock
 from core.errors import UserError
 from core.records import FinishReason
+from inference_service.active_sequence import Piece
 from inference_service.completion import Completion, Failure
 from inference_service.config import EngineConfig
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.default_model import byte_tokenizer
-from inference_service.engine import Engine
 from inference_service.model import LoadedModel, load_model
-from inference_service.pieces import Piece
 
 PROMPT = tokens_of(7, 20)
 
@@ -34,7 +34,7 @@ PROMPT = tokens_of(7, 20)
 class TickingClock(ManualClock):
     """Moves on by `tick_ms` at every forward pass of `engine`."""
 
-    def drive(self, engine: Engine, tick_ms: float) -> None:
+    def drive(self, engine: ContinuousEngine, tick_ms: float) -> None:
         forward = engine._runner.forward
 
         def ticking(pieces: Sequence[Piece]) -> torch.Tensor:
@@ -153,7 +153,7 @@ def test_no_more_run_than_there_are_rows(qwen2: LoadedModel) -> None:
     for index in range(5):
         engine.submit(ask(str(index), PROMPT, 3), 0.0)
     assert engine.step() == []
-    assert (len(engine._running), engine.unfinished) == (3, 5)
+    assert (len(engine._rows.running), engine.unfinished) == (3, 5)
     assert engine.step() == []
     assert [len(engine.step()), engine.unfinished] == [3, 2]
 
@@ -170,7 +170,7 @@ def test_a_request_that_can_not_be_answered_fails_at_submit(qwen2: LoadedModel) 
     assert only(done[1:]).token_ids == plain_answer(qwen2, PROMPT, 6)
 
 
-def run_with_one_bad(engine: Engine, model: LoadedModel, bad: tuple[int, ...]) -> Failure:
+def run_with_one_bad(engine: ContinuousEngine, model: LoadedModel, bad: tuple[int, ...]) -> Failure:
     """`bad` between others, some already decoding; they answer as if alone and `bad` fails."""
     others = {f"o{seed}": tokens_of(seed, 12 + seed) for seed in range(6)}
     done: list[Completion | Failure] = []

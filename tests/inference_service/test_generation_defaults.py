@@ -22,8 +22,8 @@ from engine_helpers import (
 from core.errors import UserError
 from core.records import Sampling
 from inference_service.config import EngineConfig, SamplingDefaults
-from inference_service.engine import load_checked_model
 from inference_service.generation_defaults import read_generation_defaults
+from inference_service.transformers_engine import load_checked_model
 
 PROMPTS = {f"p{seed}": tokens_of(seed, 12 + seed) for seed in (40, 3, 8)}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -18,12 +18,12 @@ from engine_helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from inference_service.active_sequence import Piece
 from inference_service.config import EngineConfig
-from inference_service.engine import load_checked_model
 from inference_service.kv_pool import KVPool
 from inference_service.model import LoadedModel
-from inference_service.pieces import Piece
 from inference_service.runner import Runner
+from inference_service.transformers_engine import load_checked_model
 
 LENGTHS = sorted({1, 2} | {chunks * CHUNK + rest for chunks in (1, 2, 3, 5) for rest in (-1, 0, 1)})
 PROMPTS = {f"r{length}": tokens_of(length, length) for length in LENGTHS}

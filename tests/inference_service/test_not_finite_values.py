@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.clock import ManualClock
+from inference_service.active_sequence import Piece
 from inference_service.completion import Completion, Failure
-from inference_service.engine import Engine
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.model import LoadedModel
-from inference_service.pieces import Piece
 
 POISON = 1
 """The token whose embedding is not finite, as after an overflow or a bad resize."""
@@ -61,7 +61,7 @@ def alone(model: LoadedModel, tokens: Sequence[int], temperature: float) -> tupl
     return _alone[key]
 
 
-def unfinished_rows_are_finite(engine: Engine) -> bool:
+def unfinished_rows_are_finite(engine: ContinuousEngine) -> bool:
     """All that nobody holds, and all that is held: nothing runs any more."""
     return bool(engine._runner.pool._memory.isfinite().all())
 

@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from inference_service.config import EngineConfig
-from inference_service.engine import load_checked_model
 from inference_service.model import load_model
 from inference_service.packed_linear import PackedLinear, pack_linears
+from inference_service.transformers_engine import load_checked_model
 from tests.inference_service.engine_helpers import LAYERS_OF_TWO, plain_answer, save_tiny, tokens_of
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_service import support
+from inference_service.active_sequence import Piece, leading_rows
 from inference_service.attention_interface import EAGER, SDPA
 from inference_service.model import LoadedModel
-from inference_service.pieces import Piece, leading_rows
 from inference_service.runner import Runner
 from inference_service.support import with_packing
 

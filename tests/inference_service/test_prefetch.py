@@ -5,7 +5,7 @@ from engine_helpers import CHUNK, Coming, MemoryCache, answers, ask, make_engine
 
 from core.clock import ManualClock
 from core.records import FinishReason
-from inference_service.engine import Engine
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.model import LoadedModel
 
 
@@ -15,8 +15,8 @@ def coming(cache: MemoryCache, *prompts: tuple[int, ...]) -> list[Coming]:
     return [cache.coming[prompt] for prompt in prompts]
 
 
-def begun(engine: Engine) -> list[str]:
-    return [sequence.request.request_id for sequence in (*engine._running, *engine._prefilling)]
+def begun(engine: ContinuousEngine) -> list[str]:
+    return [sequence.request.request_id for sequence in (*engine._rows.running, *engine._rows.prefilling)]
 
 
 def test_the_step_loop_does_not_wait_while_others_run(qwen2: LoadedModel) -> None:

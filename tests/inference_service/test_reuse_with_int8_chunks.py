@@ -9,10 +9,10 @@ from engine_helpers import CHUNK, answers, ask, make_engine, plain_answer, token
 from cache.config import CacheConfig, RemoteCodec, RemoteConfig, SizingConfig
 from cache.manager import TwoLevelCache, open_cache
 from core.clock import SystemClock
+from inference_service.active_sequence import Piece
 from inference_service.config import EngineConfig
-from inference_service.engine import load_checked_model
 from inference_service.model import LoadedModel
-from inference_service.pieces import Piece
+from inference_service.transformers_engine import load_checked_model
 from tests.cache.cache_support import RedisServer
 
 POSITIONS = 48
@@ -87,10 +87,9 @@ def test_greedy_answers_agree_nearly_always(model: LoadedModel, opened: Opener) 
     prompts = {f"p{seed}": tokens_of(seed, 40) for seed in range(24)}
 
     def run(cache: TwoLevelCache) -> dict[str, bool]:
-        engine = make_engine(model, max_running=4)
-        engine._cache = cache
+        engine = make_engine(model, cache=cache, max_running=4)
         # Nothing learnt yet, so that no transfer is passed over for being slower than a prefill this small.
-        engine._learn_prefill_cost = lambda tokens, took_ms: None  # type: ignore[method-assign]
+        engine._scheduler.learn_prefill_cost = lambda tokens, took_ms: None  # type: ignore[method-assign]
         done = answers(engine.run([ask(name, tokens) for name, tokens in prompts.items()]))
         assert {one.remote_tokens for one in done.values()} <= {0, 39}
         return {

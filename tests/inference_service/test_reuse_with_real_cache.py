@@ -49,10 +49,9 @@ def opened(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Opener]:
 
 def run(model: LoadedModel, cache: TwoLevelCache | None, names: list[str] | None = None) -> dict[str, Completion]:
     """Through an engine of its own, whose answers must be the plain ones."""
-    engine = make_engine(model, max_running=3)
-    engine._cache = cache
+    engine = make_engine(model, cache=cache, max_running=3)
     # Nothing learnt yet, so that no transfer is passed over for being slower than a prefill this small.
-    engine._learn_prefill_cost = lambda tokens, took_ms: None
+    engine._scheduler.learn_prefill_cost = lambda tokens, took_ms: None
     done = answers(engine.run([ask(name, PROMPTS[name]) for name in names or PROMPTS]))
     for name, one in done.items():
         assert one.token_ids == plain_answer(model, PROMPTS[name], 6), name

@@ -12,10 +12,10 @@ from test_device_profile import PROFILE, ROUND_NUMBERS
 from core.clock import ManualClock
 from core.errors import UserError
 from core.records import FinishReason
-from inference_service.config import EngineConfig, EngineKind
+from inference_service.active_sequence import Piece
+from inference_service.config import EngineConfig
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.device_profile import DeviceProfile
-from inference_service.engine import Engine
-from inference_service.pieces import Piece
 from inference_service.simulated import MOST_LATE_MS, SimulatedModel, Timeline, load_simulated
 
 MAX_LEN = 64
@@ -34,9 +34,9 @@ def simulated(clock: ManualClock, profile: DeviceProfile = PROFILE) -> Simulated
     return SimulatedModel(profile, 0, MAX_LEN, clock, clock.advance)
 
 
-def engine_over(model: SimulatedModel, clock: ManualClock, *, max_running: int = 4) -> Engine:
+def engine_over(model: SimulatedModel, clock: ManualClock, *, max_running: int = 4) -> ContinuousEngine:
     config = EngineConfig(max_running=max_running, max_model_len=MAX_LEN, step_prefill_tokens=0)
-    return Engine(model, config, None, CHUNK, clock)
+    return ContinuousEngine(model, config, None, CHUNK, clock)
 
 
 def test_the_engine_takes_the_time_of_the_profile() -> None:
@@ -65,7 +65,7 @@ def test_a_token_s_time_is_that_of_its_pass_and_not_of_its_step() -> None:
     """The step goes on with a piece of a long prompt, in a pass of its own, before the answer leaves."""
     clock = ManualClock()
     config = EngineConfig(max_running=2, max_model_len=MAX_LEN, step_prefill_tokens=16)
-    engine = Engine(simulated(clock), config, None, CHUNK, clock)
+    engine = ContinuousEngine(simulated(clock), config, None, CHUNK, clock)
     engine.submit(ask("a", tokens_of(1, 10), 2), 0.0)
     engine.step()
     engine.submit(ask("long", tokens_of(2, 50), 2), 0.0)
@@ -168,7 +168,7 @@ def test_an_instant_device_never_waits() -> None:
         raise AssertionError(f"waited {duration_ms} ms")
 
     model = SimulatedModel(DeviceProfile.instant(), 0, MAX_LEN, ManualClock(), wait)
-    engine = Engine(model, EngineConfig(max_running=2), None, CHUNK, ManualClock())
+    engine = ContinuousEngine(model, EngineConfig(max_running=2), None, CHUNK, ManualClock())
     engine.warm_up()
     assert len(answers(engine.run([ask(str(index), tokens_of(index, 9), 5) for index in range(5)]))) == 5
 
@@ -176,13 +176,13 @@ def test_an_instant_device_never_waits() -> None:
 def test_it_loads_from_a_profile_and_says_that_it_is_simulated(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text(PROFILE.model_dump_json())
-    model = load_simulated(EngineConfig(engine=EngineKind.SIMULATED, profile=path), slot=3)
+    model = load_simulated(EngineConfig(engine="simulated", profile=path), slot=3)
     assert model.name == "simulated-Toy"
     assert str(model.device) == "simulated:3"
     assert model.max_len == ROUND_NUMBERS["max_model_len"]
     assert model.chunk_shape(32).size == (2, 2, 2, 32, 4)
     assert model.chunk_shape(32).dtype == torch.bfloat16
-    shorter = EngineConfig(engine=EngineKind.SIMULATED, profile=path, max_model_len=50)
+    shorter = EngineConfig(engine="simulated", profile=path, max_model_len=50)
     assert load_simulated(shorter).max_len == 50
 
 

@@ -12,7 +12,7 @@ from core.clock import SystemClock
 from core.records import DeadLetter, Response
 from inference_service.completion import Completion, Failure
 from inference_service.config import EngineConfig
-from inference_service.engine import Engine
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.stats import EngineStats
 from operators.config import BatchingConfig, JobConfig
 from operators.envelope import Answer, Envelope, RecordPosition
@@ -114,9 +114,9 @@ def test_requests_that_step_together_leave_each_by_itself(slot: InferenceSlot) -
 def test_times_end_with_the_last_token_and_not_with_the_step(
     slot: InferenceSlot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Engine.step
+    step = ContinuousEngine.step
 
-    def slow_step(engine: Engine) -> list[Completion | Failure]:
+    def slow_step(engine: ContinuousEngine) -> list[Completion | Failure]:
         """A step that goes on for a second after its passes."""
         return [
             replace(
@@ -126,7 +126,7 @@ def test_times_end_with_the_last_token_and_not_with_the_step(
             if isinstance(one, Completion)
         ]
 
-    monkeypatch.setattr(Engine, "step", slow_step)
+    monkeypatch.setattr(ContinuousEngine, "step", slow_step)
     slot.submit(envelope(1, max_new_tokens=5))
     answers: list[Answer] = []
     while slot.unfinished:

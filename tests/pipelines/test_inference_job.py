@@ -23,8 +23,9 @@ from core.records import FinishReason, Request
 from experiments.flink_job import FlinkJob
 from inference_service.completion import Completion
 from inference_service.config import EngineConfig
+from inference_service.continuous_engine import ContinuousEngine
 from inference_service.device_profile import DeviceProfile
-from inference_service.engine import Engine, load_checked_model
+from inference_service.transformers_engine import load_checked_model
 from local_stack import LocalStack, StackConfig
 from operators.config import JobConfig
 from pipelines.connectors import ensure_topics
@@ -54,7 +55,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def one_by_one(model: Path, requests: Iterable[Request]) -> dict[str, tuple[int, ...]]:
     """What the engine answers to each request alone, without any cache."""
     config = EngineConfig(model=str(model), device="cpu", max_model_len=128, max_running=1)
-    engine = Engine(load_checked_model(config), config, None, 8, SystemClock())
+    engine = ContinuousEngine(load_checked_model(config), config, None, 8, SystemClock())
     found = {}
     for request in requests:
         (done,) = engine.run([request])
