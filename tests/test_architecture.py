@@ -14,6 +14,7 @@ JOB_CONFIGURATION = (
     "cache.config",
     "cache.registry",
     "inference_service.config",
+    "inference_service.registry",
     "operators.config",
     "operators.job_files",
 )
@@ -25,7 +26,8 @@ MAY_IMPORT = {
     "cache/config.py": ("core", "cache.registry"),
     "cache/registry.py": ("core", "cache.eviction", "cache.sizing"),
     "inference_service": ("core", "cache.protocol"),
-    "inference_service/config.py": ("core",),
+    "inference_service/config.py": ("core", "inference_service.registry"),
+    "inference_service/registry.py": ("core", "inference_service"),
     "operators": ("core", "cache", "inference_service"),
     "operators/config.py": ("core", "cache.config", "inference_service.config"),
     "operators/job_files.py": ("core", "operators.config"),
