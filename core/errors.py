@@ -1,7 +1,7 @@
 """Errors a person can act on: one line that names the field and the fix."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
 
@@ -35,13 +35,21 @@ def _is_within(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
     return len(place) > len(outer) and place[: len(outer)] == outer
 
 
-def one_line(error: ValidationError) -> str:
-    """The faults of a pydantic validation in one line: `field: what is wrong; field: ...`, the first few in full."""
-    found = faults(error)
+def one_line(error: ValidationError, names: Mapping[str, str] | None = None) -> str:
+    """The faults of a pydantic validation in one line: `field: what is wrong; field: ...`, the first few in full.
+
+    `names` maps top-level fields to the names by which the user knows them.
+    """
+    found = [(_renamed(place, names or {}), message) for place, message in faults(error)]
     named = [f"{place or 'record'}: {message}"[:LONGEST_FAULT] for place, message in found[:MOST_FAULTS]]
     if len(found) > MOST_FAULTS:
         named.append(f"and {len(found) - MOST_FAULTS} more")
     return " ".join("; ".join(named).split())
+
+
+def _renamed(place: str, names: Mapping[str, str]) -> str:
+    first, dot, rest = place.partition(".")
+    return names.get(first, first) + dot + rest
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:

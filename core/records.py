@@ -28,6 +28,8 @@ from core.errors import UserError, one_line
 TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
 Identifier = Annotated[str, Field(min_length=1, max_length=256)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+MAX_NEW_TOKENS = 1 << 20
+"""Maximum `max_new_tokens` of a request, and so no limit beside the context that a model has."""
 MAX_STOPS = 64
 """Maximum number of stop strings, and of stop tokens, per request."""
 MAX_CHOICES = 128
@@ -79,6 +81,12 @@ def _text_of_parts(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
+def check_size(raw: bytes) -> None:
+    """Raise `UserError` for a record above `MAX_RECORD_BYTES`."""
+    if len(raw) > MAX_RECORD_BYTES:
+        raise UserError(f"record: {len(raw)} bytes are more than the {MAX_RECORD_BYTES} allowed; shorten it")
+
+
 class FinishReason(StrEnum):
     STOP = "stop"
     """The model produced an end token or a stop token (which is not part of the answer), or a stop string."""
@@ -107,7 +115,7 @@ class Request(BaseModel):
     request_id: Identifier
     session_id: Identifier
     user_id: Identifier
-    max_new_tokens: int = Field(ge=1, le=1 << 20)
+    max_new_tokens: int = Field(ge=1, le=MAX_NEW_TOKENS)
     created_at_ms: Annotated[float, AfterValidator(_milliseconds)] = Field(
         ge=0, le=1e15, description="Unix time at which the client made the request"
     )
@@ -170,8 +178,7 @@ class Request(BaseModel):
         """Parse one record. Raises `UserError` with a line that names each field at fault."""
         if isinstance(raw, str):
             raw = raw.encode(errors="surrogatepass")
-        if len(raw) > MAX_RECORD_BYTES:
-            raise UserError(f"record: {len(raw)} bytes are more than the {MAX_RECORD_BYTES} allowed; shorten it")
+        check_size(raw)
         try:
             return cls.model_validate_json(raw)
         except ValidationError as error:

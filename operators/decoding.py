@@ -6,7 +6,8 @@ from pydantic import TypeAdapter
 
 from core.clock import Clock
 from core.errors import UserError
-from core.records import MAX_RECORD_BYTES, DeadLetter, Identifier, Request
+from core.openai_batch import may_be_batch_line, read_request
+from core.records import MAX_RECORD_BYTES, DeadLetter, Identifier
 from operators.delivery.deduplicator import Deduplicator
 from operators.envelope import Envelope, RecordPosition
 from operators.placement import PlacementPolicy
@@ -30,13 +31,17 @@ class Decoder:
         """
         if raw is None:
             return _dead_letter("record: it has no value; send a JSON object", None, position)
+        now_ms = self._clock.wall_ms()
         try:
-            request = Request.from_json(raw)
+            request = read_request(raw, now_ms)
         except UserError as error:
             return _dead_letter(str(error), raw, position)
         if self._copies is not None and self._copies.is_copy(request.request_id, position):
             return None
-        return Envelope(self._placement.slot_of(request.session_id), raw, position, self._clock.wall_ms())
+        slot = self._placement.slot_of(request.session_id)
+        # The slot's process parses the record again: what was chosen here must be the same there.
+        created_at_ms = now_ms if may_be_batch_line(raw) else None
+        return Envelope(slot, raw, position, now_ms, created_at_ms=created_at_ms)
 
 
 def _dead_letter(reason: str, raw: bytes | None, position: RecordPosition) -> DeadLetter:
@@ -57,6 +62,7 @@ def _readable_id(raw: bytes | None) -> str | None:
         return None
     try:
         record = json.loads(raw)
-        return _IDENTIFIER.validate_python(record["request_id"], strict=True)
+        name = "request_id" if "request_id" in record else "custom_id"
+        return _IDENTIFIER.validate_python(record[name], strict=True)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None

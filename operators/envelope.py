@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from cache.stats import CacheStats
+from core.openai_batch import read_request
 from core.records import DeadLetter, Request
 from inference_service.stats import EngineStats
 from operators.written_response import WrittenResponse
@@ -39,14 +40,17 @@ class Envelope:
     decoded_at_ms: float
     """Or when it was handed in again after a restart of the job."""
     attempts: int = 0
-    """Deaths of the slot's process in the midst of the request."""
+    """Number of times that the slot's process died while it worked on the request."""
+    created_at_ms: float | None = None
+    """Stands in for the time of creation in records that have none: lines of OpenAI batch files."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Envelope, (self.slot, self.raw, self.position, self.decoded_at_ms, self.attempts)
+        fields = (self.slot, self.raw, self.position, self.decoded_at_ms, self.attempts, self.created_at_ms)
+        return Envelope, fields
 
     @property
     def request(self) -> Request:
-        return Request.from_json(self.raw)
+        return Request.from_json(self.raw) if self.created_at_ms is None else read_request(self.raw, self.created_at_ms)
 
     def unanswered(self, reason: str) -> "Answer":
         """What comes of it where no answer can."""

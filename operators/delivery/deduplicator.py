@@ -7,7 +7,7 @@ what is not known of the time before is read there.
 from collections import deque
 
 from core.errors import UserError
-from core.records import Request
+from core.openai_batch import read_request
 from operators.delivery.journal import Journal, Partition
 from operators.envelope import RecordPosition
 
@@ -67,6 +67,6 @@ class Deduplicator:
 
 def _id_of(value: bytes) -> str | None:
     try:
-        return Request.from_json(value).request_id
+        return read_request(value, now_ms=0.0).request_id
     except UserError:
         return None

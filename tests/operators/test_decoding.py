@@ -1,6 +1,7 @@
 """Every record becomes an envelope at its slot or a dead letter with its bytes and the reason."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -23,6 +24,14 @@ GOOD = {
 }
 
 
+BATCH_LINE = {
+    "custom_id": "c1",
+    "method": "POST",
+    "url": "/v1/chat/completions",
+    "body": {"messages": [{"role": "user", "content": "hello"}], "prompt_cache_key": "s1"},
+}
+
+
 def decoder() -> Decoder:
     return Decoder(SessionAffinity(4), ManualClock(1234.0))
 
@@ -33,6 +42,18 @@ def test_a_request_goes_to_the_slot_of_its_session() -> None:
     assert decoded == Envelope(SessionAffinity(4).slot_of("s1"), raw, POSITION, 1234.0)
     assert isinstance(decoded, Envelope)
     assert decoded.request.prompt == "hello"
+
+
+def test_a_line_of_an_openai_batch_file_is_the_same_request_wherever_it_is_parsed() -> None:
+    raw = json.dumps(BATCH_LINE).encode()
+    decoded = decoder().decode(raw, POSITION)
+    assert decoded == Envelope(SessionAffinity(4).slot_of("s1"), raw, POSITION, 1234.0, created_at_ms=1234.0)
+    assert isinstance(decoded, Envelope)
+    # A restart of the job counts the wait from its own start on, and not the age of the request.
+    later = replace(decoded, decoded_at_ms=9999.0)
+    assert later.request == decoded.request
+    assert (later.request.request_id, later.request.created_at_ms) == ("c1", 1234.0)
+    assert later.unanswered("no").record.request_id == "c1"
 
 
 @pytest.mark.parametrize(
@@ -51,6 +72,9 @@ def test_a_request_goes_to_the_slot_of_its_session() -> None:
         (json.dumps(GOOD | {"prompt": ""}).encode(), "prompt"),
         (json.dumps(GOOD | {"prompt": "x" * (1 << 20)}).encode(), "bytes are more than"),
         (json.dumps(GOOD | {"temperature": float("nan")}).encode(), "temperature"),
+        (json.dumps(GOOD | {"custom_id": "c1"}).encode(), "request_id: unknown field of a batch line"),
+        (json.dumps(BATCH_LINE | {"body": {"tools": [{}]}}).encode(), "body.messages: missing"),
+        (b'{"custom_id": "c1", ', "Invalid JSON"),
     ],
 )
 def test_a_bad_record_is_a_dead_letter_with_its_bytes(raw: bytes | None, reason: str) -> None:
@@ -69,6 +93,8 @@ def test_a_bad_record_is_a_dead_letter_with_its_bytes(raw: bytes | None, reason:
         (GOOD | {"request_id": ""}, None),
         (GOOD | {"request_id": 7}, None),
         (["r1"], None),
+        (BATCH_LINE | {"method": "GET"}, "c1"),
+        (BATCH_LINE | {"custom_id": ["c1"]}, None),
     ],
 )
 def test_a_dead_letter_names_its_request_where_that_can_be_read(record: object, request_id: str | None) -> None:

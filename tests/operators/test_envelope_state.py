@@ -23,8 +23,9 @@ RELEASES = ["0.1.0", "1"]
 """0.1.0 stored instances; from then on a number is a version of the tuple."""
 
 
-def test_what_is_stored_comes_back_whole() -> None:
-    stored = replace(envelope(3), slot=2, decoded_at_ms=7.5, attempts=1)
+@pytest.mark.parametrize("created_at_ms", [None, 5.5])
+def test_what_is_stored_comes_back_whole(created_at_ms: float | None) -> None:
+    stored = replace(envelope(3), slot=2, decoded_at_ms=7.5, attempts=1, created_at_ms=created_at_ms)
     assert from_state(to_state(stored)) == stored
 
 

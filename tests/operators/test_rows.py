@@ -13,7 +13,9 @@ from tests.experiments.experiment_samples import response
 from tests.operators.slot_harness import packed
 from tests.operators.stand_in_slot import envelope, letter
 
-FULL = Envelope(2, b"\x00\xff r\xc3\xa4w", RecordPosition("t", 3, 1 << 40), 1_800_000_000_000.5, attempts=4)
+FULL = Envelope(
+    2, b"\x00\xff r\xc3\xa4w", RecordPosition("t", 3, 1 << 40), 1_800_000_000_000.5, attempts=4, created_at_ms=1.5
+)
 
 
 @pytest.mark.parametrize("element", [FULL, envelope(1), replace(envelope(1), raw=b""), WarmUp(0), WarmUp(5)])
