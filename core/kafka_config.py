@@ -10,7 +10,7 @@ from core.records import MAX_RESULT_BYTES
 
 
 class KafkaSecurity(StrEnum):
-    """How clients speak to Kafka, in its own words."""
+    """Security protocols of Kafka clients, by Kafka's names."""
 
     PLAINTEXT = "PLAINTEXT"
     SSL = "SSL"
@@ -27,7 +27,7 @@ class KafkaSecurity(StrEnum):
 
 
 class SaslMechanism(StrEnum):
-    """How a client proves to Kafka who it is."""
+    """SASL mechanisms, by Kafka's names."""
 
     PLAIN = "PLAIN"
     SCRAM_SHA_256 = "SCRAM-SHA-256"
@@ -35,28 +35,29 @@ class SaslMechanism(StrEnum):
 
 
 class KafkaAccessConfig(Config):
-    """How Kafka is spoken to, and as whom."""
+    """Security protocol and credentials for Kafka."""
 
     kafka_security: KafkaSecurity = Field(
         default=KafkaSecurity.PLAINTEXT,
-        description="PLAINTEXT; SSL: over TLS; SASL_PLAINTEXT: as a user; SASL_SSL: as a user, over TLS",
+        description="security protocol: PLAINTEXT, SSL (TLS), SASL_PLAINTEXT (user), or SASL_SSL (TLS and user)",
     )
     kafka_sasl_mechanism: SaslMechanism = Field(
-        default=SaslMechanism.PLAIN, description="SASL: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512"
+        default=SaslMechanism.PLAIN, description="SASL mechanism: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512"
     )
     kafka_ca_file: HostFile | None = Field(
         default=None,
-        description="SSL: PEM file, on each host, of the CA to trust; none: those that Java and Python come with",
+        description="SSL: path on each host of a PEM file with the certificate of the CA to trust; none: the CAs "
+        "that Java and Python trust by default",
     )
     kafka_credentials_file: HostFile | None = Field(
         default=None,
-        description="SASL: file, on each host, with username=... and password=..., readable by its owner alone; none: "
-        "INFERTUNER_KAFKA_USERNAME and INFERTUNER_KAFKA_PASSWORD of its environment",
+        description="SASL: path on each host of a file with username=... and password=..., readable only by its "
+        "owner; none: the environment variables INFERTUNER_KAFKA_USERNAME and INFERTUNER_KAFKA_PASSWORD",
     )
 
     @model_validator(mode="after")
     def _all_of_it_is_used(self) -> Self:
-        # Whoever gives one of them must not be left without what it promises.
+        # A user who sets a file must not believe in a protection that the protocol does not give.
         if self.kafka_ca_file is not None and not self.kafka_security.has_tls:
             raise ValueError("kafka_ca_file is only read over TLS; add --kafka-security SSL or SASL_SSL")
         if self.kafka_credentials_file is not None and not self.kafka_security.has_user:
@@ -65,13 +66,15 @@ class KafkaAccessConfig(Config):
 
 
 class KafkaConfig(Config):
-    """The broker and the names of the topics."""
+    """The brokers, the topics and the consumer group."""
 
     brokers: str = Field(default="127.0.0.1:9092", min_length=1, description="Kafka bootstrap servers, host:port,...")
     topic_prefix: str = Field(
-        default="llm", pattern=r"^[A-Za-z0-9._-]{1,200}$", description="topics are PREFIX.requests, .responses, ..."
+        default="llm",
+        pattern=r"^[A-Za-z0-9._-]{1,200}$",
+        description="prefix of the topics: PREFIX.requests, PREFIX.responses, ...",
     )
-    consumer_group: str = Field(default="infertuner", min_length=1, description="Kafka group id of the job")
+    consumer_group: str = Field(default="infertuner", min_length=1, description="Kafka consumer group of the job")
     access: KafkaAccessConfig = KafkaAccessConfig()
 
     @property
@@ -88,12 +91,12 @@ class KafkaConfig(Config):
 
     @property
     def ready_topic(self) -> str:
-        """One record a slot, once its model is loaded and warm."""
+        """Gets one record per slot when its model is loaded and warm."""
         return f"{self.topic_prefix}.ready"
 
     def topic_settings(self, topic: str) -> dict[str, str]:
-        """Settings of the broker's that `topic` is created with."""
-        # Recovery looks for answers by the time of a request's record: best by one clock, the broker's.
+        """Topic settings that `topic` is created with."""
+        # Recovery searches for answers by record time, so all records should be stamped by one clock: the broker's.
         settings = {"message.timestamp.type": "LogAppendTime"}
         if topic in (self.responses_topic, self.dead_letters_topic):
             settings["max.message.bytes"] = str(MAX_RESULT_BYTES)

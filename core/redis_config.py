@@ -1,4 +1,4 @@
-"""How to reach Redis: its address and the credentials."""
+"""How to reach Redis: its address, and the credentials for it."""
 
 from typing import Annotated
 from urllib.parse import parse_qs, urlsplit
@@ -27,14 +27,15 @@ def _redis_url(url: str) -> str:
 
 
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
-"""Where a Redis is, and nothing of who asks."""
+"""The address of a Redis, without credentials."""
 
 
 class RedisAccessConfig(Config):
-    """Who asks Redis. Over TLS the URL is `rediss://host:port/db?ssl_ca_certs=FILE`."""
+    """Credentials for Redis. For TLS the URL is `rediss://host:port/db?ssl_ca_certs=FILE`."""
 
     redis_credentials_file: HostFile | None = Field(
         default=None,
-        description="file, on each host, with password=... and maybe username=..., readable by its owner alone; none: "
-        "INFERTUNER_REDIS_USERNAME and INFERTUNER_REDIS_PASSWORD of its environment, if set",
+        description="path on each host of a file with password=... and optionally username=..., readable only by "
+        "its owner; none: the environment variables INFERTUNER_REDIS_USERNAME and "
+        "INFERTUNER_REDIS_PASSWORD, if set",
     )

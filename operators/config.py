@@ -13,72 +13,78 @@ from core.machine import usable_cores
 from inference_service.config import EngineConfig
 
 LEAST_RECOVERY_MS = 60_000
-"""What a transaction must last beside the time between two checkpoints: a failure, a restart and the next commit."""
+"""How much longer than a checkpoint interval a transaction must last: for a failure, a restart and the next commit."""
 
 
 class Batching(StrEnum):
-    """How requests come together in a slot's engine."""
+    """How requests are batched in a slot's engine."""
 
     CONTINUOUS = "continuous"
-    """They enter and leave the running batch between two steps."""
+    """Requests enter and leave the running batch between two steps."""
     MICRO = "micro"
-    """They enter as a closed group, at a count or a deadline, and leave together."""
+    """Requests run as closed groups. A group closes at a size or a deadline."""
 
 
 class Placement(StrEnum):
-    """Which slot a session's requests go to."""
+    """How the slot of a session is chosen."""
 
     SESSION = "session"
-    """The one that a hash of the session names."""
+    """By a hash of the session."""
     BALANCED = "balanced"
-    """That one, unless it is overloaded when the session begins: then the least loaded."""
+    """By the same hash. If that slot is overloaded when the session begins, the least loaded slot is used."""
 
 
 class Delivery(StrEnum):
-    """How often a record can be in an output topic."""
+    """How often an answer may appear in an output topic."""
 
     AT_LEAST_ONCE = "at-least-once"
-    """It is there as soon as it is written. Were a worker to be cut off and to go on writing, some would be twice."""
+    """An answer is visible as soon as it is written. A worker that is cut off but keeps writing may duplicate it."""
     EXACTLY_ONCE = "exactly-once"
-    """It is written in a transaction, which ends with the next checkpoint: readers of committed records see it then."""
+    """Answers are written in a transaction. Readers of committed records see them after the next checkpoint."""
 
 
 class IsolationLevel(StrEnum):
-    """Which records a reader of a topic sees, in Kafka's own words."""
+    """Which records a consumer reads, by Kafka's names."""
 
     READ_COMMITTED = "read_committed"
-    """Those of committed transactions, and those outside of transactions. An open transaction holds what follows it."""
+    """Records of committed transactions, and records outside of transactions, up to the first open transaction."""
     READ_UNCOMMITTED = "read_uncommitted"
-    """All at once, those of open and aborted transactions included."""
+    """All records, including those of open and aborted transactions."""
 
 
 class SupervisionConfig(Config):
-    """What is done about the process of a slot that dies or hangs, and about requests that it dies of."""
+    """What happens if a slot's process dies or hangs."""
 
     slot_restarts: int = Field(
         default=5,
         ge=0,
-        description="restarts of a slot's process in a row, without an answer between them, before the job fails",
+        description="maximum restarts of a slot's process in a row, without an answer in between; after that the "
+        "job fails",
     )
     job_restarts: int = Field(
         default=10,
         ge=0,
-        description="restarts of the job, each within an hour of the one before, until a failure is for good; "
-        "what the user has to mend is never tried again",
+        description="maximum restarts of the job, each within an hour of the previous one; after that it fails for "
+        "good. An error that the user must fix is never retried",
     )
     engine_timeout_s: float = Field(
-        default=120.0, gt=0, le=1e6, description="a slot's process that says nothing for this long hangs, and is killed"
+        default=120.0, gt=0, le=1e6, description="kill the slot process after this long without a heartbeat"
     )
     load_timeout_s: float = Field(
-        default=600.0, gt=0, le=1e6, description="the same while it loads its model and warms up"
+        default=600.0,
+        gt=0,
+        le=1e6,
+        description="kill the slot process after this long without a heartbeat while it loads its model and warms up",
     )
     max_attempts: int = Field(
-        default=2, ge=1, description="deaths of a slot's process in the midst of a request that make it a dead letter"
+        default=2,
+        ge=1,
+        description="a request becomes a dead letter when the slot's process has died this often while running it",
     )
 
     @model_validator(mode="after")
     def _killers_are_found_out(self) -> Self:
-        # One death more, where it dies before anything has begun.
+        # The process may die once more before any request has begun.
         if self.slot_restarts <= self.max_attempts:
             raise ValueError(
                 "slot_restarts is not above max_attempts: a request that kills would fail the job, and be asked again "
@@ -88,93 +94,118 @@ class SupervisionConfig(Config):
 
 
 class BatchingConfig(Config):
-    """How requests come together in the engine: one by one as they come, or in closed groups."""
+    """How requests are batched: continuously, or in closed groups."""
 
-    batching: Batching = Field(default=Batching.CONTINUOUS, description="continuous, or micro: closed groups")
-    max_in_flight: int = Field(
-        default=64, ge=1, le=65_536, description="continuous: requests in a slot above which Kafka waits"
+    batching: Batching = Field(
+        default=Batching.CONTINUOUS,
+        description="continuous: requests enter and leave between steps; micro: closed groups",
     )
-    batch_size: int = Field(default=4, ge=1, le=1024, description="micro: requests that close a micro-batch")
+    max_in_flight: int = Field(
+        default=64,
+        ge=1,
+        le=65_536,
+        description="continuous: maximum requests in a slot; a full slot stops reading from Kafka",
+    )
+    batch_size: int = Field(default=4, ge=1, le=1024, description="micro: number of requests that closes a micro-batch")
     max_wait_ms: float = Field(
-        default=100.0, ge=0, le=3_600_000, description="micro: longest that a request waits for others"
+        default=100.0,
+        ge=0,
+        le=3_600_000,
+        description="micro: longest time that a request waits for its micro-batch to close",
     )
 
 
 class PlacementConfig(Config):
-    """Which slot a session goes to."""
+    """How the slot of a session is chosen."""
 
     placement: Placement = Field(
-        default=Placement.BALANCED, description="session: by its hash; balanced: new ones go around an overloaded slot"
+        default=Placement.BALANCED,
+        description="session: by a hash of the session; balanced: new sessions avoid overloaded slots",
     )
     overload_ms: float = Field(
-        default=500.0, ge=0, description="balanced: a slot is overloaded whose queue is longer than this"
+        default=500.0, ge=0, description="balanced: the queue of an overloaded slot takes longer than this"
     )
     overload_ratio: float = Field(
-        default=2.0, ge=1, description="balanced: and longer than this times the mean of the others' queues"
+        default=2.0,
+        ge=1,
+        description="balanced: the queue of an overloaded slot also takes longer than this multiple of the others' "
+        "mean",
     )
     remembered_sessions: int = Field(
         default=100_000,
         ge=1,
-        description="balanced: sessions whose slot is known; one silent for so many others begins anew",
+        description="balanced: number of sessions whose slot is remembered; the longest inactive session is "
+        "forgotten first",
     )
 
 
 class MetricsConfig(Config):
-    """Where Prometheus reads the figures of the slots."""
+    """Where Prometheus reads the metrics of the slots."""
 
     metrics_port: int = Field(
-        default=0, ge=0, le=65_535, description="port of slot 0's metrics, slot i has the i-th after it; 0: none"
+        default=0,
+        ge=0,
+        le=65_535,
+        description="port of slot 0's Prometheus metrics; slot i uses the i-th port after it; 0: no metrics",
     )
-    metrics_host: str = Field(default="127.0.0.1", min_length=1, description="address that metrics are served at")
+    metrics_host: str = Field(default="127.0.0.1", min_length=1, description="address to serve the metrics on")
 
 
 class DeliveryConfig(Config):
-    """What is promised of requests and answers over failures, restarts and copies."""
+    """Guarantees for requests and answers over failures, restarts and duplicates."""
 
     delivery: Delivery = Field(
         default=Delivery.AT_LEAST_ONCE,
-        description="at-least-once: answers are there at once; exactly-once: in a transaction, seen with a checkpoint",
+        description="at-least-once: answers are visible at once; exactly-once: after the next checkpoint",
     )
     isolation_level: IsolationLevel = Field(
         default=IsolationLevel.READ_COMMITTED,
-        description="requests to read: read_committed; read_uncommitted: those of open and aborted transactions too",
+        description="requests to read: read_committed, or read_uncommitted (also those of open and aborted "
+        "transactions)",
     )
     transaction_timeout_ms: int = Field(
         default=900_000,
         ge=1_000,
-        description="exactly-once: an outage that is longer than this less checkpoint_interval_ms loses answers",
+        description="exactly-once: timeout of Kafka transactions; an outage longer than this minus "
+        "checkpoint_interval_ms loses answers",
     )
     dedup_records: int = Field(
         default=10_000,
         ge=0,
         le=10_000_000,
-        description="a request is dropped whose id is among so many records before it in its partition; 0: none is",
+        description="drop a request if its id occurred among this many previous requests of its partition; 0: drop "
+        "none",
     )
     resume_records: int = Field(
         default=10_000,
         ge=0,
-        description="a job that starts without state looks for requests that have no answer among so many records of "
-        "each partition before where its group stands",
+        description="a job that starts without state searches this many records per partition before its group's "
+        "offset for requests without an answer",
     )
     clock_margin_ms: int = Field(
         default=60_000,
         ge=0,
-        description="most that clocks differ: of brokers, or of clients and TaskManagers where topics keep CreateTime",
+        description="maximum clock skew between brokers, or between clients and TaskManagers if the topics use "
+        "CreateTime",
     )
 
 
 class JobConfig(Config):
     """One inference job."""
 
-    job_name: str = Field(default="infertuner", min_length=1, max_length=200, description="name in Flink's UI")
-    parallelism: Annotated[int, Field(ge=1, le=128)] = Field(default=2, description="slots: one engine and cache each")
+    job_name: str = Field(
+        default="infertuner", min_length=1, max_length=200, description="name of the job in Flink's UI"
+    )
+    parallelism: Annotated[int, Field(ge=1, le=128)] = Field(
+        default=2, description="number of slots; each has its own engine and cache"
+    )
     checkpoint_interval_ms: int = Field(default=10_000, ge=100, description="time between two checkpoints")
-    bounded: bool = Field(default=False, description="stop at the end of what the requests topic holds at the start")
+    bounded: bool = Field(default=False, description="stop after the requests that the topic holds at the start")
     ship_connector: bool = Field(
-        default=False, description="send the Kafka connector along, for a cluster that lacks it"
+        default=False, description="send the Kafka connector with the job, for a cluster without it"
     )
     slot_logging: Path | None = Field(
-        default=None, description="JSON file for logging.config of each slot's process, to log more, or elsewhere"
+        default=None, description="path of a JSON file with the logging.config of each slot's process"
     )
     engine: EngineConfig = EngineConfig()
     cache: CacheConfig = CacheConfig()
@@ -187,7 +218,7 @@ class JobConfig(Config):
 
     @property
     def threads_per_slot(self) -> int:
-        """CPU threads of one slot: as set, or the cores that this process may use, shared out evenly."""
+        """CPU threads of one slot: as configured, or an equal share of the cores that this process may use."""
         return self.engine.threads or max(1, usable_cores() // self.parallelism)
 
     @model_validator(mode="after")

@@ -52,7 +52,7 @@ def test_the_help_shows_the_defaults_that_hold(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit, match="0"):
         parsed("--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "asked for in phases, upper limit in mooncake (default: 16)" in said
+    assert "upper limit of it in all other workloads (default: 16)" in said
     assert "--topic-prefix" not in said
     for option in ("--strategies", "--eviction", "--requests", "--workload", "--trace", "--model", "--parallelism",
                    "--batch-size", "--max-wait-ms", "--chunk-tokens", "--seed", "--out", "--brokers", "--redis-url",
