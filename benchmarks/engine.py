@@ -428,7 +428,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--profile-out", type=Path, default=Path("results/benchmarks/profiles"), help="a folder")
     options = parser.parse_args(arguments)
     if unknown := [shape for shape in options.shape if shape not in SHAPES]:
-        raise UsageError(f"--shape: there is no {unknown[0]!r}; choose of {', '.join(SHAPES)}")
+        raise UsageError(f"--shape: there is no {unknown[0]!r}; choose from {', '.join(SHAPES)}")
     if options.rounds < 1 or options.chunk_tokens < 1 or options.threads < 0 or options.square < 0:
         raise UsageError("--rounds and --chunk-tokens are at least 1, --threads and --square at least 0; change it")
     if options.reuse_tokens % options.chunk_tokens or options.reuse_tokens < options.chunk_tokens:

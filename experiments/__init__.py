@@ -1,1 +1,1 @@
-"""From named variants of a job to raw records, and from those to CSV and figure. Starts jobs by submission only."""
+"""Experiments: run named variants of a job, keep raw records, make CSV and figure. Jobs are only submitted to Flink."""

@@ -1,4 +1,4 @@
-"""Compares batch sizes, and continuous batching, on one paced load: what waiting for others costs and what it gives."""
+"""Compares batch sizes and continuous batching on one paced load: what does waiting for a batch cost and gain?"""
 
 from pathlib import Path
 from typing import Self
@@ -19,7 +19,7 @@ MOST = 1024
 
 
 class BatchAnalysisConfig(Config):
-    """Compares ways of batching on one load."""
+    """Compares batch sizes and continuous batching on one load."""
 
     batch_sizes: str = Field(
         default="1,2,4,8", min_length=1, description="sizes of micro-batches to compare, separated by commas"
@@ -56,30 +56,30 @@ COMMAND = Command(
     own_defaults={
         "workload": "independent",
         "requests": 100,
-        # On one core with the default model: more than single requests can take, less than batches of 8 can.
+        # On one core with the default model: above the capacity of single requests, below that of batches of 8.
         "rate_per_s": 3.0,
         "prompt_tokens": 32,
         "answer_tokens": 32,
-        # Real answers differ in length, and a micro-batch is as long as the longest of its own.
+        # Real answers differ in length, and a micro-batch takes as long as its longest answer.
         "length_cv": 0.6,
         "max_new_tokens": 128,
-        # One slot on one core: Kafka and Flink need the other, and an engine that shares its cores measures that.
+        # One slot on one core: Kafka and Flink need the other core, and would distort an engine that shares its cores.
         "parallelism": 1,
         "threads": 1,
         "placement": "session",
-        # Requests share nothing, so that there is nothing to reuse.
+        # Requests share nothing, so there is nothing to reuse.
         "cache": False,
         "remote": False,
     },
     decided={
-        "batching": "every row has its own; leave rows out with --batch-sizes and --no-continuous",
-        "batch_size": "every row has its own; name them with --batch-sizes",
+        "batching": "each row sets it; choose the rows with --batch-sizes and --no-continuous",
+        "batch_size": "each row sets it; name the sizes with --batch-sizes",
     },
 )
 
 
 def variants(config: BatchAnalysisConfig, run_id: str) -> tuple[Variant, ...]:
-    """One job for each batch size and one that batches continuously, equal in all else."""
+    """Return one job per batch size and one with continuous batching, otherwise equal."""
     found = [
         _variant(config.job, f"batch_{size}", run_id, {"batching": Batching.MICRO, "batch_size": size})
         for size in config.sizes
@@ -95,7 +95,7 @@ def _variant(job: JobConfig, name: str, run_id: str, batching: dict[str, object]
 
 
 def main() -> None:
-    """Run the experiment that `sys.argv` states."""
+    """Run the experiment with the options of `sys.argv`."""
     config, run_id = COMMAND.parse(), new_run_id()
     experiment = Experiment(
         name="batch_analysis",

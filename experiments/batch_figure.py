@@ -1,4 +1,4 @@
-"""The figure of the batch analysis: latency over throughput, the batches that came about, and where the time goes."""
+"""The figure of the batch analysis: latency over throughput, realised batch sizes, and the parts of the latency."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from experiments.figures import answered, caption, four_panels, head, legend
 from experiments.records import RunRecords
 
 SIZE_COLOURS = ("#85bcdc", "#56a0ce", "#2f7ebc", "#0f57a0", "#08306b")
-"""Colours from small to large micro-batches: one hue, as the sizes are one scale."""
+"""Colours from small to large micro-batches. One hue, because sizes are one scale."""
 CONTINUOUS_COLOUR = "#d55e00"
 PART_COLOURS = {
     "transit": "#bbbbbb", "wait": "#e69f00", "prefill": "#0072b2", "decode": "#56b4e9", "leaving": "#cc79a7",
@@ -26,7 +26,7 @@ PART_NAMES = {
 }  # fmt: skip
 TICKS_MS = (1, 2, 5)
 LETTER_PIXELS, LINE_PIXELS, GAP_PIXELS = 9, 17, 15
-"""About as wide and as high as a letter is, and as far from its dot."""
+"""Approximate width of a letter, height of a line, and distance of a label from its dot."""
 
 
 def batch_figure(runs: Sequence[RunRecords], path: Path) -> None:
@@ -89,7 +89,10 @@ def _draw_trade_off(
 
 
 def _label_beside(axes: Any, spans: Sequence[tuple[float, float, float]], names: Sequence[str]) -> None:
-    """Name each span `(x, lower, upper)` beside its upper end, or above that where something else is drawn."""
+    """Write each span's name beside its upper end, or higher if something else is drawn there.
+
+    A span is `(x, lower, upper)`.
+    """
     axes.figure.canvas.draw()
     drawn = [axes.transData.transform((x, y)) for x, low, high in spans for y in np.geomspace(low, high, 12)]
     for (x, _, high), name in sorted(zip(spans, names, strict=True), key=lambda one: one[0][2]):
@@ -138,7 +141,7 @@ def _draw_sizes(axes: Any, runs: Sequence[RunRecords], frames: Sequence[pd.DataF
 
 
 def _draw_parts(axes: Any, runs: Sequence[RunRecords], frames: Sequence[pd.DataFrame]) -> None:
-    """Shares, as the times themselves differ by more than a panel shows; the totals stand beside the names."""
+    """Draw shares: the times themselves differ too much for one panel. The totals are beside the names."""
     for place, answers in enumerate(frames):
         means = metrics.parts_ms(answers).mean()
         total, left = float(means.sum()), 0.0

@@ -1,4 +1,4 @@
-"""The result file of the batch analysis: its columns, and the metrics that it alone has."""
+"""The result file of the batch analysis: its columns and its own metrics."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -53,13 +53,13 @@ CONTINUOUS = "continuous"
 
 
 def batch_size(run: RunRecords) -> int | str:
-    """The size at which this run's micro-batches close, or `continuous`."""
+    """Size at which this run's micro-batches close, or `continuous`."""
     batching = run.manifest.job.batching
     return batching.batch_size if batching.batching is Batching.MICRO else CONTINUOUS
 
 
 def full_batches_percent(run: RunRecords, answers: pd.DataFrame) -> float:
-    """Share of the micro-batches that closed at their count; the others closed by time. None where continuous."""
+    """Share of the micro-batches that closed at their size; the others closed by time. NaN for continuous batching."""
     size = batch_size(run)
     if size == CONTINUOUS:
         return math.nan
@@ -68,7 +68,7 @@ def full_batches_percent(run: RunRecords, answers: pd.DataFrame) -> float:
 
 
 def row(run: RunRecords) -> dict[str, Any]:
-    """One run's row of the CSV, `COLUMNS` in their order; its note is about other rows too and left empty."""
+    """One run's row of the CSV, in the order of `COLUMNS`. The note stays empty, because it compares rows."""
     answers = frame(run.responses)
     distinct = answers.drop_duplicates("batch_id")
     values = shared(run, answers) | {
@@ -85,7 +85,7 @@ def row(run: RunRecords) -> dict[str, Any]:
 
 
 def table(runs: Sequence[RunRecords]) -> pd.DataFrame:
-    """A row a run, `COLUMNS` in their order, each compared with the smallest batch size there is."""
+    """One row per run, in the order of `COLUMNS`, compared with the row of the smallest batch size."""
     rows = [row(run) for run in runs]
     sized = [made for made in rows if made["batch_size"] != CONTINUOUS]
     baseline = min(sized, key=lambda made: int(made["batch_size"]), default=rows[0])
@@ -95,7 +95,7 @@ def table(runs: Sequence[RunRecords]) -> pd.DataFrame:
 
 
 def efficiency_notes(values: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    """What the row says beside `baseline`, in one short sentence."""
+    """One short sentence that compares the row with `baseline`."""
     said = [_compared(values, baseline)]
     if values["batch_size"] == CONTINUOUS:
         if not math.isnan(values["avg_decode_rows"]):
@@ -106,7 +106,7 @@ def efficiency_notes(values: Mapping[str, Any], baseline: Mapping[str, Any]) -> 
 
 
 def notes(runs: Sequence[RunRecords]) -> list[str]:
-    """Each row's own, and whether the load is too much for it: then latency tells the length of the run and no more."""
+    """Each row's note, and a warning for rows that do not keep up: their latency depends on the length of the run."""
     said = [f"{run.manifest.variant}: {note}." for run, note in zip(runs, table(runs)["efficiency_notes"], strict=True)]
     for run in runs:
         answers = frame(run.responses)

@@ -1,4 +1,4 @@
-"""Compares sizing and eviction policies of the local KV cache on one load: the same requests, in order, from cold."""
+"""Compares sizing and eviction policies of the local KV cache: the same requests, in order, from a cold cache."""
 
 from pathlib import Path
 
@@ -53,11 +53,11 @@ COMMAND = Command(
     "scripts/run_cache_experiments.sh",
     __doc__ or "",
     own_defaults={
-        # About 3 requests/s: two CPU cores keep up with that on the default model: latency is not all queueing.
+        # About 3 requests/s. Two CPU cores keep up with this on the default model, so latency is not all queueing.
         "base_interval_ms": 600.0,
         "max_new_tokens": 16,
         "max_prompt_tokens": 1024,
-        # What is compared is the cache: nothing else may depend on when a request comes.
+        # Only the cache is compared, so nothing else may depend on when a request arrives.
         "batching": "micro",
         "placement": "session",
     },
@@ -71,7 +71,10 @@ def with_strategy(job: JobConfig, strategy: str, eviction: str = "LRU") -> JobCo
 
 
 def variants(config: CacheExperimentConfig, run_id: str) -> tuple[Variant, ...]:
-    """One job for each strategy with each eviction policy, equal in all else; named by both where there are several."""
+    """Return one job per strategy and eviction policy, otherwise equal.
+
+    If there are several eviction policies, a job is named by both.
+    """
     made = []
     for strategy in config.chosen:
         for eviction in config.evictions:
@@ -82,7 +85,7 @@ def variants(config: CacheExperimentConfig, run_id: str) -> tuple[Variant, ...]:
 
 
 def main() -> None:
-    """Run the experiment that `sys.argv` states."""
+    """Run the experiment with the options of `sys.argv`."""
     config, run_id = COMMAND.parse(), new_run_id()
     experiment = Experiment(
         name="cache_experiments",

@@ -1,4 +1,4 @@
-"""The figure of the cache experiments: where prompt tokens came from, latency, and the local tier over time."""
+"""The figure of the cache experiments: origin of prompt tokens, latency, and the local tier over time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ COLOURS = {
     "FREQUENCY": "#009e73",
     "MRC": "#cc79a7",
 }
-"""Palette of Okabe and Ito, which can be told apart with any colour vision."""
+"""Palette of Okabe and Ito, which is distinguishable with any colour vision."""
 OTHER_COLOURS = ("#e69f00", "#56b4e9", "#555555", "#8c564b", "#b8a900")
 TIER_ALPHA = {"local": 1.0, "remote": 0.45, "computed": 0.0}
 TIER_HATCH = {"local": "", "remote": "", "computed": "///"}
@@ -124,7 +124,7 @@ def _draw_capacity(
 
 
 def _widening(runs: Sequence[RunRecords]) -> list[float]:
-    """Points that the lines drawn first are wider by: where runs agree, each of them still shows."""
+    """Extra line width of each run in points. Lines drawn first are wider, so that equal runs all stay visible."""
     return [1.6 * (len(runs) - 1 - place) for place in range(len(runs))]
 
 
@@ -139,7 +139,10 @@ def _draw_hits(axes: Any, runs: Sequence[RunRecords], frames: Sequence[pd.DataFr
 
 
 def _draw_phases(axes: Any, run: RunRecords) -> None:
-    """Bands, named between axes and title where no line can cross them. All runs have one schedule."""
+    """Draw the phases as bands. Their names are between axes and title, where no line crosses them.
+
+    All runs have the same schedule.
+    """
     axes.set_xlim(left=0)
     for place, stretch in enumerate(phases(run)):
         if place % 2 == 0:

@@ -1,4 +1,4 @@
-"""The result file of the cache experiments: its columns, and the metrics that it alone has."""
+"""The result file of the cache experiments: its columns and its own metrics."""
 
 import json
 import math
@@ -50,12 +50,12 @@ TIERS = ("local", "remote", "computed")
 
 
 def cache_hits(answers: pd.DataFrame) -> int:
-    """Requests of which at least one prompt token came from either tier."""
+    """Number of requests with at least one prompt token from either tier."""
     return int((answers["local_tokens"] + answers["remote_tokens"] > 0).sum())
 
 
 def tier_hits(answers: pd.DataFrame, tier: str) -> int:
-    """Requests of which at least one prompt token came from `tier`; one request may count for both tiers."""
+    """Number of requests with at least one prompt token from `tier`. A request may count for both tiers."""
     return int((answers[f"{tier}_tokens"] > 0).sum())
 
 
@@ -64,12 +64,12 @@ def hit_rate_percent(answers: pd.DataFrame) -> float:
 
 
 def token_share_percent(answers: pd.DataFrame, tier: str) -> float:
-    """Prompt tokens of `tier` (local, remote or computed) among all prompt tokens; the three add up to 100."""
+    """Share of prompt tokens from `tier` (local, remote or computed). The three shares add up to 100."""
     return ratio(100.0 * float(answers[f"{tier}_tokens"].sum()), float(answers["prompt_tokens"].sum()))
 
 
 def token_hit_rate_percent(answers: pd.DataFrame) -> float:
-    """Prompt tokens from either tier among all prompt tokens."""
+    """Share of prompt tokens from either tier."""
     reused = float(answers["local_tokens"].sum() + answers["remote_tokens"].sum())
     return ratio(100.0 * reused, float(answers["prompt_tokens"].sum()))
 
@@ -77,7 +77,7 @@ def token_hit_rate_percent(answers: pd.DataFrame) -> float:
 def mean_capacity_chunks(answers: pd.DataFrame) -> float:
     """Time-weighted mean capacity of each slot, summed over the slots.
 
-    A capacity holds from the look-up that saw it to the slot's next look-up, the last one to the end of the run.
+    A capacity holds from the lookup that saw it to the slot's next lookup; the last one holds to the end of the run.
     """
     if answers.empty:
         return math.nan
@@ -86,19 +86,19 @@ def mean_capacity_chunks(answers: pd.DataFrame) -> float:
 
 
 def peak_capacity_chunks(answers: pd.DataFrame) -> float:
-    """Greatest capacity of each slot, summed over the slots: the memory that has to be there."""
+    """Greatest capacity of each slot, summed over the slots: the memory that the slots need."""
     if answers.empty:
         return math.nan
     return float(answers.groupby("slot")["cache_capacity_chunks"].max().sum())
 
 
 def chunk_bytes(answers: pd.DataFrame) -> float:
-    """Size of one chunk; all chunks of one model are equally large."""
+    """Size of one chunk. All chunks of a model have the same size."""
     return math.nan if answers.empty else float(answers["chunk_bytes"].max())
 
 
 def strategy_config(job: JobConfig) -> str:
-    """The parameters that the strategy reads, as one JSON object with sorted keys."""
+    """Parameters that the strategy reads, as one JSON object with sorted keys."""
     sizing = job.cache.sizing
     values: dict[str, Any] = {"capacity_chunks": sizing.capacity_chunks}
     if sizing.strategy != "STATIC":
@@ -112,7 +112,7 @@ def strategy_config(job: JobConfig) -> str:
 
 
 def row(run: RunRecords) -> dict[str, Any]:
-    """One run's row of the CSV: `COLUMNS` in their order."""
+    """One run's row of the CSV, in the order of `COLUMNS`."""
     answers = frame(run.responses)
     mean_chunks, peak_chunks, size = mean_capacity_chunks(answers), peak_capacity_chunks(answers), chunk_bytes(answers)
     values = shared(run, answers) | {
@@ -136,7 +136,7 @@ def row(run: RunRecords) -> dict[str, Any]:
 
 
 def table(runs: Sequence[RunRecords]) -> pd.DataFrame:
-    """A row a run, `COLUMNS` in their order."""
+    """One row per run, in the order of `COLUMNS`."""
     return pd.DataFrame([row(run) for run in runs], columns=list(COLUMNS))
 
 
@@ -145,5 +145,5 @@ def _mean_over_time(slot: pd.DataFrame, end_ms: float) -> float:
     moments = ordered["at_ms"].to_numpy(dtype=float)
     values = ordered["cache_capacity_chunks"].to_numpy(dtype=float)
     held_ms = np.diff(np.append(moments, end_ms))
-    # All look-ups at the very end: no time passed to weigh by.
+    # If all lookups are at the very end, there is no time to weigh by.
     return float(np.average(values, weights=held_ms)) if held_ms.sum() > 0 else float(values.mean())

@@ -1,4 +1,4 @@
-"""Matches answers to requests: which are answered, which are dead, which came twice, which are missing."""
+"""Matches outcomes to requests: counts answers, dead letters, duplicates and missing requests."""
 
 import json
 import threading
@@ -22,7 +22,7 @@ NAMED_IDS = 5
 
 
 class Ledger:
-    """The books of one run. `sent` may be called from the load's thread."""
+    """Records the requests and outcomes of one run. `sent` may be called from the load's thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -38,14 +38,14 @@ class Ledger:
             self._sent[request.request_id] = entry
 
     def response(self, response: Response) -> None:
-        """Book an answer; only the first outcome of a request counts."""
+        """Record an answer. Only the first outcome of a request counts."""
         if self._settled(response.request_id):
             self.duplicates += 1
         else:
             self._responses[response.request_id] = response
 
     def dead_letter(self, letter: DeadLetter) -> None:
-        """Book a dead letter; one without a readable id is kept but settles no request."""
+        """Record a dead letter. One without a readable id is kept, but settles no request."""
         if letter.request_id is None:
             self._nameless.append(letter)
         elif self._settled(letter.request_id):
@@ -54,7 +54,7 @@ class Ledger:
             self._dead[letter.request_id] = letter
 
     def missing(self) -> list[str]:
-        """Ids sent and not settled, in the order they were sent."""
+        """Ids of requests without an outcome, in the order of sending."""
         with self._lock:
             return [request_id for request_id in self._sent if not self._settled(request_id)]
 
@@ -92,8 +92,8 @@ class Collector:
     ) -> LoadReport:
         """Read until `load` has ended and each of its requests has an outcome.
 
-        `watch` is called every few seconds and raises if waiting is in vain. Raises `UserError` if requests are
-        outstanding and nothing comes for `idle_timeout_s`, or if Kafka did not take the load.
+        `watch` is called every few seconds; it raises if no more answers can come. Raises `UserError` if requests are
+        outstanding and nothing arrives for `idle_timeout_s`, or if Kafka did not take the load.
         """
         last_s = watched_s = time.monotonic()
         while True:
@@ -110,7 +110,7 @@ class Collector:
             if not missing:
                 if report is not None:
                     return report
-                # Nothing is owed: a pause in the load is no silence of the job.
+                # No request is outstanding: this is a pause in the load, not silence of the job.
                 last_s = time.monotonic()
             if time.monotonic() - last_s > idle_timeout_s:
                 raise UserError(_silence(missing, len(self._ledger.all_sent), idle_timeout_s))
@@ -119,14 +119,14 @@ class Collector:
                 watched_s = time.monotonic()
 
     def rest(self) -> int:
-        """Read what was written meanwhile, to its end; returns how many of it were duplicates."""
+        """Read to the end of the topics; return the number of duplicates among the records read."""
         before = self._ledger.duplicates
         while not at_end(self._consumer):
             self.read(POLL_MS)
         return self._ledger.duplicates - before
 
     def read(self, timeout_ms: int) -> int:
-        """Book what comes within `timeout_ms`; returns how many records that were."""
+        """Record what arrives within `timeout_ms`; return the number of records."""
         polled = self._consumer.poll(timeout_ms=timeout_ms)
         count = 0
         for partition, records in polled.items():
@@ -149,7 +149,7 @@ OnProgress = Callable[[int], None]
 def wait_ready(
     consumer: KafkaConsumer, parallelism: int, timeout_s: float, watch: Callable[[], None], on_progress: OnProgress
 ) -> tuple[ReadySlot, ...]:
-    """The slots' own records, once all have said that they are ready. Raises `UserError` after `timeout_s`."""
+    """Wait until all slots have reported that they are ready; return their records. Raises `UserError` at a timeout."""
     deadline_s = time.monotonic() + timeout_s
     slots: dict[int, ReadySlot] = {}
     watched_s = time.monotonic()

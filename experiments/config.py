@@ -1,4 +1,4 @@
-"""What every experiment can be told, and how a job is given services and a space of its own."""
+"""Options of every experiment, and how each job gets its services and its own topics and keys."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -20,42 +20,42 @@ C = TypeVar("C", bound=Config)
 
 
 class RunConfig(Config):
-    """Where an experiment runs and how long it waits; the same for every experiment."""
+    """Where an experiment runs and how long it waits. Every experiment has these options."""
 
     flink_url: str | None = Field(
         default=None, pattern=r"^http://[^\s:/]+:\d{1,5}/?$", description="http://HOST:PORT of a Flink of your own"
     )
     stack_dir: Path = Field(
-        default=ROOT / ".local" / "stack", description="folder of the local stack, used if it runs, else started"
+        default=ROOT / ".local" / "stack", description="folder of the local stack; it is started if it does not run"
     )
     savepoint_dir: str | None = Field(
-        default=None, description="URI where Flink may put a savepoint as it drains; none: as Flink is configured"
+        default=None, description="URI for the savepoint of a drained job; none: as Flink is configured"
     )
     remote: bool = Field(default=True, description="use Redis as the second tier")
-    ready_timeout_s: float = Field(default=300.0, gt=0, description="longest wait for all slots to have loaded")
-    idle_timeout_s: float = Field(default=120.0, gt=0, description="longest wait for the next answer")
-    stop_timeout_s: float = Field(default=120.0, gt=0, description="longest wait for a drained job to end")
+    ready_timeout_s: float = Field(default=300.0, gt=0, description="maximum wait until all slots have loaded")
+    idle_timeout_s: float = Field(default=120.0, gt=0, description="maximum wait for the next answer")
+    stop_timeout_s: float = Field(default=120.0, gt=0, description="maximum wait until a drained job has ended")
     from_raw: Path | None = Field(
-        default=None, description="folder of a run's raw records: make CSV and figure again, run nothing"
+        default=None, description="folder of a run's raw records: make CSV and figure from them, run nothing"
     )
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of an experiment: a job under a name that no other variant has."""
+    """One run of an experiment: a job and its unique name."""
 
     name: str
     job: JobConfig
 
 
 DECIDED: Mapping[str, str] = {
-    "topic_prefix": "every run makes topics of its own; leave it out",
-    "redis_namespace": "every run begins with an empty namespace of its own; leave it out",
-    "consumer_group": "every run makes its own; leave it out",
-    "job_name": "every run makes its own; leave it out",
+    "topic_prefix": "each run makes its own topics; leave it out",
+    "redis_namespace": "each run begins with its own empty namespace; leave it out",
+    "consumer_group": "each run makes its own; leave it out",
+    "job_name": "each run makes its own; leave it out",
     "bounded": "the load is sent while the job runs; leave it out",
 }
-"""Options of a job that no one but an experiment may set, with what to do instead."""
+"""Options of a job that only the experiment sets, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,17 @@ class Command(Generic[C]):
     prog: str
     description: str
     own_defaults: Mapping[str, Any]
-    """Options whose default is another than the job's or the workload's own, by field name."""
+    """Defaults that differ from those of the job and the workload, by field name."""
     decided: Mapping[str, str]
-    """Options that this experiment sets besides those of `DECIDED`, with what to do instead."""
+    """Options that this experiment sets besides those of `DECIDED`, and what to do instead."""
 
     def parse(self, arguments: list[str] | None = None) -> C:
-        """The experiment that is stated. Raises `UserError`; exits 2 on an option that does not exist."""
+        """Return the configuration that the options give. Raises `UserError`; exits 2 on an unknown option."""
         parser = Parser(prog=self.prog, description=self.description)
         add_options(parser, self.config)
         set_own_defaults(parser, self.own_defaults)
         decided = {**self.decided, **DECIDED}
-        # argparse offers no other way to its options.
+        # argparse gives no public access to its options.
         for action in parser._actions:
             if action.dest in decided:
                 action.help = argparse.SUPPRESS
@@ -88,11 +88,11 @@ class Command(Generic[C]):
 
 
 def distinct_numbers(value: str, most: int) -> tuple[int, ...]:
-    """The whole numbers of `value`, from 1 to `most` and separated by commas. Raises `ValueError` for anything else."""
+    """Parse distinct whole numbers from 1 to `most`, separated by commas. Raises `ValueError` for anything else."""
     words = [word.strip() for word in value.split(",")]
     for word in words:
         if not (word.isascii() and word.isdigit() and 1 <= int(word) <= most):
-            raise ValueError(f"{word!r} is no whole number from 1 to {most}; give some, separated by commas")
+            raise ValueError(f"{word!r} is not a whole number from 1 to {most}; give numbers separated by commas")
     numbers = tuple(int(word) for word in words)
     if len(set(numbers)) < len(numbers):
         raise ValueError("a number is named twice; name each once")
@@ -110,24 +110,24 @@ def distinct_names(
     names = [name.strip().upper() for name in value.split(",") if name.strip()]
     unknown = [spelled(name) for name in names if name not in known]
     if unknown or not names:
-        raise ValueError(f"unknown {what} {', '.join(unknown) or repr(value)}; choose of {spelled(', '.join(known))}")
+        raise ValueError(f"unknown {what} {', '.join(unknown) or repr(value)}; choose from {spelled(', '.join(known))}")
     if len(set(names)) < len(names):
         raise ValueError(f"a{'n' if what[0] in 'aeiou' else ''} {what} is named twice; name each once")
     return tuple(known[name] for name in names)
 
 
 def with_profile_found(job: JobConfig) -> JobConfig:
-    """`job` with the path of its simulated device made absolute, as jobs run elsewhere. Raises `UserError`."""
+    """Return `job` with an absolute path of its device profile, because jobs run elsewhere. Raises `UserError`."""
     profile = job.engine.profile
     if profile is None:
         return job
     if not profile.is_file():
-        raise UserError(f"--profile: {profile} is no file; name the one that benchmarks/engine.py wrote")
+        raise UserError(f"--profile: {profile} is not a file; name one that benchmarks/engine.py wrote")
     return job.model_copy(update={"engine": job.engine.model_copy(update={"profile": profile.resolve()})})
 
 
 def with_addresses(job: JobConfig, *, brokers: str, redis_url: str | None) -> JobConfig:
-    """`job` on these services."""
+    """Return `job` with the addresses of these services."""
     remote = job.cache.remote.model_copy(update={"redis_url": redis_url})
     return job.model_copy(
         update={
@@ -138,7 +138,7 @@ def with_addresses(job: JobConfig, *, brokers: str, redis_url: str | None) -> Jo
 
 
 def in_own_space(job: JobConfig, space: str) -> JobConfig:
-    """`job` with topics, keys, consumer group and name that begin with `space`: nothing of another run is seen."""
+    """Return `job` with topics, keys, consumer group and name that begin with `space`, apart from all other runs."""
     remote = job.cache.remote.model_copy(update={"redis_namespace": space})
     kafka = job.kafka.model_copy(update={"topic_prefix": space, "consumer_group": space})
     cache = job.cache.model_copy(update={"remote": remote})
@@ -146,7 +146,7 @@ def in_own_space(job: JobConfig, space: str) -> JobConfig:
 
 
 def check_writable(out: Path) -> None:
-    """Make the folder of the results. Raises `UserError` if nothing can be written there."""
+    """Create the folder of the results. Raises `UserError` if it is not writable."""
     probe = out / ".writable"
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""An experiment is data: variants of a job, a load, and what is made of the records. This runs it."""
+"""An experiment is data: variants of a job, a load, and the functions that turn records into results. This runs it."""
 
 import datetime
 import sys
@@ -26,7 +26,7 @@ from workloads.config import WorkloadConfig
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one experiment is made of."""
+    """The parts of one experiment."""
 
     name: str
     """Prefix of its files: `<name>_<run id>.csv` and `.png`."""
@@ -36,21 +36,24 @@ class Experiment:
     out: Path
     table: Callable[[Sequence[RunRecords]], pd.DataFrame]
     shown: Sequence[Shown]
-    """Columns of the table that are shown on the screen."""
+    """Columns of the table on the screen."""
     figure: Callable[[Sequence[RunRecords], Path], None]
     backlog: bool = False
     """Send the whole load at once instead of on its schedule."""
     notes: Callable[[Sequence[RunRecords]], Sequence[str]] = lambda runs: ()
-    """What limits the meaning of this experiment's numbers beyond what holds for all, a sentence each."""
+    """Sentences about limits of this experiment's numbers, besides those that hold for every experiment."""
 
 
 def new_run_id() -> str:
-    """Names a run by the local time."""
+    """Return the local time as the name of a run."""
     return datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
 def execute(experiment: Experiment, run: RunConfig, run_id: str) -> None:
-    """Carry it out, or rebuild it where `run` names records. An interruption ends the process, all things stopped."""
+    """Run the experiment, or rebuild its results if `run` names raw records.
+
+    An interruption stops what was started and ends the process.
+    """
     try:
         with interruptible():
             if run.from_raw is not None:
@@ -65,15 +68,15 @@ def execute(experiment: Experiment, run: RunConfig, run_id: str) -> None:
 def carry_out(experiment: Experiment, run: RunConfig, run_id: str) -> None:
     """Run every variant on the same load, write raw records, CSV and figure, and show the table.
 
-    Whatever can be checked is checked before anything is started. Raises `UserError`.
+    All that can be checked is checked before anything is started. Raises `UserError`.
     """
     variants = [
         Variant(variant.name, with_profile_found(with_absolute_paths(variant.job))) for variant in experiment.variants
     ]
     workload = make_workload(experiment.workload)
-    # A trace is opened by its first request; a path that is wrong must show now.
+    # Reading the first request opens a trace, so a wrong path fails now.
     if next(iter(workload), None) is None:
-        raise UserError("--workload: it has no requests with these options; allow longer prompts or another trace")
+        raise UserError("--workload: it has no requests with these options; allow longer prompts or give another trace")
     check_writable(experiment.out)
     raw = experiment.out / "raw" / run_id
     runs = []
@@ -102,9 +105,9 @@ def carry_out(experiment: Experiment, run: RunConfig, run_id: str) -> None:
 
 
 def rebuild(experiment: Experiment, raw: Path) -> None:
-    """Make CSV and figure again from the records below `raw`, under the names that the run gave them.
+    """Make CSV and figure again from the records below `raw`, with the file names of the run.
 
-    Raises `UserError` for records that are broken, or another experiment's.
+    Raises `UserError` if records are broken or belong to another experiment.
     """
     runs = read_runs(raw)
     if others := {run.manifest.experiment for run in runs} - {experiment.name}:
@@ -114,7 +117,7 @@ def rebuild(experiment: Experiment, raw: Path) -> None:
 
 
 def finish(experiment: Experiment, runs: Sequence[RunRecords], raw: Path, run_id: str) -> None:
-    """From records to CSV, figure and table."""
+    """Make CSV, figure and table from the records."""
     stem = f"{experiment.name}_{run_id.replace('-', '_')}"
     csv, png = experiment.out / f"{stem}.csv", experiment.out / f"{stem}.png"
     results = experiment.table(runs)
@@ -130,5 +133,5 @@ def finish(experiment: Experiment, runs: Sequence[RunRecords], raw: Path, run_id
 
 
 def largest(variants: Sequence[Variant]) -> JobConfig:
-    """The job that needs the most slots."""
+    """Return the job that needs the most slots."""
     return max((variant.job for variant in variants), key=lambda job: job.parallelism)

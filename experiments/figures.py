@@ -1,4 +1,4 @@
-"""What the figures of all experiments look like: style, colours, head and caption."""
+"""The common look of all experiments' figures: style, colours, head and caption."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ CAPTION_CHARACTERS = 145
 
 
 def answered(runs: Sequence[RunRecords]) -> list[RunRecords]:
-    """The runs of which there is something to draw. Raises `ValueError` if there is none."""
+    """Return the runs with at least one answer. Raises `ValueError` if there is none."""
     found = [run for run in runs if run.responses]
     if not found:
         raise ValueError("no run has an answer; there is nothing to draw")
@@ -45,7 +45,7 @@ def answered(runs: Sequence[RunRecords]) -> list[RunRecords]:
 
 @contextmanager
 def four_panels(path: Path) -> Iterator[tuple[Any, Any]]:
-    """`(figure, 2 x 2 axes)` to draw on, then written to `path` as PNG."""
+    """Give `(figure, 2 x 2 axes)` to draw on, then write it to `path` as PNG."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(14, 9.6))
         try:
@@ -57,11 +57,11 @@ def four_panels(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def caption(runs: Sequence[RunRecords], *own: str) -> str:
-    """Model, device, load and rate, and the experiment's `own` conditions: what the numbers hold for."""
+    """The conditions for which the numbers hold: model, device, load, rate and the experiment's `own` conditions."""
     manifest = runs[0].manifest
     answers = metrics.frame(runs[0].responses)
     rate = manifest.load.offered_rate
-    # The engine is left out where it is the same everywhere; the CSV has it.
+    # The engine is left out if it is the same everywhere; the CSV has it.
     parts = (
         f"model {metrics.named(answers, 'model')}",
         f"device {metrics.named(answers, 'device')}",
@@ -79,7 +79,7 @@ def caption(runs: Sequence[RunRecords], *own: str) -> str:
 
 
 def head(figure: Any, title: str, runs: Sequence[RunRecords], colours: Sequence[str], said: str) -> None:
-    """Title, a legend of the variants, and the caption `said` below."""
+    """Draw title, legend of the variants, and the caption `said` below."""
     handles = [Patch(facecolor=colour, label=label(run)) for run, colour in zip(runs, colours, strict=True)]
     figure.legend(handles=handles, loc="upper right", bbox_to_anchor=(0.985, 0.995), ncols=len(handles), fontsize=12)
     if any(run.manifest.simulated for run in runs):
@@ -94,7 +94,7 @@ def label(run: RunRecords) -> str:
 
 
 def legend(axes: Any, handles: Sequence[Any], height: float = 1.015) -> None:
-    """Between the panel and its title, to the right; `height` in parts of the panel's."""
+    """Draw the legend between panel and title, on the right. `height` is in units of the panel's height."""
     axes.legend(
         handles=handles,
         loc="lower right",

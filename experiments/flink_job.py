@@ -1,4 +1,4 @@
-"""A job on a Flink cluster: submitted by its command line, watched and stopped over its REST interface."""
+"""A job on a Flink cluster: submitted with Flink's command line, watched and stopped over its REST interface."""
 
 import http.client
 import json
@@ -27,11 +27,11 @@ JOB_ID = re.compile(r"JobID ([0-9a-f]{32})")
 
 
 class NotFound(Exception):  # noqa: N818 - an answer of Flink's, not a fault
-    """Flink knows no such thing."""
+    """Flink does not know the requested resource."""
 
 
 class FlinkCluster:
-    """A running cluster. `argv` and `env` are those of its `flink` command."""
+    """A running cluster. `argv` and `env` call its `flink` command."""
 
     def __init__(self, rest_url: str, argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> None:
         self._rest_url = rest_url.rstrip("/")
@@ -42,11 +42,11 @@ class FlinkCluster:
     def submit(self, script: Path, options: Sequence[str], savepoint: str | None = None) -> "FlinkJob":
         """Start `script` detached, with the state of `savepoint`.
 
-        Raises `UserError` with the reason, in one line, if it is not accepted.
+        Raises `UserError` with the reason in one line if Flink does not accept it.
         """
         state = [] if savepoint is None else ["-s", savepoint]
         argv = [*self._argv, "run", "-d", *state, "-py", str(script), *options]
-        # A session of its own: a Ctrl-C must reach only us, who then know whether a job has to be cancelled.
+        # A new session, so that Ctrl-C reaches only this process, which then knows if a job has to be cancelled.
         process = subprocess.Popen(
             argv,
             cwd=self._cwd,
@@ -72,12 +72,12 @@ class FlinkCluster:
         return FlinkJob(self, found[1])
 
     def jobs_named(self, name: str) -> "list[FlinkJob]":
-        """The jobs of that name that have not ended."""
+        """Return the jobs of this name that have not ended."""
         overview = self.get("/jobs/overview")["jobs"]
         return [FlinkJob(self, job["jid"]) for job in overview if job["name"] == name and job["state"] not in ENDED]
 
     def slots(self) -> int:
-        """Slots of the cluster, free and taken."""
+        """Return the number of slots of the cluster, free and taken."""
         return int(self.get("/overview")["slots-total"])
 
     def get(self, path: str) -> Any:
@@ -110,16 +110,16 @@ class FlinkJob:
     job_id: str
 
     def state(self) -> str:
-        """Flink's own word: CREATED, RUNNING, RESTARTING, FINISHED, FAILED, ..."""
+        """Return Flink's state of the job: CREATED, RUNNING, RESTARTING, FINISHED, FAILED, ..."""
         return str(self.cluster.get(f"/jobs/{self.job_id}")["state"])
 
     def failures(self) -> list[str]:
-        """The cause of each failure so far in one line, the latest first; empty if there was none."""
+        """Return the cause of each failure so far, one line each, the latest first."""
         history = self.cluster.get(f"/jobs/{self.job_id}/exceptions").get("exceptionHistory", {})
         return [root_cause(entry.get("stacktrace", "")) for entry in history.get("entries", [])]
 
     def require_alive(self, *, untouched: bool = False) -> None:
-        """Raises `UserError` with the cause if the job has ended, or (`untouched`) has failed and may be retried."""
+        """Raises `UserError` with the cause if the job has ended or, with `untouched`, has failed and may restart."""
         state = self.state()
         failures = self.failures() if untouched or state in ENDED else []
         if state in ENDED or failures:
@@ -128,18 +128,18 @@ class FlinkJob:
             raise UserError(f"job {self.job_id} {how} {state}: {cause}")
 
     def stop(self, savepoint_dir: str | None, timeout_s: float) -> None:
-        """Let it answer what it has read, and end. Raises `UserError` if it has not ended within `timeout_s`."""
+        """Drain the job and wait for its end. Raises `UserError` if it has not ended within `timeout_s`."""
         savepoint = self._stop(drain=True, savepoint_dir=savepoint_dir, timeout_s=timeout_s)
-        # Only the draining was wanted; that its savepoint stays is no fault of the run.
+        # Only draining is needed; if its savepoint cannot be deleted, the run is still good.
         with suppress(UserError, NotFound):
             self.cluster.post("/savepoint-disposal", {"savepoint-path": savepoint})
 
     def suspend(self, timeout_s: float) -> str:
-        """Let it end as it is; the savepoint that another one can go on from. Raises `UserError` as `stop` does."""
+        """Stop the job without draining; return the savepoint for another job to resume. Raises as `stop` does."""
         return self._stop(drain=False, savepoint_dir=None, timeout_s=timeout_s)
 
     def cancel(self) -> None:
-        """End it at once and wait for that; one that has ended already is left as it is."""
+        """Cancel the job and wait for its end. Does nothing if the job has ended."""
         try:
             if self.state() in ENDED:
                 return
@@ -149,7 +149,7 @@ class FlinkJob:
             return
 
     def wait_ended(self, timeout_s: float) -> str:
-        """The state it ended in. Raises `UserError` if that takes longer than `timeout_s`."""
+        """Wait for the job's end and return its final state. Raises `UserError` after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
         while (state := self.state()) not in ENDED:
             if time.monotonic() > deadline_s:

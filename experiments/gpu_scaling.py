@@ -1,4 +1,4 @@
-"""Compares numbers of slots on one backlog: how throughput grows with the devices that share it."""
+"""Compares numbers of slots on one backlog: how does throughput grow with the number of devices?"""
 
 import math
 from pathlib import Path
@@ -41,8 +41,8 @@ class GpuScalingConfig(Config):
     def _can_be_even(self) -> Self:
         if not self._evenness_given and math.lcm(*self.slots) > MOST_TURNS:
             raise ValueError(
-                f"parallelisms: their least common multiple, {math.lcm(*self.slots)}, is above {MOST_TURNS}, so that "
-                "no load is even over each; choose others, or give even_over"
+                f"parallelisms: their least common multiple, {math.lcm(*self.slots)}, is above {MOST_TURNS}, so "
+                "no load is even over each of them; choose others, or give even_over"
             )
         return self
 
@@ -52,7 +52,7 @@ class GpuScalingConfig(Config):
 
     @property
     def even_workload(self) -> WorkloadConfig:
-        """The load, even over the slots of every variant unless it says itself what it is even over."""
+        """The load, spread evenly over the slots of every variant unless `even_over` is given."""
         if self._evenness_given:
             return self.workload
         independent = self.workload.independent.model_copy(update={"even_over": math.lcm(*self.slots)})
@@ -72,21 +72,21 @@ COMMAND = Command(
         "requests": 240,
         "prompt_tokens": 64,
         "answer_tokens": 32,
-        # Equal lengths and slots that sessions are tied to: what scales is devices, not luck.
+        # Equal lengths and fixed slots of sessions, so that results depend on devices and not on chance.
         "length_cv": 0.0,
         "placement": "session",
-        # A slot is one core's worth of device, whatever the parallelism.
+        # Each slot has one core, at every parallelism.
         "threads": 1,
-        # Requests share nothing, so that there is nothing to reuse; a simulated device could not.
+        # Requests share nothing, so there is nothing to reuse; a simulated device cannot reuse anyway.
         "cache": False,
         "remote": False,
     },
-    decided={"parallelism": "every row has its own; name them with --parallelisms"},
+    decided={"parallelism": "each row sets it; name the numbers with --parallelisms"},
 )
 
 
 def variants(config: GpuScalingConfig, run_id: str) -> tuple[Variant, ...]:
-    """One job for each parallelism, equal in all else."""
+    """Return one job per parallelism, otherwise equal."""
     return tuple(
         Variant(
             f"parallelism_{slots}",
@@ -97,7 +97,7 @@ def variants(config: GpuScalingConfig, run_id: str) -> tuple[Variant, ...]:
 
 
 def main() -> None:
-    """Run the experiment that `sys.argv` states."""
+    """Run the experiment with the options of `sys.argv`."""
     config, run_id = COMMAND.parse(), new_run_id()
     experiment = Experiment(
         name="gpu_scaling",

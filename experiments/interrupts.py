@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as one exception that unwinds everything, once: what it unwinds is not cut off by a second one."""
+"""Turns Ctrl-C and SIGTERM into one exception. Further signals are ignored, so that cleaning up is not interrupted."""
 
 import signal
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ EXIT_STATUS = 128 + signal.SIGINT
 
 
 class Interrupted(BaseException):
-    """The user wants to stop. No `Exception`, so that no handler of errors takes it for one."""
+    """The user wants to stop. Not an `Exception`, so that no error handler catches it."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, the first signal raises `Interrupted` in the main thread; further ones are let pass."""
+    """In this block the first signal raises `Interrupted` in the main thread; further signals are ignored."""
     raised = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:

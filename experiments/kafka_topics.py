@@ -1,4 +1,4 @@
-"""The topics of one run: made before its job, read from their beginning, deleted after it."""
+"""The topics of one run: created before its job, read from their beginning, deleted afterwards."""
 
 import logging
 import time
@@ -18,15 +18,15 @@ CONNECT_TIMEOUT_MS = 5_000
 METADATA_TIMEOUT_S = 15.0
 RECONNECT_MS = 500
 RETENTION = {"retention.ms": "-1", "retention.bytes": "-1"}
-"""A run's records must outlast the run, whatever the broker keeps by default."""
+"""The broker must keep a run's records to the end of the run, whatever its default is."""
 
-# It logs each failed connection; what matters of it is in our errors.
+# kafka-python logs each failed connection; our errors already say what matters.
 logging.getLogger("kafka").setLevel(logging.CRITICAL)
 
 
 @contextmanager
 def fresh_topics(config: KafkaConfig, partitions: int) -> Iterator[None]:
-    """The four topics of `config`, with `partitions` of the requests; gone afterwards.
+    """Create the four topics of `config`, with `partitions` partitions of requests; delete them afterwards.
 
     Raises `UserError` if the broker does not answer or refuses.
     """
@@ -51,7 +51,7 @@ def fresh_topics(config: KafkaConfig, partitions: int) -> Iterator[None]:
 
 
 def delete_topics(config: KafkaConfig) -> None:
-    """Delete the topics of `config`; those that do not exist are let pass."""
+    """Delete the topics of `config`; missing ones are ignored."""
     try:
         with _admin(config) as admin:
             for name in config.topics:
@@ -67,14 +67,14 @@ def delete_topics(config: KafkaConfig) -> None:
 
 @contextmanager
 def reading(config: KafkaConfig, topics: Sequence[str]) -> Iterator[KafkaConsumer]:
-    """A consumer of `topics` from their beginning, outside any group; sees only what is committed."""
+    """Give a consumer that reads committed records of `topics` from the beginning, without a group."""
     consumer = KafkaConsumer(
         **kafka_settings(config.brokers, config.access),
         bootstrap_timeout_ms=CONNECT_TIMEOUT_MS,
         group_id=None,
         enable_auto_commit=False,
         isolation_level="read_committed",
-        # By default it would look ever less often for a broker that is away, in the end every 30 s.
+        # By default it would look for an absent broker ever less often, down to every 30 s.
         reconnect_backoff_max_ms=RECONNECT_MS,
     )
     try:
@@ -87,7 +87,7 @@ def reading(config: KafkaConfig, topics: Sequence[str]) -> Iterator[KafkaConsume
 
 
 def at_end(consumer: KafkaConsumer) -> bool:
-    """Whether all that was written until now has been read."""
+    """True if all records written so far have been read."""
     ends = consumer.end_offsets(list(consumer.assignment()))
     return all(consumer.position(partition) >= end for partition, end in ends.items())
 
@@ -106,7 +106,7 @@ def require_broker(config: KafkaConfig) -> None:
 
 def _partitions(consumer: KafkaConsumer, topic: str) -> list[TopicPartition]:
     deadline_s = time.monotonic() + METADATA_TIMEOUT_S
-    # A topic that was made a moment ago may not be known yet.
+    # A topic that was just created may not be known yet.
     while not (numbers := consumer.partitions_for_topic(topic)):
         if time.monotonic() > deadline_s:
             raise UserError(f"Kafka does not show the topic {topic} after {METADATA_TIMEOUT_S:.0f} s; look at its log")

@@ -1,7 +1,7 @@
-"""The numbers that result files share: one pure function a metric, formulas and units in docs/metrics.md.
+"""The metrics that several result files share: one pure function each. docs/metrics.md has formulas and units.
 
-They take the frame of `frame`: a row a response, the columns those of `core.records.Response` that hold
-one value. A metric that nothing is known about (no response, no token) is not a number, an empty cell in the CSV.
+Their argument is the result of `frame`: one row per response, with the single-valued fields of `core.records.Response`
+as columns. An unknown metric (no response, no token) is NaN, an empty cell in the CSV.
 """
 
 import math
@@ -16,11 +16,11 @@ from core.records import FinishReason, Response
 from experiments.records import RunRecords
 
 PARTS = ("transit", "wait", "prefill", "decode", "leaving")
-"""A request's time from its creation to its answer, in order: see `parts_ms`."""
+"""The parts of a request's latency, in order: see `parts_ms`."""
 
 
 def frame(responses: Sequence[Response]) -> pd.DataFrame:
-    """A row a response, in the order of their completion; the columns exist without rows too."""
+    """One row per response, in the order of completion. The columns exist even without rows."""
     left_out = {"token_ids", "logprobs", "sampling"}
     columns = [name for name in Response.model_fields if name not in left_out]
     rows = [response.model_dump(mode="json", exclude=left_out) for response in responses]
@@ -28,19 +28,19 @@ def frame(responses: Sequence[Response]) -> pd.DataFrame:
 
 
 def mean(answers: pd.DataFrame, column: str) -> float:
-    """Arithmetic mean of the values there are."""
+    """Arithmetic mean of the known values."""
     values = _values(answers, column)
     return float(values.mean()) if values.size else math.nan
 
 
 def percentile(answers: pd.DataFrame, column: str, percent: float) -> float:
-    """Linear interpolation between the closest ranks, of the values there are."""
+    """Percentile of the known values, by linear interpolation between the closest ranks."""
     values = _values(answers, column)
     return float(np.percentile(values, percent)) if values.size else math.nan
 
 
 def span_s(answers: pd.DataFrame) -> float:
-    """From the creation of the first request until the last answer leaves its slot."""
+    """Time from the creation of the first request until the last answer leaves its slot."""
     if answers.empty:
         return math.nan
     return float(answers["completed_at_ms"].max() - answers["created_at_ms"].min()) / 1000
@@ -55,9 +55,9 @@ def output_tokens_per_s(answers: pd.DataFrame) -> float:
 
 
 def departure_rate(answers: pd.DataFrame) -> float:
-    """Answers per second between the first and the last answer: what a system reaches, however long one answer takes.
+    """Answers per second between the first and the last answer: (|R| - 1) / (last - first completion).
 
-    (|R| - 1) / (last - first completion); where the load is more than it can take, its capacity.
+    It does not depend on the latency of one answer. Under overload it is the system's capacity.
     """
     if answers.empty:
         return math.nan
@@ -66,19 +66,19 @@ def departure_rate(answers: pd.DataFrame) -> float:
 
 
 def keeps_up(run: RunRecords, answers: pd.DataFrame, share: float = 0.9) -> bool:
-    """Whether answers left at `share` of the offered rate at least; a backlog offers no rate."""
+    """True if answers left at `share` of the offered rate or more. A backlog has no offered rate, so it keeps up."""
     offered = run.manifest.load.offered_rate
     return offered is None or not departure_rate(answers) < share * offered
 
 
 def parts_ms(answers: pd.DataFrame) -> pd.DataFrame:
-    """Where each request's time went: a row a response, columns `PARTS`, which add up to `e2e_ms`.
+    """Parts of each request's latency: one row per response, with the columns `PARTS`, which add up to `e2e_ms`.
 
-    transit: creation until arrival at the operator; wait: until its prefill begins; prefill: until the first token;
-    decode: until its own last token; leaving: until the answer leaves with its micro-batch. Of an answer without a
-    token, all after the wait is prefill.
+    transit: from creation to arrival at the operator; wait: to the begin of its prefill; prefill: to the first token;
+    decode: to its own last token; leaving: until the answer leaves with its micro-batch. If an answer has no token, all
+    its time after the wait is prefill.
     """
-    # The step that gave an end-of-sequence token made no token of the answer.
+    # The step that gave an end-of-sequence token added no token to the answer.
     stopped = answers["finish_reason"] == FinishReason.STOP
     steps = (answers["output_tokens"] - 1 + stopped).clip(lower=0)
     decode = (answers["tpot_ms"].astype(float) * steps).fillna(0.0)
@@ -99,21 +99,21 @@ def parts_ms(answers: pd.DataFrame) -> pd.DataFrame:
 
 
 def began_at_ms(answers: pd.DataFrame) -> "pd.Series[float]":
-    """Unix time of the begin of each request's prefill, which is when it looked up, and read capacity and use."""
+    """Unix time of the begin of each request's prefill, when it did its lookup and read capacity and use."""
     parts = parts_ms(answers)
     moments: pd.Series[float] = answers["created_at_ms"] + parts["transit"] + parts["wait"]
     return moments
 
 
 def busy_share_percent(answers: pd.DataFrame, slots: int) -> float:
-    """Share of the span in which a slot had a request between begin of its prefill and leaving; mean of all `slots`."""
+    """Share of the span during which a slot had a request between begin of prefill and leaving; mean of all `slots`."""
     busy = answers.assign(begin_ms=began_at_ms(answers))
     covered_ms = sum(_covered_ms(rows) for _, rows in busy.groupby("slot"))
     return ratio(100.0 * covered_ms, slots * 1000.0 * span_s(answers))
 
 
 def batches(answers: pd.DataFrame) -> "pd.Series[int]":
-    """Sizes of the micro-batches, each once; continuous: a request's, what ran when it began, with it."""
+    """Sizes of the micro-batches, each once. Continuous: for each request, the number running when it began."""
     sizes: pd.Series[int] = answers.drop_duplicates("batch_id")["batch_size"]
     return sizes
 
@@ -130,13 +130,13 @@ def named(answers: pd.DataFrame, column: str) -> str:
 
 
 def threads_per_slot(run: RunRecords) -> int | None:
-    """As the slots said when they were ready; none where they did not, or differ."""
+    """CPU threads that the slots reported when they were ready; none if they reported none, or differ."""
     said = {slot.threads for slot in run.manifest.slots}
     return said.pop() if len(said) == 1 else None
 
 
 def shared(run: RunRecords, answers: pd.DataFrame) -> dict[str, Any]:
-    """The columns that mean the same in every result file, by name."""
+    """Values of the columns that mean the same in every result file."""
     manifest = run.manifest
     return {
         "total_requests": len(answers),
@@ -175,7 +175,7 @@ def _covered_ms(slot: pd.DataFrame) -> float:
     """Length of the union of the intervals from `begin_ms` to `completed_at_ms`."""
     ordered = slot.sort_values("begin_ms")
     begins, ends = ordered["begin_ms"].to_numpy(dtype=float), ordered["completed_at_ms"].to_numpy(dtype=float)
-    # What was covered before each interval begins, as far as those that began earlier reach.
+    # For each interval, the latest end of the intervals that began earlier.
     reached = np.concatenate(([-np.inf], np.maximum.accumulate(ends)[:-1]))
     return float(np.maximum(ends - np.maximum(begins, reached), 0.0).sum())
 

@@ -1,4 +1,4 @@
-"""Eviction and sizing policies of the local KV cache on a trace, in virtual time and without a model, beside bounds."""
+"""Runs eviction and sizing policies of the local KV cache on a trace, in virtual time, without a model, with bounds."""
 
 import sys
 from collections import Counter
@@ -16,8 +16,8 @@ from experiments.lab.table import BOUNDS, SHOWN, LabRow, rows, steps, table
 from experiments.report import show, write_csv
 from workloads.progress import progress_bar
 
-_NOT_HERE = "the laboratory has no engine and no broker; leave it out"
-_BY_FORMAT = "say with --format what the load is"
+_NOT_HERE = "the policy lab has no engine and no broker; leave it out"
+_BY_FORMAT = "choose the load with --format"
 
 COMMAND = Command(
     LabConfig,
@@ -27,13 +27,13 @@ COMMAND = Command(
     decided={
         "strategy": "name the policies to compare with --sizing",
         "capacity_chunks": "name the capacities to compare with --capacity",
-        "min_capacity_chunks": "give it in parts of the capacity, with --least-capacity",
-        "max_capacity_chunks": "give it in parts of the capacity, with --greatest-capacity",
+        "min_capacity_chunks": "give it as a share of the capacity with --least-capacity",
+        "max_capacity_chunks": "give it as a multiple of the capacity with --greatest-capacity",
         "workload": _BY_FORMAT,
         "vocab_size": _NOT_HERE,
         "output_scale": _NOT_HERE,
         "long_prompts": _NOT_HERE,
-        "block_tokens": "the laboratory keeps the blocks of a trace; give their size with --trace-block-tokens",
+        "block_tokens": "the policy lab keeps the blocks of a trace; give their size with --trace-block-tokens",
         "shared_blocks": _NOT_HERE,
         "prompt_scale": _NOT_HERE,
         "rate_per_s": _BY_FORMAT,
@@ -47,7 +47,7 @@ COMMAND = Command(
 
 
 def main() -> None:
-    """Run the laboratory as `sys.argv` states."""
+    """Run the policy lab with the options of `sys.argv`."""
     config = COMMAND.parse()
     left_out: Counter[str] = Counter()
     load = make_load(config, left_out)

@@ -1,4 +1,4 @@
-"""Where, when and with what a run was made: what a reader needs to judge its numbers, or to repeat them."""
+"""Time, machine, versions and commit of a run, so that a reader can judge its numbers or repeat it."""
 
 import datetime
 import platform
@@ -17,7 +17,7 @@ PACKAGES = ("apache-flink", "torch", "transformers", "numpy", "kafka-python", "r
 
 
 def provenance() -> Provenance:
-    """Commit, versions and machine of this process."""
+    """Return commit, versions and machine of this process."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain")
     return Provenance(

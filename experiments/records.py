@@ -1,7 +1,7 @@
-"""Raw records of a run, the authority for every number: what was sent, what came back, and under which conditions.
+"""Raw records of a run, the authority for every number: requests, outcomes and conditions.
 
-`<folder>/<variant>.jsonl` holds one object a line, `{"sent": ...}`, `{"response": ...}` or `{"dead_letter": ...}`;
-`<folder>/<variant>.manifest.json` the conditions. The manifest is written last: a run without one is not complete.
+`<folder>/<variant>.jsonl` has one object per line: `{"sent": ...}`, `{"response": ...}` or `{"dead_letter": ...}`.
+`<folder>/<variant>.manifest.json` has the conditions. It is written last: a run without a manifest is not complete.
 """
 
 import json
@@ -22,7 +22,7 @@ MANIFEST = ".manifest.json"
 
 
 class Sent(Config):
-    """One request as it left: its id, session and the time it was due (Unix)."""
+    """One sent request: its id, its session and its due time (Unix)."""
 
     request_id: str
     session_id: str
@@ -30,7 +30,7 @@ class Sent(Config):
 
 
 class ReadySlot(Config, extra="allow"):
-    """What a slot says once its model is loaded and warm; fields beyond these are kept as they are."""
+    """The record that a slot writes when its model is loaded and warm. Other fields are kept as they are."""
 
     slot: int
     device: str
@@ -39,11 +39,11 @@ class ReadySlot(Config, extra="allow"):
     dtype: str | None = None
     """Data type of weights, keys and values; none if the record does not say."""
     threads: int | None = None
-    """CPU threads that it computes with; none where it does not say."""
+    """CPU threads of the slot; none if the record does not say."""
 
 
 class LoadSummary(Config):
-    """What the load generator offered and reached; rates in requests per second, none where there is none."""
+    """The offered and reached load. Rates are in requests per second, and none if they are not defined."""
 
     sent: int
     acknowledged: int
@@ -75,7 +75,7 @@ class LoadSummary(Config):
 
 
 class Provenance(Config):
-    """Where, when and with what a run was made."""
+    """Time, machine, versions and commit of a run."""
 
     started_at: str
     machine: dict[str, Any]
@@ -85,7 +85,7 @@ class Provenance(Config):
 
 
 class Manifest(Config):
-    """Everything that is known of one run besides its records."""
+    """Everything about one run except its records."""
 
     experiment: str
     run_id: str
@@ -98,26 +98,26 @@ class Manifest(Config):
     slots: tuple[ReadySlot, ...]
     load: LoadSummary
     duplicates: int
-    """Answers to a request that had one already."""
+    """Number of answers to requests that already had one."""
     late_duplicates: int
     """Number of `duplicates` that came after the last request had its first answer."""
     failures: tuple[str, ...]
-    """Causes for which Flink restarted the job while it ran: a run that has any measured the recovery too."""
+    """Causes of restarts of the job during the run. If there are any, the run measured recovery too."""
     provenance: Provenance
 
     @property
     def simulated(self) -> bool:
-        """Whether times are a model's, and nothing was computed."""
+        """True if the times are those of a device profile, and nothing was computed."""
         return self.job.engine.is_simulated
 
 
 KINDS: dict[str, type[BaseModel]] = {"sent": Sent, "response": Response, "dead_letter": DeadLetter}
-"""What a line may hold, in the order of the fields of `RunRecords`."""
+"""Kinds of lines, in the order of the fields of `RunRecords`."""
 
 
 @dataclass(frozen=True)
 class RunRecords:
-    """One run: a variant's manifest and records. The metrics are functions of this and nothing else."""
+    """One run: a variant's manifest and records. All metrics are functions of this only."""
 
     manifest: Manifest
     sent: tuple[Sent, ...]
@@ -126,14 +126,14 @@ class RunRecords:
 
 
 def write_run(folder: Path, run: RunRecords) -> Path:
-    """Write the run's two files below `folder`; returns the path of the records."""
+    """Write the run's two files below `folder`; return the path of the records."""
     folder.mkdir(parents=True, exist_ok=True)
     name = run.manifest.variant.lower()
     path = folder / f"{name}.jsonl"
     with path.open("w", encoding="utf-8") as lines:
         for kind, records in zip(KINDS, (run.sent, run.responses, run.dead_letters), strict=True):
             for record in records:
-                # Through the model's own dump: it is what the reader validates.
+                # The reader validates the model's own dump.
                 lines.write(json.dumps({kind: record.model_dump(mode="json")}) + "\n")
     fresh = folder / f"{name}{MANIFEST}.new"
     fresh.write_text(run.manifest.model_dump_json(indent=1) + "\n")
@@ -142,9 +142,9 @@ def write_run(folder: Path, run: RunRecords) -> Path:
 
 
 def read_runs(folder: Path) -> list[RunRecords]:
-    """All complete runs of `folder` in their order. Raises `UserError` naming the file, and line, at fault."""
+    """Return all complete runs of `folder` in order. Raises `UserError` that names the bad file and line."""
     if not folder.is_dir():
-        raise UserError(f"--from-raw: {folder} is no folder; give the raw/RUN folder of an earlier run")
+        raise UserError(f"--from-raw: {folder} is not a folder; give the raw/RUN folder of an earlier run")
     runs = [_read_run(path) for path in sorted(folder.glob(f"*{MANIFEST}"))]
     if not runs:
         raise UserError(f"--from-raw: {folder} holds no *{MANIFEST}; give the raw/RUN folder of a finished run")

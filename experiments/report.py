@@ -1,4 +1,4 @@
-"""What a person gets at the end: the CSV, the figure, and a table on the screen."""
+"""Output of an experiment: the CSV, the table on the screen, and notes about the numbers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,20 +10,20 @@ from rich.table import Table
 from experiments.records import RunRecords
 
 Shown = tuple[str, str, str]
-"""A column of the table on the screen: its heading, the result file's column, and a format; text has none."""
+"""A column of the table on the screen: heading, column of the result file, and number format (empty for text)."""
 WIDTH = 150
-"""Where no terminal says how wide it is."""
+"""Width of the table if the terminal does not tell its own."""
 
 
 def write_csv(results: pd.DataFrame, path: Path) -> None:
-    """Numbers with six decimals at most; what is not known is an empty cell."""
+    """Write numbers with at most six decimals, and unknown ones as empty cells."""
     results.round(6).to_csv(path, index=False)
 
 
 def show(
     results: pd.DataFrame, shown: Sequence[Shown], said: Sequence[str] = (), console: Console | None = None
 ) -> None:
-    """Print the `shown` columns, and below them what a reader has to know of them."""
+    """Print the `shown` columns, and the notes `said` below them."""
     console = console or _console()
     table = Table(box=None, pad_edge=False, caption="\n".join(said), caption_justify="left")
     for heading, _, shape in shown:
@@ -34,16 +34,16 @@ def show(
 
 
 def notes(runs: Sequence[RunRecords]) -> list[str]:
-    """What limits the meaning of any experiment's numbers, a sentence each."""
+    """Sentences about limits of the numbers, for any experiment."""
     said = []
     if runs[0].manifest.simulated:
-        said.append("The engine is simulated: nothing was computed, times are those of a model of a device.")
+        said.append("The engine is simulated: nothing was computed, and times come from a device profile.")
     elif runs[0].manifest.job.engine.model == "default":
-        said.append("The model is the built-in one with random weights: its answers mean nothing, its work is real.")
+        said.append("The default model has random weights: its answers mean nothing, but its work is real.")
     for run in runs:
         name, load = run.manifest.variant, run.manifest.load
         if run.manifest.failures:
-            said.append(f"{name}: Flink restarted the job ({run.manifest.failures[0]}); its latencies hold that too.")
+            said.append(f"{name}: Flink restarted the job ({run.manifest.failures[0]}); latencies include that.")
         if run.dead_letters:
             said.append(f"{name}: {len(run.dead_letters)} dead letters, first: {run.dead_letters[0].reason}")
         if run.manifest.duplicates:

@@ -1,4 +1,4 @@
-"""One variant, from an empty cache to its raw records: submit, ready, load, last answer, drain."""
+"""Runs one variant: submits the job, waits until it is ready, sends the load, reads the answers, drains the job."""
 
 import time
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ from workloads.progress import progress_bar
 from workloads.timed_request import Workload
 
 LATE_SUBMISSION_S = 2.0
-"""After a submission that was cut off, how long Flink may take to show a job that it had accepted nonetheless."""
+"""If a submission was interrupted, Flink may still have accepted the job. Maximum wait until it shows the job."""
 REDIS_BATCH = 1000
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants of one experiment share."""
+    """Parts that all variants of one experiment share."""
 
     experiment: str
     run_id: str
@@ -49,9 +49,9 @@ class Setting:
 
 
 def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords:
-    """Measure `variant`; afterwards its job, topics and keys are gone, whatever happened.
+    """Measure `variant`. Its job, topics and keys are removed afterwards, also after an error.
 
-    Raises `UserError` in one line if the job fails, falls silent, or does not become ready in time.
+    Raises `UserError` if the job fails, gives no more answers, or does not become ready in time.
     """
     job, run = variant.job, setting.run
     conditions = provenance()
@@ -109,7 +109,7 @@ def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords
 
 @contextmanager
 def _offered(setting: Setting, job: JobConfig, ledger: Ledger) -> "Iterator[Future[LoadReport]]":
-    """The load of `setting`, its requests booked in `ledger` as they leave."""
+    """Send the load of `setting`, and record each sent request in `ledger`."""
     with connected(job.kafka) as producer:
         generator = KafkaLoadGenerator(
             producer, job.kafka.requests_topic, setting.workload, SystemClock(), backlog=setting.backlog
@@ -120,7 +120,7 @@ def _offered(setting: Setting, job: JobConfig, ledger: Ledger) -> "Iterator[Futu
 
 @contextmanager
 def _submitted(setting: Setting, job: JobConfig) -> Iterator[FlinkJob]:
-    """The running job; one that has not ended by itself is cancelled."""
+    """Submit the job; at the end of the block, cancel it if it has not ended."""
     submitted = None
     try:
         submitted = setting.flink.submit(setting.pipeline, to_options(job))
@@ -135,7 +135,7 @@ def _submitted(setting: Setting, job: JobConfig) -> Iterator[FlinkJob]:
 
 
 def delete_keys(redis_url: str, namespace: str, access: RedisAccessConfig) -> int:
-    """Delete the keys of `namespace`, found by SCAN; returns how many. Raises `UserError` if Redis fails."""
+    """Find the keys of `namespace` by SCAN and delete them; return their number. Raises `UserError` if Redis fails."""
     deleted = 0
     settings = redis_settings(redis_url, access)
     try:

@@ -1,4 +1,4 @@
-"""The figure of the scaling experiment: throughput beside the ideal, efficiency, and the work of each device."""
+"""The figure of the scaling experiment: throughput against linear scaling, efficiency, and requests per device."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +16,9 @@ from experiments.scaling_metrics import cores, requests_per_device, table
 from experiments.timeline import begin_ms
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
-"""Palette of Okabe and Ito, which can be told apart with any colour vision."""
+"""Palette of Okabe and Ito, which is distinguishable with any colour vision."""
 MOST_NAMED = 12
-"""Devices in all up to which each has its name below its bar."""
+"""Maximum number of devices whose bars have names below them."""
 
 
 def scaling_figure(runs: Sequence[RunRecords], path: Path) -> None:
@@ -62,7 +62,7 @@ def _draw_throughput(axes: Any, results: pd.DataFrame, colours: Sequence[str]) -
     axes.scatter(slots, reached, s=90, color=colours, zorder=3)
     top = 1.08 * max(np.nanmax(ideal), np.nanmax(reached))
     for x, y, factor in zip(slots, reached, results["scale_factor"], strict=True):
-        # Below its point, as the ideal lies above, unless there is no room.
+        # Below its point, because the ideal line is above; unless there is no space below.
         offset = -20 if y > 0.15 * top else 14
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         text = f"{y:.2f} ({factor:.2f}x)"
@@ -114,7 +114,7 @@ def _draw_devices(axes: Any, runs: Sequence[RunRecords], colours: Sequence[str])
             ticks += zip(at, counts, strict=True)
         else:
             ticks.append(((at[0] + at[-1]) / 2, f"{len(counts)}"))
-        # A gap between the variants.
+        # Gap between two variants.
         place += len(counts) + 1
     axes.set_xticks([at for at, _ in ticks], [name for _, name in ticks])
     axes.margins(y=0.1)

@@ -1,4 +1,4 @@
-"""The result file of the scaling experiment: its columns, and the metrics that it alone has."""
+"""The result file of the scaling experiment: its columns and its own metrics."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -37,9 +37,9 @@ SHOWN: tuple[Shown, ...] = (
 
 
 def requests_per_device(run: RunRecords) -> dict[str, int]:
-    """Answers of each device, in the order of their numbers; one that got no request is there with 0.
+    """Number of answers of each device, in the order of device numbers; 0 for a device without a request.
 
-    `GPU<index>` may serve several slots; on a CPU (`CPU<slot>`) and simulated (`SIM<slot>`) each slot is one.
+    `GPU<index>` may serve several slots. On a CPU (`CPU<slot>`) and if simulated (`SIM<slot>`), each slot is a device.
     """
     answers = Counter(answer.slot for answer in run.responses)
     counts: dict[tuple[str, int], int] = {}
@@ -50,12 +50,12 @@ def requests_per_device(run: RunRecords) -> dict[str, int]:
 
 
 def gpu_distribution(run: RunRecords) -> str:
-    """`GPU0:25;GPU1:25`: answers of each device."""
+    """Number of answers of each device, as `GPU0:25;GPU1:25`."""
     return ";".join(f"{device}:{count}" for device, count in requests_per_device(run).items())
 
 
 def row(run: RunRecords, baseline: RunRecords) -> dict[str, Any]:
-    """One run's row of the CSV, compared with `baseline`: `COLUMNS` in their order."""
+    """One run's row of the CSV, compared with `baseline`, in the order of `COLUMNS`."""
     answers = frame(run.responses)
     slots = run.manifest.job.parallelism
     throughput = throughput_req_per_s(answers)
@@ -77,19 +77,19 @@ def row(run: RunRecords, baseline: RunRecords) -> dict[str, Any]:
 
 
 def table(runs: Sequence[RunRecords]) -> pd.DataFrame:
-    """A row a run, `COLUMNS` in their order, each compared with the smallest parallelism there is."""
+    """One row per run, in the order of `COLUMNS`, compared with the row of the smallest parallelism."""
     baseline = min(runs, key=lambda run: run.manifest.job.parallelism)
     return pd.DataFrame([row(run, baseline) for run in runs], columns=list(COLUMNS))
 
 
 def cores(run: RunRecords) -> int | None:
-    """Cores of the machine that submitted the job, which with the local stack is the one that computed."""
+    """Cores of the machine that submitted the job. With the local stack, the slots run on it too."""
     found = run.manifest.provenance.machine.get("cores")
     return None if found is None else int(found)
 
 
 def notes(runs: Sequence[RunRecords]) -> list[str]:
-    """What it is that scales, where that is not a device a slot."""
+    """A sentence for each run whose slots do not each have their own device."""
     said = []
     for run in runs:
         slots, devices = run.manifest.job.parallelism, requests_per_device(run)

@@ -1,4 +1,4 @@
-"""The Kafka, Redis and Flink that an experiment runs on: the user's own, or the local stack for its duration."""
+"""Kafka, Redis and Flink for an experiment: the user's own, or the local stack while the experiment runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +32,9 @@ class Services:
 
 @contextmanager
 def services(run: RunConfig, job: JobConfig) -> Iterator[Services]:
-    """Services that answer. What was started for it is stopped afterwards, and nothing else.
+    """Give services that answer. Afterwards, stop exactly those that were started here.
 
-    Raises `UserError` if one of the user's own does not answer, or the cluster has fewer slots than `job` needs.
+    Raises `UserError` if a service of the user does not answer, or the cluster has fewer slots than `job` needs.
     """
     stack = _stack(run, job)
     ran_before = _runs(stack)
@@ -53,14 +53,14 @@ def services(run: RunConfig, job: JobConfig) -> Iterator[Services]:
             )
         yield Services(addresses.brokers, addresses.redis_url if run.remote else None, flink)
     finally:
-        # Asked beforehand and not taken from `start`'s answer, which an interruption could swallow.
+        # Found out before the start: an interruption of `start` could lose its result.
         if not ran_before:
             stack.stop()
 
 
 def _stack(run: RunConfig, job: JobConfig) -> LocalStack:
     own: dict[str, Any] = {
-        # Given or not, for the job's own default names a broker too.
+        # Only if it was given: the job's default names a broker too.
         "brokers": job.kafka.brokers if "brokers" in job.kafka.model_fields_set else None,
         "redis_url": job.cache.remote.redis_url,
         "flink_url": run.flink_url,
@@ -68,12 +68,12 @@ def _stack(run: RunConfig, job: JobConfig) -> LocalStack:
     access: dict[str, Any] = {"redis_access": job.cache.remote.access, "kafka_access": job.kafka.access}
     directory = run.stack_dir
     if any(own.values()):
-        # Other options than the local stack's: a folder of its own, so that the two do not meet.
+        # These options differ from the local stack's, so a separate folder keeps the two apart.
         directory = directory.with_name(directory.name + "-own")
     elif running := LocalStack.running_in(directory):
         return running
     if job.kafka.access.kafka_security is not KafkaSecurity.PLAINTEXT and own["brokers"] is None:
-        raise UserError("--kafka-security: is of a Kafka of your own; name it with --brokers, or leave this out")
+        raise UserError("--kafka-security: needs your own Kafka; name it with --brokers, or leave this out")
     slots = max(StackConfig.model_fields["task_slots"].default, -(-job.parallelism // TASK_MANAGERS))
     return LocalStack(StackConfig(dir=directory, task_managers=TASK_MANAGERS, task_slots=slots, **own, **access))
 

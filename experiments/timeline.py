@@ -1,4 +1,4 @@
-"""A run over its time: capacity and use summed over the slots, rolling hit rate, phases of the load."""
+"""Time series of a run: capacity and use summed over the slots, rolling hit rate, phases of the load."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ def begin_ms(run: RunRecords) -> float:
 
 
 def summed_over_slots(answers: pd.DataFrame, column: str, origin_ms: float) -> tuple[Floats, Floats]:
-    """`(seconds since origin, sum)` as a step function: each slot's value holds from one look-up to the next.
+    """`(seconds since origin, sum)` as a step function: each slot's value holds from one lookup to the next.
 
-    Begins once every slot has looked up; until then the sum would be a part taken for the whole.
+    It begins when every slot has had a lookup; before, the sum would miss some slots.
     """
     ordered = answers.assign(at_ms=began_at_ms(answers)).sort_values("at_ms", kind="stable")
     wide = ordered.pivot_table(index="at_ms", columns="slot", values=column, aggfunc="last").ffill().dropna()
@@ -40,7 +40,7 @@ def summed_over_slots(answers: pd.DataFrame, column: str, origin_ms: float) -> t
 
 
 def rolling_local_hit_rate(answers: pd.DataFrame, requests: int, origin_ms: float) -> tuple[Floats, Floats]:
-    """`(seconds, percent)`: local tokens among the prompt tokens of the last `requests` requests, by look-up time."""
+    """`(seconds, percent)`: share of local tokens in the prompts of the last `requests` requests, by lookup time."""
     ordered = answers.assign(at_ms=began_at_ms(answers)).sort_values("at_ms", kind="stable")
     window = ordered[["local_tokens", "prompt_tokens"]].rolling(requests, min_periods=min(requests, 5)).sum()
     percent = 100 * window["local_tokens"] / window["prompt_tokens"]
@@ -49,7 +49,7 @@ def rolling_local_hit_rate(answers: pd.DataFrame, requests: int, origin_ms: floa
 
 
 def phases(run: RunRecords) -> Sequence[Stretch]:
-    """The stretches of a phases load; none for another kind, or where only a part of it was sent."""
+    """Phases of a phases load; empty for another load, or if only a part of it was sent."""
     config = run.manifest.workload
     if config.workload != "phases" or len(run.sent) != config.requests:
         return ()
@@ -57,7 +57,7 @@ def phases(run: RunRecords) -> Sequence[Stretch]:
     due_s = sorted((sent.created_at_ms - origin_ms) / 1000 for sent in run.sent)
     stretches, first = [], 0
     for phase in PHASES:
-        # `workloads.phases` gives request i to a phase as long as 100 i < until_percent * requests.
+        # In `workloads.phases`, request i belongs to a phase while 100 i < until_percent * requests.
         after = min(-(-phase.until_percent * config.requests // 100), config.requests)
         if after > first:
             end_s = due_s[min(after, config.requests - 1)]

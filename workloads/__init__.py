@@ -1,1 +1,1 @@
-"""The load side: seeded conversations, trace replay, open-loop arrivals, and the generator that sends them to Kafka."""
+"""The load: seeded conversations, trace replays, open-loop arrivals, and the generator that sends requests to Kafka."""

@@ -1,4 +1,4 @@
-"""`python -m workloads`: send a workload to Kafka, or look at it with `--dry-run`."""
+"""`python -m workloads`: send a workload to Kafka, or print it with `--dry-run`."""
 
 import logging
 import os
@@ -29,10 +29,10 @@ class LoadConfig(Config):
     run: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9._-]{1,64}$",
-        description="end of every request id, as a job answers an id once; none: the time of the start in ms",
+        description="suffix of every request id, because a job answers an id once; none: the start time in ms",
     )
     dry_run: bool = Field(
-        default=False, description="print the requests as JSON lines, created at 0 + their offset; send nothing"
+        default=False, description="print the requests as JSON lines, with created_at_ms counted from 0; send nothing"
     )
     workload: WorkloadConfig = WorkloadConfig()
     kafka: KafkaConfig = KafkaConfig()
@@ -46,7 +46,7 @@ def main() -> None:
     if config.dry_run:
         _print(workload)
         return
-    # kafka-python logs each failed connection; what matters of it is in the error and in the report.
+    # kafka-python logs each failed connection; the error and the report already say what matters.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     report = _send(config, workload)
     sys.stdout.write("\n".join(report.lines()) + "\n")
@@ -73,13 +73,13 @@ def _print(workload: Workload) -> None:
             sys.stdout.write(timed.created(timed.at_ms).to_json() + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough; Python must not find the pipe broken once more as it exits.
+        # The reader (`| head`) has closed the pipe; at exit Python would flush to it and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def _stopped_by_signal() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that what was sent is still delivered and reported."""
+    """Give an event that Ctrl-C or SIGTERM sets, so that sent requests are still delivered and reported."""
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: stop.set()) for number in signals]

@@ -1,4 +1,4 @@
-"""Replay of an Azure trace: its arrivals and its lengths, scaled; its prompts are made, as the trace has none."""
+"""Replay of an Azure trace: its arrivals and lengths, scaled. Prompts are generated, because the trace has none."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from workloads.length_replay import LengthReplay
 
 
 class AzureWorkload(LengthReplay):
-    """Requests share nothing: the trace says nothing of sessions."""
+    """Requests share nothing, because the trace does not name sessions."""
 
     def _rows(self, counts: Counter[str]) -> Iterator[AzureRow]:
         return read_azure_trace(self._trace, self._config.replay.bad_rows, counts)

@@ -1,7 +1,7 @@
 """Reading an Azure LLM inference trace (Azure/AzurePublicDataset, CC-BY), row by row.
 
 CSV with the columns `TIMESTAMP` (date and time, UTC where it names no zone), `ContextTokens` and `GeneratedTokens`.
-The trace holds neither text nor users; columns beyond these three are let pass.
+The trace has no text and no users. Other columns are ignored.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from workloads.csv_trace import read_csv_trace
 from workloads.trace_rows import Count, TimedRow
 
 EPOCH = datetime(2023, 1, 1, tzinfo=UTC)
-"""Near the releases, so that a float of milliseconds still holds their microseconds."""
+"""Close to the traces' dates, so that a float of milliseconds still resolves microseconds."""
 
 
 class AzureRow(TimedRow):
@@ -28,7 +28,7 @@ class AzureRow(TimedRow):
     @field_validator("timestamp", mode="before")
     @classmethod
     def _no_number(cls, value: Any) -> Any:
-        """A number could be seconds, milliseconds, or a date without separators: none of them is guessed."""
+        """Reject numbers: one could be seconds, milliseconds, or a date without separators."""
         try:
             float(value)
         except (TypeError, ValueError):
@@ -53,5 +53,5 @@ class AzureRow(TimedRow):
 def read_azure_trace(
     path: Path, bad_rows: BadRows = BadRows.ERROR, counts: Counter[str] | None = None
 ) -> Iterator[AzureRow]:
-    """The rows in order, one in memory at a time; what is bad, counted and raised is said at `read_csv_trace`."""
+    """Yield the rows in order, one in memory at a time. Bad rows, `counts` and errors: see `read_csv_trace`."""
     return read_csv_trace(path, AzureRow, bad_rows, counts)

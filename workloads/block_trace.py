@@ -1,8 +1,8 @@
-"""A trace of any format as accesses to blocks of tokens: what a study of caches needs of it, and no tokens.
+"""A trace of any format as accesses to blocks of tokens, without the tokens: all that a study of caches needs.
 
-What is the trace's: every arrival, every length and, in a Mooncake trace, every block. What is made: the blocks of
-the other two, whose traces hold no text. Turns of a BurstGPT session are beginnings of one stream of tokens that is
-the session's own (`workloads.burstgpt`), and share blocks accordingly; all other requests share nothing.
+Arrivals, lengths and the blocks of a Mooncake trace come from the trace. The blocks of the other two formats are
+generated, because these traces have no text. Each BurstGPT session has one stream of tokens, and its prompts are
+beginnings of that stream (`workloads.burstgpt`), so they share blocks. All other requests share nothing.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from workloads.mooncake_trace import MOONCAKE, TRACE_BLOCK_TOKENS, TraceForm, Tr
 from workloads.token_ids import made_token_ids
 
 SESSION_BLOCKS = 1 << 62
-"""Ids of made session blocks are from here to twice this; those of blocks that nobody shares count up from 0."""
+"""Ids of generated session blocks are from here to twice this; ids of blocks that are not shared count up from 0."""
 
 
 class TraceFormat(StrEnum):
@@ -34,8 +34,8 @@ class TraceFormat(StrEnum):
 class BlockRequest:
     """A request that comes `at_ms` milliseconds after the trace's first, and the blocks of its prompt.
 
-    `blocks` are ids of `block_tokens` tokens each, all but the last, which holds what remains of `tokens`. An equal
-    id is an equal block with an equal prefix before it; a partial block has another id than the whole one.
+    `blocks` are the ids of blocks of `block_tokens` tokens; the last block holds the rest of `tokens`. Equal ids mean
+    equal blocks with equal prefixes before them. A partial block and the whole block have different ids.
     """
 
     at_ms: float
@@ -56,13 +56,13 @@ def read_blocks(
     bad_rows: BadRows = BadRows.ERROR,
     counts: Counter[str] | None = None,
 ) -> Iterator[BlockRequest]:
-    """The requests in order, one in memory at a time; nothing is remembered from one to the next.
+    """Yield the requests in order, one in memory at a time.
 
-    Time is divided by `time_scale`, lengths are multiplied by `length_scale` and never become 0. A Mooncake trace has
-    blocks of its own, which `form` describes: they stay what they are, and their tokens are scaled. `block_tokens` is
-    for the other formats.
-    Ids are below 2**63 (a Mooncake trace's are its own) and the same in every process. `failed_calls` is for BurstGPT
-    alone. `counts` is added to as by the format's reader, and errors are those of the reader, as rows are read.
+    Times are divided by `time_scale`. Lengths are multiplied by `length_scale`, and are at least 1. A Mooncake trace
+    keeps its own blocks, which `form` describes; only their number of tokens is scaled. `block_tokens` is the size of
+    blocks of the other formats. `failed_calls` applies to BurstGPT only. Ids are below 2**63, except those of a
+    Mooncake trace, and are the same in every process. The format's reader adds to `counts` and raises its errors
+    while rows are read.
     """
     for name, value in (("time_scale", time_scale), ("length_scale", length_scale), ("block_tokens", block_tokens)):
         if not (value > 0 and isfinite(value)):
@@ -103,9 +103,9 @@ def _requests(
 
 
 def _session_blocks(session: str, tokens: int, block_tokens: int) -> tuple[int, ...]:
-    """Ids that the session and the place in its stream determine, so that no session has to be remembered.
+    """Derive the ids from the session and the place in its stream, so that no session has to be remembered.
 
-    They are 62 bits of a hash: of 10**8 distinct blocks two are equal with a probability of about 0.1 %.
+    An id is 62 bits of a hash: among 10**8 distinct blocks, two collide with a probability of about 0.1 %.
     """
     whole, rest = divmod(tokens, block_tokens)
     words = made_token_ids(block_tokens, f"whole/{session}", whole, SESSION_BLOCKS)

@@ -1,9 +1,9 @@
-"""Replay of a BurstGPT trace: its arrivals, its lengths, scaled, and its sessions; its prompts are made.
+"""Replay of a BurstGPT trace: its arrivals, sessions and lengths, scaled. Prompts are generated.
 
-The trace says which calls are of one conversation, not what was said. A conversation is therefore taken to be one
-text that grows: each prompt is as much of its beginning as the trace's length says. That is the most that prompts of
-these lengths can share; where the trace's lengths fall (a history that was cut, a question that was asked anew), a
-prompt is wholly the beginning of an earlier one, which real ones need not have been.
+The trace says which calls belong to one conversation, but has no text. So a conversation is taken to be one growing
+text, and each prompt is the beginning of it, as long as the trace says. This is the most that prompts of these lengths
+can share. If lengths fall within a session (the history was cut, a question was asked again), a prompt is wholly the
+beginning of an earlier one. The real prompt need not have been.
 """
 
 from collections import Counter
@@ -15,9 +15,9 @@ from workloads.length_replay import LengthReplay
 
 
 class BurstGPTWorkload(LengthReplay):
-    """Requests of a session share all that their lengths allow, all others nothing; none where there are no sessions.
+    """Requests of a session share as much as their lengths allow; other requests share nothing.
 
-    Nothing is remembered of a session: its name determines its tokens.
+    A session's name determines its tokens, so no session has to be remembered.
     """
 
     adjusts = (*OF_EVERY_REPLAY, *OF_FAILED_CALLS)

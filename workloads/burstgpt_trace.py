@@ -1,9 +1,9 @@
 """Reading a BurstGPT trace (HPMLL/BurstGPT, CC-BY), row by row.
 
-CSV with the columns `Timestamp` (s since the trace's first midnight), `Request tokens` and `Response tokens` (0 where
-the call failed; then the request's are often 0 too) and, in the later release, `Session ID`, which is empty for calls
-that are of no conversation. The trace holds neither text nor users. Columns beyond these four (`Model`, `Log Type`,
-`Total tokens`, `Elapsed time`) are let pass.
+CSV with the columns `Timestamp` (s since the trace's first midnight), `Request tokens` and `Response tokens`. A failed
+call has 0 response tokens, and often 0 request tokens too. The later release also has `Session ID`, which is empty for
+calls outside of conversations. The trace has no text and no users. Other columns (`Model`, `Log Type`, `Total tokens`,
+`Elapsed time`) are ignored.
 """
 
 from collections import Counter
@@ -46,9 +46,9 @@ def read_burstgpt_trace(
     bad_rows: BadRows = BadRows.ERROR,
     counts: Counter[str] | None = None,
 ) -> Iterator[BurstGPTRow]:
-    """The rows in order, one in memory at a time; what is bad and raised is said at `read_csv_trace`.
+    """Yield the rows in order, one in memory at a time. Bad rows and errors: see `read_csv_trace`.
 
-    Failed calls are counted in `counts` under `SKIPPED_FAILED_CALLS` or `KEPT_FAILED_CALLS`.
+    `counts` gets the number of failed calls, as `SKIPPED_FAILED_CALLS` or `KEPT_FAILED_CALLS`.
     """
     for row in read_csv_trace(path, BurstGPTRow, bad_rows, counts):
         if row.failed:

@@ -1,4 +1,4 @@
-"""Sessions in bursts, as block ids: what a cache holds in a burst is of no use in the lull after it."""
+"""Sessions in bursts, as block ids. Most chunks that a burst leaves in the cache are useless in the lull after it."""
 
 import random
 from collections.abc import Iterator
@@ -7,17 +7,18 @@ from workloads.block_trace import BlockRequest
 
 BLOCK_TOKENS = 32
 SYSTEM_BLOCKS = 8
-"""All prompts begin with these."""
+"""Blocks of the system prompt, with which all prompts begin."""
 LONGEST_BLOCKS = 60
 """Maximum blocks of a session. A session that has grown longer ends."""
 BURST_S, LULL_S = 20.0, 40.0
-"""Mean lengths; 2 s come on top."""
+"""Mean durations; each burst and lull lasts 2 s longer."""
 
 
 def bursts(requests: int, seed: int) -> Iterator[BlockRequest]:
-    """A made load: gamma gaps of a variation above one, on and off, as BurstGPT has them (Wang et al., 2024).
+    """Generate a load that switches between bursts and lulls, as BurstGPT does (Wang et al., 2024).
 
-    A burst brings 8 requests a second of 30 sessions; between two it is 0.7 a second of 4.
+    Gaps between requests follow a gamma distribution with a coefficient of variation above one. A burst brings 8
+    requests per second from up to 30 sessions, a lull 0.7 per second from up to 4.
     """
     dice = random.Random(seed)
     system = tuple(range(SYSTEM_BLOCKS))

@@ -6,6 +6,6 @@ from workloads.timed_request import Workload
 
 
 def make_workload(config: WorkloadConfig) -> Workload:
-    """Raises `UserError` where options contradict each other or the trace cannot be read."""
+    """Raises `UserError` if options contradict each other or the trace cannot be read."""
     workload: Workload = WORKLOADS.load(config.workload)(config)
     return workload

@@ -1,6 +1,6 @@
-"""Made conversations: a transcript that only ever grows at its end, so that each prompt is a prefix of the next.
+"""Generated conversations: a transcript only grows at its end, so each prompt is a prefix of the next.
 
-Lengths are UTF-8 bytes. All text is ASCII, so that a byte is a character too.
+Lengths are UTF-8 bytes. All text is ASCII, so one byte is one character.
 """
 
 from random import Random
@@ -16,7 +16,7 @@ LINKS = ("near", "behind", "without", "before", "under", "beside")
 
 
 def made_text(random: Random, length: int) -> str:
-    """Sentences of exactly `length` bytes, closed by a full stop. Empty for a length of 0."""
+    """Return sentences of exactly `length` bytes in all, which end with a full stop. Empty for a length of 0."""
     text = ""
     while len(text) < length:
         text += _sentence(random) + " "
@@ -24,15 +24,15 @@ def made_text(random: Random, length: int) -> str:
 
 
 def system_text(seed: int, length: int) -> str:
-    """The line of `length` bytes that every prompt of a workload begins with; empty for a length of 0."""
+    """Return the line of `length` bytes with which every prompt of a workload begins; empty for a length of 0."""
     return made_text(Random(f"{seed}/system"), length - 1) + "\n" if length else ""
 
 
 class Conversation:
-    """One session's transcript: what it says depends on the seed and its id alone, not on who else is talking.
+    """One session's transcript. Its text depends only on the seed and the session's id, not on other sessions.
 
-    The load is an open loop: it never waits for an answer, so the history holds a made reply of the requested length
-    in its place. The transcript has the form `<system>User: ...\\nAssistant: ...\\nUser: ...\\nAssistant:`.
+    The load is an open loop that never waits for an answer, so the history has a generated reply of the requested
+    length instead. The transcript has the form `<system>User: ...\\nAssistant: ...\\nUser: ...\\nAssistant:`.
     """
 
     def __init__(self, seed: int, session_id: str, system: str, turn_tokens: int, reply_tokens: int) -> None:
@@ -46,13 +46,13 @@ class Conversation:
 
     @property
     def next_prompt_tokens(self) -> int:
-        """Length that the prompt of the next turn will have."""
+        """Length of the next turn's prompt."""
         return len(self._prompt) + len(self._opening) + len(self._next_turn)
 
     def next_prompt(self) -> str:
-        """Append what the user says next; returns the whole transcript up to where the assistant is to speak."""
+        """Append the user's next turn; return the whole transcript up to the assistant's turn."""
         self._prompt += self._opening + self._next_turn
-        # The reply is exactly as long as the answer asked for, counting the space and not the line's end.
+        # The reply is exactly as long as the requested answer, with the space and without the line end.
         self._opening = made_text(self._random, self._reply_tokens - 1).rjust(self._reply_tokens) + "\n"
         self._next_turn = self._made_turn()
         return self._prompt
@@ -68,7 +68,7 @@ def turn(text: str) -> str:
 
 
 def longest_turn_tokens(turn_tokens: int) -> int:
-    """Length of the longest turn that a mean of `turn_tokens` can give, with its labels."""
+    """Length of the longest turn for a mean of `turn_tokens`, labels included."""
     return len(turn("")) + turn_tokens + turn_tokens // 2
 
 

@@ -1,4 +1,4 @@
-"""Reading a trace that is a CSV file with a header: what the formats of Azure and BurstGPT have in common."""
+"""Reading a trace that is a CSV file with a header, as those of Azure and BurstGPT are."""
 
 import csv
 from collections import Counter
@@ -13,19 +13,19 @@ from workloads.trace_rows import Row, numbered_lines, read_rows
 def read_csv_trace(
     path: Path, row_type: type[Row], bad_rows: BadRows = BadRows.ERROR, counts: Counter[str] | None = None
 ) -> Iterator[Row]:
-    """The rows in order, one in memory at a time; a column is the field of `row_type` whose alias it is.
+    """Yield the rows in order, one in memory at a time. A column's name is the alias of a field of `row_type`.
 
-    Columns may stand in any order and among others. Rows are lines: quoted values do not hold line ends.
-    Bad rows, `counts` and errors are those of `read_rows`; a column that is missing is always an error.
+    Columns may be in any order, with others among them. A row is one line: quoted values contain no line ends. Bad
+    rows, `counts` and errors: see `read_rows`. A missing column is always an error.
     """
     columns = [str(field.alias) for field in row_type.model_fields.values() if field.is_required()]
     form = f"CSV trace with the columns {', '.join(columns)}"
-    # Spreadsheets end a file with lines of separators alone: these are blank too.
+    # Spreadsheets end a file with lines of separators only; these count as blank.
     lines = ((number, line) for number, line in numbered_lines(path) if line.strip(b",\r\n\t "))
     header = _header(path, lines, columns, form)
 
     def parse(line: bytes) -> Row:
-        # Values that a row lacks are missing fields; values beyond the header have no name and are let pass.
+        # A row that is too short lacks fields; values beyond the header have no name and are ignored.
         return row_type.model_validate(dict(zip(header, _values(line), strict=False)))
 
     yield from read_rows(path, lines, parse, form=form, bad_rows=bad_rows, counts=counts)
@@ -45,9 +45,9 @@ def _header(path: Path, lines: Iterator[tuple[int, bytes]], columns: list[str], 
 
 
 def _values(line: bytes) -> list[str]:
-    """Raises `ValueError` where the line is not one of a CSV file."""
+    """Raises `ValueError` if the line is not valid CSV."""
     try:
-        # What is not UTF-8 becomes a character that no number or date holds, so that its row is named.
+        # Bytes that are not UTF-8 become a character that no number or date contains, so the error names the row.
         return next(csv.reader([line.decode("utf-8-sig", errors="replace")], strict=True))
     except csv.Error as error:
         raise ValueError(f"{error}; give a CSV trace") from None

@@ -1,4 +1,4 @@
-"""Requests that share nothing: a rate, lengths and their spread, for measuring what a deployment can take."""
+"""Requests that share nothing, with a given rate and lengths: measures the capacity of a deployment."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,9 @@ from workloads.token_ids import made_token_ids
 
 
 class IndependentWorkload:
-    """`config.requests` requests, each of a session and user of its own.
+    """`config.requests` requests, each with its own session and user.
 
-    Arrivals, lengths and tokens are drawn apart from each other: another rate is the same requests at other times.
+    Arrivals, lengths and tokens have separate random generators: another rate gives the same requests at other times.
     """
 
     def __init__(self, config: WorkloadConfig) -> None:
@@ -22,12 +22,12 @@ class IndependentWorkload:
         if options.prompt_tokens > config.max_prompt_tokens:
             raise UserError(
                 f"--prompt-tokens: a mean of {options.prompt_tokens} is above --max-prompt-tokens, "
-                f"{config.max_prompt_tokens}; lower the one or raise the other"
+                f"{config.max_prompt_tokens}; lower the first or raise the second"
             )
         if options.answer_tokens > config.max_new_tokens:
             raise UserError(
                 f"--answer-tokens: a mean of {options.answer_tokens} is above --max-new-tokens, "
-                f"{config.max_new_tokens}; lower the one or raise the other"
+                f"{config.max_new_tokens}; lower the first or raise the second"
             )
         self._config = config
 
@@ -62,7 +62,10 @@ class IndependentWorkload:
 
 
 def session_at_home(user_id: str, slot: int, slots: int) -> str:
-    """The user's first session id that is at home in `slot` of `slots`, and so in `slot % d` of each divisor d."""
+    """Return the user's first session id whose default slot is `slot` of `slots`.
+
+    For each divisor d of `slots`, its default slot of d is `slot % d`.
+    """
     session = 1
     while default_slot(f"{user_id}/s{session}", slots) != slot:
         session += 1
@@ -70,7 +73,7 @@ def session_at_home(user_id: str, slot: int, slots: int) -> str:
 
 
 def drawn_length(random: Random, mean: int, cv: float, limit: int) -> int:
-    """A length in [1, `limit`], lognormal about `mean` tokens with a deviation of `cv` means before it is clipped."""
+    """Draw a lognormal length with this `mean` in tokens and coefficient of variation `cv`; clip it to [1, `limit`]."""
     variance = math.log1p(cv * cv)
     drawn = random.lognormvariate(math.log(mean) - variance / 2, math.sqrt(variance))
     return min(max(round(drawn), 1), limit)

@@ -1,4 +1,4 @@
-"""Sends a workload to the requests topic and says what rate it offered and what rate it reached."""
+"""Sends a workload to the requests topic and reports the offered and the reached rate."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,13 +20,13 @@ from workloads.pacing import Backlog, Lag, OpenLoop
 from workloads.timed_request import Workload
 
 CONNECT_TIMEOUT_MS = 5_000
-"""Longest wait for a first answer of the broker."""
+"""Maximum wait for the broker's first answer."""
 DELIVERY_TIMEOUT_MS = 10_000
-"""Longest that a record may be on its way; then it counts as an error."""
+"""Maximum time until a record is acknowledged; after that it counts as an error."""
 
 
 class PendingSend(Protocol):
-    """A record on its way; callbacks may come from another thread."""
+    """A record that was sent but not yet acknowledged. Callbacks may come from another thread."""
 
     def add_callback(self, callback: Callable[[Any], None]) -> Any: ...
 
@@ -51,7 +51,7 @@ class Stop(Protocol):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was offered and what became of it."""
+    """The offered load and its outcome."""
 
     sent: int
     """Requests handed to the producer."""
@@ -60,16 +60,16 @@ class LoadReport:
     """Requests that the broker did not acknowledge."""
     first_error: str | None
     duration_ms: float
-    """First hand-over until the last acknowledgement."""
+    """Time from the first send to the last acknowledgement."""
     offered_rate: float | None
-    """Requests per second of the schedule: (sent - 1) / (last due - first due); none in a backlog and below two."""
+    """Scheduled requests per second: (sent - 1) / (last due - first due). None for a backlog or below two requests."""
     reached_rate: float | None
-    """Requests per second into Kafka: (acknowledged - 1) / duration; none below two."""
+    """Requests per second that Kafka took: (acknowledged - 1) / duration. None below two requests."""
     lag: Lag
     adjustments: Mapping[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """The report for a person, a fact a line."""
+        """The report for the terminal, one value per line."""
         facts = {
             "requests sent": str(self.sent),
             "acknowledged": str(self.acknowledged),
@@ -84,9 +84,9 @@ class LoadReport:
 
 
 class KafkaLoadGenerator:
-    """Sends each request of a workload when it is due; runs in the caller's thread.
+    """Sends each request of a workload when it is due, in the caller's thread.
 
-    The session is the record's key: a session's requests stay in their order, in one partition.
+    The session is the record's key, so the requests of a session stay in order, in one partition.
     """
 
     def __init__(
@@ -99,16 +99,16 @@ class KafkaLoadGenerator:
         self._backlog = backlog
 
     def run(self, stop: Stop | None = None, on_sent: Callable[[Request], None] | None = None) -> LoadReport:
-        """Send all, or until `stop` is set; then wait for the acknowledgements.
+        """Send all requests, or until `stop` is set; then wait for the acknowledgements.
 
-        `on_sent` is called in this thread once a request is in the producer's hands. A record that Kafka does not take
-        is counted in the report. Raises what the workload raises, with everything before it delivered.
+        `on_sent` is called in this thread after a request was given to the producer. The report counts records that
+        Kafka did not take. If the workload raises, the requests before are delivered and the error is raised.
         """
         stop = stop or threading.Event()
         pace = (Backlog if self._backlog else OpenLoop)(self._clock, lambda wait_ms: stop.wait(wait_ms / 1000))
         deliveries = _Deliveries(self._clock)
         first_due_ms = last_due_ms = 0.0
-        # The first request is made before the clock starts, as opening a trace takes a moment.
+        # The first request is made before the clock starts, because opening a trace takes time.
         requests = iter(self._workload)
         timed = next(requests, None)
         pace.begin()
@@ -144,14 +144,14 @@ class KafkaLoadGenerator:
 
     def _flush(self, deliveries: "_Deliveries") -> None:
         try:
-            # The producer gives a record up by itself; the margin is for it to tell.
+            # The producer gives up on a record by itself; the margin gives it time to report that.
             self._producer.flush(timeout=1.5 * DELIVERY_TIMEOUT_MS / 1000)
         except KafkaError as error:
             deliveries.abandon(error)
 
 
 class _Deliveries:
-    """Counts what became of the records; the producer's thread reports here too."""
+    """Counts the outcomes of the records. The producer's thread calls it too."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -177,7 +177,7 @@ class _Deliveries:
             self._first_error = self._first_error or " ".join(str(error).split())
 
     def abandon(self, error: BaseException) -> None:
-        """What has no outcome yet will not have one."""
+        """Count every record without an outcome as an error."""
         with self._lock:
             self._errors = self.sent - self._acknowledged
             self._first_error = self._first_error or " ".join(str(error).split())
@@ -202,10 +202,10 @@ class _Deliveries:
 def offered(
     generator: KafkaLoadGenerator, on_sent: Callable[[Request], None] | None = None
 ) -> "Iterator[Future[LoadReport]]":
-    """The load, sent from a thread of its own; stopped at the end of the block where it has not ended."""
+    """Send the load from its own thread; at the end of the block, stop it if it has not ended."""
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load") as pool:
-        # Leaving the pool's block waits for its thread, which must have been told to stop by then.
+        # Leaving the pool's block waits for the thread, so the thread must be told to stop before.
         try:
             yield pool.submit(generator.run, stop, on_sent)
         finally:
@@ -214,7 +214,7 @@ def offered(
 
 @contextmanager
 def connected(config: KafkaConfig) -> Iterator[Producer]:
-    """`connect`, and close the producer in the end."""
+    """Call `connect`, and close the producer at the end."""
     producer = connect(config)
     try:
         yield producer
@@ -222,16 +222,16 @@ def connected(config: KafkaConfig) -> Iterator[Producer]:
         try:
             producer.close(timeout=1)
         except KafkaError:
-            # `close` flushes first, and leaves all open where the broker has gone. What that broker did not take is
-            # in the report already.
+            # `close` flushes first, and leaves everything open if the broker is gone. The report already counts the
+            # records that the broker did not take.
             producer.flush = lambda timeout: None
             producer.close(timeout=0)
 
 
 def connect(config: KafkaConfig) -> KafkaProducer:
-    """A producer for the requests topic: nothing is lost, doubled or out of order while the broker is there.
+    """Return a producer that loses, repeats and reorders no record while the broker is up.
 
-    Raises `UserError` within about twice `CONNECT_TIMEOUT_MS` where no broker answers or the topic does not exist.
+    Raises `UserError` within about twice `CONNECT_TIMEOUT_MS` if no broker answers or the topic does not exist.
     """
     settings = kafka_settings(config.brokers, config.access)
     try:

@@ -1,4 +1,4 @@
-"""Replay of a trace that gives arrivals and lengths but no text: what the replays of Azure and BurstGPT share."""
+"""Replay of a trace with arrivals and lengths but no text: the common part of the Azure and BurstGPT replays."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -12,7 +12,7 @@ from workloads.token_ids import made_token_ids
 
 
 class LengthRow(Protocol):
-    """What a row of such a trace has to say; lengths in tokens, before any scaling."""
+    """A row of such a trace. Lengths are in tokens and not scaled."""
 
     @property
     def at_ms(self) -> float: ...
@@ -27,10 +27,10 @@ class LengthRow(Protocol):
 class LengthReplay(ABC):
     """The first `config.requests` requests of the trace that fit `max_prompt_tokens`.
 
-    Arrivals are the trace's, divided by `time_scale` and counted from the first row that is read; lengths are the
-    trace's, scaled and at least 1. Prompts are made: a session's are beginnings of one stream of tokens that is its
-    own, so that a longer one extends a shorter one and equal lengths are equal prompts. Requests without a session
-    share nothing. A session is a user of its own, and so is a request without one, as traces name no users.
+    Arrivals are the trace's, divided by `time_scale` and counted from the first row that is read. Lengths are the
+    trace's, scaled and at least 1. Prompts are generated: each session has one stream of tokens, and its prompts are
+    beginnings of that stream. So a longer prompt extends a shorter one, and equal lengths give equal prompts. Requests
+    without a session share nothing. Traces name no users, so each session, or request without one, has its own user.
     """
 
     adjusts: ClassVar[tuple[str, ...]] = OF_EVERY_REPLAY
@@ -42,7 +42,7 @@ class LengthReplay(ABC):
 
     @abstractmethod
     def _rows(self, counts: Counter[str]) -> Iterator[LengthRow]:
-        """The rows of the trace; what the reader leaves out it counts in `counts`."""
+        """Yield the rows of the trace, and count in `counts` what is left out."""
 
     @property
     def requests(self) -> int:
@@ -76,7 +76,7 @@ class LengthReplay(ABC):
                 return
 
     def _prompt_tokens(self, row: LengthRow, counts: Counter[str]) -> int | None:
-        """Length of the row's prompt; none where it is too long and such are skipped."""
+        """Length of the row's prompt; none if it is too long and long prompts are skipped."""
         limit, scale = self._config.max_prompt_tokens, self._config.replay.prompt_scale
         if round(row.prompt_tokens * scale) > limit:
             if self._config.replay.long_prompts is LongPrompts.SKIP:

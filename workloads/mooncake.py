@@ -1,8 +1,8 @@
-"""Replay of a Mooncake trace: its arrivals, its lengths scaled down, and prompts that share what the trace shares.
+"""Replay of a Mooncake trace: its arrivals, its scaled lengths, and prompts that share the prefixes of the trace.
 
-The trace names blocks, not text. A block becomes tokens that its id determines, so equal ids are equal tokens and the
-prefixes of the trace are the prefixes of the replay. A partial last block has an id of its own in the trace, hence
-the turn that later completes it shares only the whole blocks before it.
+The trace names blocks and has no text. A block's id determines its tokens, so equal ids give equal tokens, and the
+replay has the prefixes of the trace. A partial last block has its own id in the trace. So the turn that later completes
+it shares only the whole blocks before it.
 """
 
 from collections import Counter, OrderedDict
@@ -17,15 +17,15 @@ from workloads.timed_request import TimedRequest, request_id
 from workloads.token_ids import made_token_ids
 
 REMEMBERED_ENDS = 1 << 16
-"""Requests whose end is remembered, most recently continued first: bounds the memory of a replay of any length."""
+"""Number of requests whose end is remembered, least recently continued dropped first: bounds the memory of a replay."""
 
 
 class PrefixSessions:
-    """Sessions read off the prefixes, as the trace names none.
+    """Derives sessions from prefixes, because the trace does not name sessions.
 
-    A request continues the session of the longest earlier prompt it extends: one whose whole blocks, all of them, are
-    the beginning of its own. Earlier prompts with no more than `shared_blocks` whole blocks are not extended by
-    anybody, as what they hold (a system prompt) is in everybody's. A request that extends nothing begins a session.
+    A request extends an earlier prompt if all whole blocks of that prompt are the beginning of its own blocks. It
+    continues the session of the longest such prompt. Prompts of up to `shared_blocks` whole blocks are not extended,
+    because their blocks (a system prompt) are in every prompt. A request that extends nothing begins a session.
     """
 
     def __init__(self, shared_blocks: int, remembered: int = REMEMBERED_ENDS) -> None:
@@ -35,9 +35,9 @@ class PrefixSessions:
         self._sessions = 0
 
     def of(self, whole_blocks: Sequence[int]) -> int:
-        """The session (from 1) of a prompt with these whole blocks, and remember where it ended.
+        """Return the session (from 1) of a prompt with these whole blocks, and remember the prompt's end.
 
-        The id of a block stands for all before it, so that the id of its last whole block identifies a prompt.
+        A block's id stands for the block and all blocks before it, so the last whole block's id identifies a prompt.
         """
         own = whole_blocks[self._shared_blocks :]
         session = next((self._session_of_end[end] for end in reversed(own) if end in self._session_of_end), None)
@@ -55,8 +55,8 @@ class PrefixSessions:
 class MooncakeWorkload:
     """The first `config.requests` requests of the trace that fit `max_prompt_tokens`.
 
-    Arrivals are the trace's, divided by `time_scale` and counted from its first row. The trace has no users: each
-    session is a user of its own. Skipped requests still take part in telling sessions apart.
+    Arrivals are the trace's, divided by `time_scale` and counted from its first row. The trace has no users, so each
+    session has its own. Skipped requests still count when sessions are derived.
     """
 
     def __init__(self, config: WorkloadConfig) -> None:
@@ -106,7 +106,7 @@ class MooncakeWorkload:
                 return
 
     def _prompt(self, row: TraceRow, counts: Counter[str]) -> tuple[int, ...] | None:
-        """The row's prompt; none where it is too long and such are skipped."""
+        """The row's prompt; none if it is too long and long prompts are skipped."""
         block_tokens, limit = self._config.mooncake.block_tokens, self._config.max_prompt_tokens
         tokens = row.prompt_tokens(block_tokens, self._form)
         if tokens <= limit:

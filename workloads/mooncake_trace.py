@@ -1,10 +1,10 @@
 """Reading a trace in the format of Mooncake's FAST'25 release (kvcache-ai/Mooncake, Apache-2.0), row by row.
 
 A row is one JSON object: `timestamp` (ms since the trace began), `input_length` and `output_length` (tokens), and
-`hash_ids`, one id per 512-token block of the prompt, the last of which may be partial. A block's id stands for the
-block and all that is before it, so that two prompts with equal leading ids have an equal prefix. Fields beyond these
-four are let pass: later releases add some. Other traces of this format have blocks of another size, or seconds
-(Qwen-Bailian: 16 tokens, seconds); `TraceForm` says so.
+`hash_ids`, one id per 512-token block of the prompt. The last block may be partial. A block's id stands for the block
+and all blocks before it, so prompts with equal leading ids have an equal prefix. Other fields are ignored: later
+releases add some. Some traces of this format have another block size or seconds (Qwen-Bailian: 16 tokens, seconds);
+`TraceForm` describes this.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ TRACE_BLOCK_TOKENS = 512
 
 @dataclass(frozen=True)
 class TraceForm:
-    """What the rows of a trace do not say. The default is that of Mooncake's own."""
+    """Block size and time unit of a trace, which its rows do not say. The default is Mooncake's."""
 
     block_tokens: int = TRACE_BLOCK_TOKENS
     time_unit: TimeUnit = TimeUnit.MS
@@ -49,9 +49,9 @@ class TraceRow(TimedRow):
         return self.timestamp
 
     def prompt_tokens(self, block_tokens: int, form: TraceForm = MOONCAKE) -> int:
-        """Length of the prompt where a block becomes `block_tokens` tokens.
+        """Length of the prompt if a whole block becomes `block_tokens` tokens.
 
-        The last block is scaled in proportion to what it holds in the trace, and never to nothing.
+        The last block is scaled in proportion to its tokens in the trace, to at least one token.
         """
         before_last = len(self.hash_ids) - 1
         held = self.input_length - before_last * form.block_tokens
@@ -64,10 +64,10 @@ def read_trace(
     counts: Counter[str] | None = None,
     form: TraceForm = MOONCAKE,
 ) -> Iterator[TraceRow]:
-    """The rows in order, one in memory at a time, their times in ms; bad rows, `counts` and errors as at `read_rows`.
+    """Yield the rows in order, one in memory at a time, with times in ms. Bad rows, `counts`, errors: see `read_rows`.
 
-    Raises `UserError`, whatever `bad_rows` says, if the first row of several blocks has them of another size than
-    `form`: rows of a single block would pass as what they are not.
+    The first row with several blocks shows their size. If that is not the size of `form`, `UserError` is raised even
+    with `BadRows.SKIP`: otherwise rows of a single block would be read with the wrong size.
     """
     return read_rows(
         path, numbered_lines(path), _parser(path, form), form="trace of JSON lines", bad_rows=bad_rows, counts=counts
@@ -99,7 +99,7 @@ def _parser(path: Path, form: TraceForm) -> Callable[[bytes], TraceRow]:
 
 
 def _block_size(tokens: int, blocks: int) -> int:
-    """A size that makes so many blocks of so many tokens; a power of two, if one does."""
+    """Return a block size that cuts `tokens` tokens into `blocks` blocks; a power of two if possible."""
     least = -(-tokens // blocks)
     power = 1 << (least - 1).bit_length()
     return power if -(-tokens // power) == blocks else least

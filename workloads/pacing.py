@@ -1,7 +1,7 @@
-"""When requests leave: an open loop on the workload's own schedule, or as fast as they can be sent.
+"""When requests are sent: on the workload's schedule (open loop), or as fast as possible (backlog).
 
-An open loop does not slow down with the system under test. A request's `created_at_ms` is the time it was *due*, so
-that the time it spent waiting for a late sender is part of its latency, and not left out ("coordinated omission").
+An open loop does not slow down with the system under test. A request's `created_at_ms` is the time when it was *due*.
+So its latency includes the delay of a late sender; leaving that out would be "coordinated omission".
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from typing import Protocol
 from core.clock import Clock
 
 Wait = Callable[[float], bool]
-"""Waits for so many milliseconds; returns early, and true, when the load is to stop."""
+"""Waits for the given number of milliseconds; returns early with true if the load is to stop."""
 
 LATE_MS = 10.0
-"""A send is late from this lag on; below it lies what a timer and a scheduler take."""
+"""A send is late from this lag on; timers and schedulers cause smaller ones."""
 
 
 @dataclass
 class Lag:
-    """How far sends were behind their schedule."""
+    """Delays of sends against their schedule."""
 
     sends: int = 0
     late: int = 0
@@ -41,19 +41,19 @@ class Pace(Protocol):
     lag: Lag
 
     def begin(self) -> None:
-        """The load begins now: `at_ms` counts from here."""
+        """Start the load: `at_ms` counts from now."""
         ...
 
     def due(self, at_ms: float) -> float | None:
-        """Return when the request may leave, with its `created_at_ms` (Unix); none when the load is to stop."""
+        """Wait until the request may be sent; return its `created_at_ms` (Unix), or none if the load is to stop."""
         ...
 
 
 class OpenLoop:
-    """Each request leaves `at_ms` after the beginning, or at once where that has passed already.
+    """Sends each request `at_ms` after the start, or at once if that time has passed.
 
-    Waits go by the monotonic clock; `created_at_ms` is the wall time of the beginning plus `at_ms`, so that a wall
-    clock that is set while the load runs does not bend the schedule.
+    Waits use the monotonic clock. `created_at_ms` is the wall time of the start plus `at_ms`, so setting the wall clock
+    during the load does not change the schedule.
     """
 
     def __init__(self, clock: Clock, wait: Wait) -> None:
@@ -69,7 +69,7 @@ class OpenLoop:
 
     def due(self, at_ms: float) -> float | None:
         due_ms = self._began_ms + at_ms
-        # Once for a stop that came while nothing was to be waited for, then until a wait has not returned early.
+        # Wait at least once, to see a stop that came when no wait was due; then until a wait has lasted to its end.
         remaining_ms = max(0.0, due_ms - self._clock.monotonic_ms())
         while True:
             if self._wait(remaining_ms):
@@ -82,7 +82,7 @@ class OpenLoop:
 
 
 class Backlog:
-    """Every request leaves at once and is created when it leaves: for a load that stands ready as a backlog."""
+    """Sends every request at once; `created_at_ms` is the time of sending."""
 
     def __init__(self, clock: Clock, wait: Wait) -> None:
         self._clock = clock

@@ -1,4 +1,4 @@
-"""The phases workload: users come, crowd and leave, so that a cache's right size changes while it runs."""
+"""The phases workload: the number of users grows and falls, so the right size of the cache changes during the run."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from workloads.timed_request import TimedRequest, request_id
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of the load: it lasts until `until_percent` of the requests are sent."""
+    """A part of the load that lasts until `until_percent` of the requests are sent."""
 
     until_percent: int
     users: int
@@ -20,14 +20,14 @@ class Phase:
 
     @property
     def favoured_users(self) -> int:
-        """The first 60 % of a small population, rounded up; nobody is favoured in a large one."""
+        """Number of favoured users: the first 60 % of a small population, rounded up; none of a large one."""
         return -(-self.users * 3 // 5) if self.users <= SMALL_POPULATION else 0
 
 
 PHASES = (Phase(15, 3, 2), Phase(35, 8, 2), Phase(55, 25, 2), Phase(75, 40, 3), Phase(100, 5, 3))
 SMALL_POPULATION = 5
 FAVOURED_SHARE = 0.8
-"""Share of a small population's requests that its favoured users make."""
+"""Share of requests that the favoured users make."""
 
 
 def phase_of(index: int, requests: int) -> Phase:
@@ -36,7 +36,7 @@ def phase_of(index: int, requests: int) -> Phase:
 
 
 class PhasesWorkload:
-    """`config.requests` requests of made conversations, `base_interval_ms / interval_divisor` apart."""
+    """`config.requests` requests of generated conversations, `base_interval_ms / interval_divisor` apart."""
 
     def __init__(self, config: WorkloadConfig) -> None:
         options = config.phases
@@ -79,7 +79,7 @@ class PhasesWorkload:
 
 
 class _Sessions:
-    """The conversation that each user's session is in; one that has grown too long is followed by a fresh one."""
+    """The current conversation of each user's session. A fresh one replaces a conversation that has grown too long."""
 
     def __init__(self, config: WorkloadConfig) -> None:
         self._config = config

@@ -5,7 +5,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def progress_bar(description: str = "{task.description}") -> Progress:
-    """On stderr, and only where a person sees it. `description`: how that of a task is laid out."""
+    """Return a progress bar on stderr, shown only on a terminal. `description` is the layout of a task's text."""
     console = Console(stderr=True)
     columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -1,4 +1,4 @@
-"""A request before it is sent: when it is due and what it asks."""
+"""A request before it is sent: its due time and its content."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from core.records import Request
 
 @dataclass(frozen=True, slots=True)
 class TimedRequest:
-    """A request that is due `at_ms` milliseconds after the load begins; exactly one of the two prompts is given."""
+    """A request that is due `at_ms` milliseconds after the load begins. Exactly one of the two prompts is set."""
 
     at_ms: float
     request_id: str
@@ -20,7 +20,7 @@ class TimedRequest:
     prompt_token_ids: tuple[int, ...] | None = None
 
     def created(self, created_at_ms: float) -> Request:
-        """The record on the wire; `created_at_ms` is Unix time."""
+        """Return the record to send; `created_at_ms` is Unix time."""
         return Request(
             request_id=self.request_id,
             session_id=self.session_id,
@@ -37,18 +37,18 @@ class Workload(Protocol):
 
     @property
     def requests(self) -> int:
-        """How many requests there are at most."""
+        """Maximum number of requests."""
         ...
 
     def __iter__(self) -> Iterator[TimedRequest]: ...
 
     def adjustments(self) -> Mapping[str, int]:
-        """What the latest iteration has changed or left out so far, by name; empty where nothing can be."""
+        """Numbers of requests that the latest iteration has changed or left out so far, by name of the reason."""
         ...
 
 
 class OfRun:
-    """A workload whose ids end in `run`: a job takes a request for a copy whose id it has seen lately."""
+    """A workload whose request ids end in `run`. Without it a job would drop a second run's requests as copies."""
 
     def __init__(self, workload: Workload, run: str) -> None:
         self._workload = workload

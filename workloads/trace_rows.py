@@ -1,4 +1,4 @@
-"""Reading a trace of any format: lines of bounded length, rows in the order of their time, and what bad ones become."""
+"""Reading a trace of any format: lines of bounded length, rows in the order of their times, handling of bad rows."""
 
 import gzip
 import zlib
@@ -15,16 +15,16 @@ from workloads.adjustments import SKIPPED_BAD_ROWS
 from workloads.config import BadRows
 
 MAX_LINE_BYTES = 1 << 20
-"""Longest line that is read; above it the file is something else (the longest of the known releases is below 4 KiB)."""
+"""Maximum length of a line. Lines of the known releases are below 4 KiB, so a longer one means another kind of file."""
 
 
 _GZIP = b"\x1f\x8b"
 _COMPRESSED = {b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PAR1": "parquet"}
-"""First bytes of formats that are not read."""
+"""First bytes of compressed formats that are not supported."""
 
 
 def _without_exponent(value: Any) -> Any:
-    """Tools that hold numbers as floats write whole ones as `1.2e3`."""
+    """Accept whole numbers such as `1.2e3`, as tools that hold numbers as floats write them."""
     if isinstance(value, str) and "e" in value.lower():
         try:
             number = float(value)
@@ -39,20 +39,20 @@ Count = Annotated[int, BeforeValidator(_without_exponent)]
 
 
 class TimedRow(BaseModel):
-    """A row of a trace: a request, and when it came."""
+    """A row of a trace: a request and its arrival."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     timestamp: Any
-    """As the format has it, under the format's alias and of its type."""
+    """The arrival, with the alias and type of the format."""
 
     @property
     def at_ms(self) -> float:
-        """When the request came, in ms since a moment that is the format's own."""
+        """Arrival of the request in ms, counted from an origin that depends on the format."""
         raise NotImplementedError
 
     def time_as_given(self) -> str:
-        """The time for a person: the trace's name of it, and its value."""
+        """The arrival for an error message: the trace's own name of the column, and its value."""
         name = type(self).model_fields["timestamp"].alias or "timestamp"
         value = f"{self.timestamp:.15g}" if isinstance(self.timestamp, float) else self.timestamp
         return f"{name}: {value}"
@@ -62,9 +62,9 @@ Row = TypeVar("Row", bound=TimedRow)
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of each line that is not blank, one in memory at a time; gzip is unpacked.
+    """Yield number (from 1) and bytes of each line that is not blank, one in memory at a time. Gzip is unpacked.
 
-    Raises `UserError` for a file that is missing, unreadable or compressed in another way, and for a line above
+    Raises `UserError` if the file is missing, unreadable or compressed in another way, or a line is longer than
     `MAX_LINE_BYTES`.
     """
     try:
@@ -72,7 +72,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
                 if len(line) > MAX_LINE_BYTES:
                     raise UserError(
-                        f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; give a trace, a request a line"
+                        f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; give a trace, one request per line"
                     )
                 if line.strip():
                     yield number, line
@@ -100,12 +100,12 @@ def read_rows(
     bad_rows: BadRows,
     counts: Counter[str] | None,
 ) -> Iterator[Row]:
-    """The rows that `parse` makes of `lines`, in order, one in memory at a time.
+    """Yield the rows that `parse` makes of `lines`, in order, one in memory at a time.
 
-    Bad is a row that `parse` refuses with a `ValueError`, and one whose time is before that of the good row above.
-    One row whose time is far too late therefore makes all after it bad.
-    Bad rows are left out and counted in `counts` under `SKIPPED_BAD_ROWS`, or raise `UserError` with file and line.
-    Raises `UserError` for a trace without a good row; `form` says what it should be.
+    A row is bad if `parse` raises `ValueError`, or if its time is before that of the last good row. So one row with a
+    time far too late makes all rows after it bad. With `BadRows.SKIP` bad rows are left out, and counted in `counts` as
+    `SKIPPED_BAD_ROWS`; otherwise they raise `UserError` with file and line. A trace without a good row raises
+    `UserError`; `form` describes the expected form.
     """
     previous: Row | None = None
     skipped = 0

@@ -1,1 +1,1 @@
-"""The policy laboratory: traces against the very cache manager in virtual time, without a model, beside bounds."""
+"""The policy lab: runs the job's cache manager on traces in virtual time, without a model, and computes bounds."""

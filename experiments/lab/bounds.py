@@ -1,4 +1,4 @@
-"""What no policy can beat: an infinite cache, and the optimum that knows the future, both block by block."""
+"""Bounds that no policy can beat: an infinite cache, and the optimum that knows the future, both block by block."""
 
 import heapq
 import time
@@ -12,7 +12,7 @@ NEVER = (1 << 63) - 1
 
 
 def infinite(load: Iterable[BlockRequest]) -> ReplayResult:
-    """Every block stays. Its capacity is the number of distinct blocks, all along."""
+    """Run an infinite cache. Its capacity is the number of distinct blocks, from the beginning."""
     began_s = time.perf_counter()
     seen: set[int] = set()
     outcome = ReplayResult()
@@ -26,17 +26,17 @@ def infinite(load: Iterable[BlockRequest]) -> ReplayResult:
 
 
 def belady(load: Iterable[BlockRequest], upcoming: "array[int]", capacity_chunks: int, *, bypass: bool) -> ReplayResult:
-    """Belady's optimum (1966): out goes the block whose next use is furthest away.
+    """Run Belady's optimum (1966): it evicts the block whose next use is furthest away.
 
-    With `bypass` that may be the one that has just come, which is then not kept; without, every block comes in, as
-    with most policies. `upcoming` is what `next_uses` made of the same load. O(log capacity) for an access.
+    With `bypass` this may be the new block, which is then not kept. Without `bypass` every block is admitted, as by
+    most policies. `upcoming` is the result of `next_uses` for the same load. An access takes O(log capacity).
     """
     began_s = time.perf_counter()
     outcome = ReplayResult()
     held: dict[int, int] = {}
     """Position of the next use of each resident block."""
     furthest: list[tuple[int, int]] = []
-    """A heap of (- next use, block), with what is out of date left in."""
+    """A heap of (- next use, block), which may contain outdated entries."""
     place = 0
 
     def keep(block: int, next_use: int) -> None:
@@ -70,7 +70,7 @@ def belady(load: Iterable[BlockRequest], upcoming: "array[int]", capacity_chunks
 
 
 def next_uses(load: Iterable[BlockRequest]) -> "array[int]":
-    """For each access in order, the place of the next access to the same block; `NEVER` where there is none."""
+    """For each access in order, the position of the next access to the same block; `NEVER` if there is none."""
     upcoming = array("q")
     last: dict[int, int] = {}
     for place, block in enumerate(_accesses(load)):

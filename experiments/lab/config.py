@@ -1,4 +1,4 @@
-"""What the policy laboratory can be told."""
+"""Options of the policy lab."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +16,7 @@ MOST_CHUNKS = 1 << 30
 
 
 class LoadFormat(StrEnum):
-    """Where the prompts come from: a trace in one of `TraceFormat`, or a made load."""
+    """Origin of the prompts: a trace in one of the formats of `TraceFormat`, or a generated load."""
 
     MOONCAKE = TraceFormat.MOONCAKE
     BURSTGPT = TraceFormat.BURSTGPT
@@ -27,33 +27,36 @@ class LoadFormat(StrEnum):
 
 
 class Drive(StrEnum):
-    """How the cache is asked."""
+    """How the load accesses the cache."""
 
     REQUEST = "request"
-    """As the engine does: a whole prompt is looked up by the cache manager, then stored."""
+    """As the engine does: the cache manager looks up a whole prompt, then stores it."""
     ACCESS = "access"
-    """As the literature does: one block after the other; a hit is used, a miss comes in at once."""
+    """As in the literature: one block after the other. A miss is stored before the next block."""
 
 
 class LabConfig(Config):
     """Runs eviction and sizing policies over a load in virtual time."""
 
     format: LoadFormat = Field(
-        default=LoadFormat.PHASES, description="mooncake, burstgpt, azure; or made, without a trace: phases, bursts"
+        default=LoadFormat.PHASES,
+        description="mooncake, burstgpt, azure; or generated, without a trace: phases, bursts",
     )
     capacity: str = Field(default="64,128,256", description="capacities in chunks, separated by commas")
     eviction: str = Field(default=",".join(EVICTION).lower(), description="eviction policies, separated by commas")
     sizing: str = Field(default="static", description=f"sizing policies, of {', '.join(SIZING).lower()}")
     least_capacity: float = Field(
-        default=0.25, ge=0, le=1, description="least capacity that a sizing policy may set, in parts of the capacity"
+        default=0.25, ge=0, le=1, description="smallest capacity a sizing policy may set, over the given capacity"
     )
     greatest_capacity: float = Field(
-        default=4.0, ge=1, le=1000, description="greatest capacity that a sizing policy may set, likewise"
+        default=4.0, ge=1, le=1000, description="greatest capacity a sizing policy may set, over the given capacity"
     )
-    drive: Drive = Field(default=Drive.REQUEST, description="request: as the engine; access: block by block")
+    drive: Drive = Field(
+        default=Drive.REQUEST, description="request: whole prompts, as the engine; access: block by block"
+    )
     bounds: bool = Field(default=True, description="add the bounds: infinite, belady, belady-bypass")
     target_prefix_hit_ratio: float | None = Field(
-        default=None, gt=0, lt=1, description="add the smallest static capacity of each eviction policy that reaches it"
+        default=None, gt=0, lt=1, description="add each eviction policy's smallest static capacity that reaches this"
     )
     chunk_tokens: int = Field(
         default=CacheConfig.model_fields["chunk_tokens"].default, ge=1, le=4096, description="phases: tokens of a chunk"
@@ -86,14 +89,14 @@ class LabConfig(Config):
     @model_validator(mode="after")
     def _trace_where_needed(self) -> "LabConfig":
         if not self.is_made and self.workload.replay.trace is None:
-            raise ValueError(f"trace is missing; give the path of a trace, as format is {self.format}")
+            raise ValueError(f"trace is missing; give its path, because format is {self.format}")
         if self.is_made and self.workload.replay.trace is not None:
-            raise ValueError(f"trace is not read where format is {self.format}; say with format what it is")
+            raise ValueError(f"trace is not read with format {self.format}; name its kind with format")
         return self
 
     @property
     def is_made(self) -> bool:
-        """Whether the load is made, and no trace read."""
+        """True if the load is generated and no trace is read."""
         return self.format in (LoadFormat.PHASES, LoadFormat.BURSTS)
 
     @property

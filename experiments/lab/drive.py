@@ -1,4 +1,4 @@
-"""One run: a load through the cache, in virtual time, and what came of it."""
+"""One run of the policy lab: sends a load through the cache in virtual time and sums up the result."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ from workloads.block_trace import BlockRequest
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What one request found."""
+    """The result of one request."""
 
     at_ms: float
     capacity_chunks: int
@@ -26,7 +26,7 @@ class Served:
     hits: int
     """Number of its blocks that were resident."""
     prefix_hits: int
-    """Number of its leading blocks that were resident without a gap."""
+    """Number of its leading blocks that were resident, up to the first that was not."""
     tokens: int
     hit_tokens: int
     """Tokens of the blocks of `prefix_hits`."""
@@ -49,7 +49,7 @@ class ReplayResult:
     runtime_s: float = 0.0
     evictions: int = 0
     refused: int = 0
-    """Blocks that were not kept: everything was of the same prompt, or worth more."""
+    """Blocks that were not admitted: all others were of the same prompt, or worth more."""
     last: Served | None = field(default=None, repr=False)
 
     def add(self, served: Served) -> None:
@@ -68,7 +68,7 @@ class ReplayResult:
 
     @property
     def mean_capacity_chunks(self) -> float:
-        """Over virtual time; of requests that all come at once, the last one's."""
+        """Mean capacity over virtual time; if all requests arrive at once, the last capacity."""
         if self.span_ms:
             return self.chunk_ms / self.span_ms
         return float(self.last.capacity_chunks) if self.last else 0.0
@@ -81,7 +81,7 @@ def run(
     drive: Drive,
     watch: Callable[[Served], None] = lambda served: None,
 ) -> ReplayResult:
-    """Serve the whole load; `watch` is told of every request. The policies must be fresh."""
+    """Serve the whole load; `watch` gets every request's result. The policies must be fresh."""
     outcome = ReplayResult()
     local = LocalTier(sizing.capacity_chunks, BLOCK_SHAPE.size_bytes, eviction)
     serve = _requests if drive is Drive.REQUEST else _accesses
@@ -97,14 +97,14 @@ def run(
 def _requests(
     load: Iterable[BlockRequest], local: LocalTier, sizing: SizingPolicy, outcome: ReplayResult
 ) -> Iterator[Served]:
-    """By the manager: a prompt is looked up as a whole, released, then stored."""
+    """Use the cache manager: look up each prompt as a whole, release it, then store it."""
     clock = ManualClock()
     keys = BlockKeys()
     cache = TwoLevelCache(shape=BLOCK_SHAPE, keys=keys, local=local, sizing=sizing, remote=None, clock=clock)
     for request in load:
         clock.advance(request.at_ms - clock.monotonic_ms())
         with cache.lookup(request.blocks) as prefix:
-            # Without Redis a look-up brings nothing in: what is resident now was so when it began.
+            # Without Redis a lookup adds no chunk, so the chunks that are resident now were resident before it.
             hits = sum(key in local for key in keys.of(request.blocks).hashes)
             served = _served(request, prefix.capacity_chunks, hits, len(prefix.chunks))
         cache.store(request.blocks, _leave_empty)
@@ -115,7 +115,7 @@ def _requests(
 def _accesses(
     load: Iterable[BlockRequest], local: LocalTier, sizing: SizingPolicy, outcome: ReplayResult
 ) -> Iterator[Served]:
-    """Block by block: a miss comes in before the next block is asked for. Sizing policies still see whole prompts."""
+    """Access block by block: a miss is stored before the next block. Sizing policies still see whole prompts."""
     content = torch.empty(BLOCK_SHAPE.size, dtype=BLOCK_SHAPE.dtype)
     for request in load:
         keys = [block_key(block) for block in request.blocks]
@@ -144,4 +144,4 @@ def _served(request: BlockRequest, capacity_chunks: int, hits: int, prefix_hits:
 
 
 def _leave_empty(index: int, out: torch.Tensor) -> None:
-    """A `read_chunk` for blocks whose content nobody knows."""
+    """A `read_chunk` that writes nothing, because blocks of a trace have no content."""

@@ -1,4 +1,4 @@
-"""The laboratory's figures: hits over capacity, and capacity and hits over time."""
+"""The policy lab's figures: hits over capacity, and capacity and hits over time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +11,16 @@ from experiments.figures import STYLE
 from experiments.lab.table import BELADY, BELADY_BYPASS, BEST_STATIC, BOUNDS, INFINITE, LabRow
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
-"""Palette of Okabe and Ito, which can be told apart with any colour vision."""
+"""Palette of Okabe and Ito, which is distinguishable with any colour vision."""
 BOUND_DASHES = {INFINITE: (1, 2), BELADY: (5, 2), BELADY_BYPASS: (8, 2, 2, 2)}
 MARKERS = "osD^vPX"
 WINDOWS = 60
-"""Stretches of virtual time that hits are averaged over."""
+"""Number of intervals of virtual time over which hits are averaged."""
 MOST_PANELS = 3
 
 
 def over_capacity(results: Sequence[LabRow], path: Path) -> None:
-    """Prefix hit ratio over the fixed capacity: a line for each eviction policy, the bounds dashed."""
+    """Draw the prefix hit ratio over the fixed capacity: one line per eviction policy, bounds dashed."""
     fixed = [row for row in results if row.sizing == "static"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(9.5, 6))
@@ -46,9 +46,9 @@ def over_capacity(results: Sequence[LabRow], path: Path) -> None:
 
 
 def over_time(results: Sequence[LabRow], path: Path) -> None:
-    """For each sizing policy capacity, above, and prefix hits, below; a column for each eviction and capacity.
+    """Draw the capacity (top) and prefix hits (bottom) of each sizing policy; one column per eviction and capacity.
 
-    Of more combinations than fit, the first. Raises `ValueError` if no run has a capacity that may change.
+    If there are too many combinations, only the first are drawn. Raises `ValueError` if no run's capacity can change.
     """
     moving = [row for row in results if row.course is not None]
     if not any(row.moves for row in moving):
@@ -67,7 +67,7 @@ def over_time(results: Sequence[LabRow], path: Path) -> None:
                 _draw_best_static(axes[0][column], [row for row in results if row.eviction == panel[0]])
                 axes[0][column].set_title(f"{panel[0]}, from {panel[1]:,} chunks", pad=10)
                 axes[1][column].set_xlabel("virtual time (s)")
-            # The columns of a row share its scale, which all of them have to have set by now.
+            # The columns of a row share one scale, so all must be drawn before it is read.
             for first in axes[:, 0]:
                 first.set_ylim(bottom=0)
             axes[0][0].set_ylabel("capacity (chunks)")

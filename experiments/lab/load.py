@@ -1,4 +1,4 @@
-"""The load as requests of blocks, from a trace or made: iterated anew for every run, one in memory at a time."""
+"""The load as requests of blocks, from a trace or generated. Each run iterates it again, one request at a time."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +15,13 @@ from workloads.mooncake_trace import TraceForm
 from workloads.phases import PhasesWorkload
 
 Load = Callable[[], Iterable[BlockRequest]]
-"""Each call gives the same requests from the first on."""
+"""Each call gives the same requests from the beginning."""
 
 
 def make_load(config: LabConfig, left_out: Counter[str] | None = None) -> Load:
-    """The load that `config` states. Raises `UserError` for one without requests or with options that contradict.
+    """Return the load of `config`. Raises `UserError` if it has no requests or its options contradict each other.
 
-    `left_out`: what the latest reading of the trace has left out, by reason.
+    `left_out` gets the number of rows that the latest reading of the trace left out, by reason.
     """
     if config.format is LoadFormat.PHASES:
         workload = config.workload.model_copy(update={"workload": "phases"})
@@ -47,12 +47,12 @@ def make_load(config: LabConfig, left_out: Counter[str] | None = None) -> Load:
         )
 
     if next(iter(load()), None) is None:
-        raise UserError(f"--trace: {trace} has no request that counts; give another trace")
+        raise UserError(f"--trace: {trace} has no usable request; give another trace")
     return load
 
 
 def phases_blocks(config: WorkloadConfig, chunk_tokens: int) -> Iterator[BlockRequest]:
-    """The phases load as the default model's cache sees it: a byte is a token, and only full chunks are blocks."""
+    """The phases load as the default model's cache sees it: one byte is one token, and only full chunks are blocks."""
     shape = ChunkShape(
         layers=BLOCK_SHAPE.layers,
         kv_heads=BLOCK_SHAPE.kv_heads,

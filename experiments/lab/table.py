@@ -1,4 +1,4 @@
-"""The rows of the result: every combination of policies and capacities, and the bounds beside them."""
+"""The rows of the result: every combination of policies and capacities, and the bounds."""
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +51,7 @@ class Course:
 
 @dataclass(frozen=True)
 class LabRow:
-    """One combination and what came of it; `capacity_chunks` is the one that the run began with."""
+    """One combination and its result. `capacity_chunks` is the initial capacity."""
 
     trace: str
     eviction: str
@@ -59,11 +59,11 @@ class LabRow:
     capacity_chunks: int
     outcome: ReplayResult
     course: Course | None = None
-    """Where sizing policies are compared."""
+    """Set if sizing policies are compared."""
 
     @property
     def moves(self) -> bool:
-        """Whether its capacity may have changed on the way."""
+        """True if the capacity may have changed during the run."""
         return self.course is not None and self.sizing != "static"
 
 
@@ -77,7 +77,7 @@ def combinations(config: LabConfig) -> list[tuple[str, str, int]]:
 
 
 def steps(config: LabConfig) -> int:
-    """How many rows `rows` makes at most."""
+    """Maximum number of rows that `rows` yields."""
     found = len(combinations(config))
     if config.bounds:
         found += 1 + 2 * len(config.capacities)
@@ -89,7 +89,7 @@ def steps(config: LabConfig) -> int:
 def rows(
     config: LabConfig, load: Load, trace: str, step: Callable[[str], None] = lambda doing: None
 ) -> Iterator[LabRow]:
-    """Run all of it; `step` is told of each run before it begins."""
+    """Run all combinations; `step` gets the name of each run before it begins."""
     for eviction, strategy, capacity in combinations(config):
         step(f"{eviction} {strategy} {capacity}".lower())
         sizing = config.sizing_config(strategy, capacity)
@@ -108,9 +108,10 @@ def rows(
 def best_static(
     config: LabConfig, load: Load, eviction: str, target: float, step: Callable[[str], None] = lambda doing: None
 ) -> tuple[int, ReplayResult] | None:
-    """The smallest fixed capacity whose prefix hit ratio is `target`, and its run; none where all blocks miss it.
+    """Find the smallest fixed capacity whose prefix hit ratio reaches `target`, and its run.
 
-    Found by halving, and so exact where more room never costs hits: of LRU surely, of the others nearly.
+    None if even a capacity for all blocks does not reach it. Found by bisection, which is exact if more capacity never
+    costs hits. This holds for LRU, and nearly for the others.
     """
 
     def at(capacity: int) -> ReplayResult:
@@ -133,7 +134,7 @@ def best_static(
 
 
 def table(results: Sequence[LabRow]) -> pd.DataFrame:
-    """One row a combination; the columns are described in docs/metrics.md."""
+    """One row per combination. docs/metrics.md describes the columns."""
     return pd.DataFrame([_columns(row) for row in results])
 
 

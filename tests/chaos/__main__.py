@@ -74,7 +74,7 @@ class ChaosConfig(Config):
     def _known(cls, value: str) -> str:
         names = [name.strip() for name in value.split(",") if name.strip()]
         if unknown := set(names) - set(NAMES):
-            raise ValueError(f"unknown scenario {', '.join(sorted(unknown))}; choose of {', '.join(NAMES)}")
+            raise ValueError(f"unknown scenario {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
         if len(set(names)) < len(names) or not names:
             raise ValueError("name each scenario once, and at least one")
         return ",".join(names)

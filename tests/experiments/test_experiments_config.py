@@ -157,17 +157,17 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "arguments", "said"),
     [
-        (batch_analysis.COMMAND, ["--batch-sizes", "0"], "--batch-sizes: '0' is no whole number from 1 to 1024"),
-        (batch_analysis.COMMAND, ["--batch-sizes", "a"], "--batch-sizes: 'a' is no whole number"),
+        (batch_analysis.COMMAND, ["--batch-sizes", "0"], "--batch-sizes: '0' is not a whole number from 1 to 1024"),
+        (batch_analysis.COMMAND, ["--batch-sizes", "a"], "--batch-sizes: 'a' is not a whole number"),
         (batch_analysis.COMMAND, ["--batch-sizes", "2,2"], "--batch-sizes: a number is named twice"),
         (batch_analysis.COMMAND, ["--batch-sizes", "4,16"], "--batch-sizes: 16 is above --max-running, 8; raise that"),
-        (batch_analysis.COMMAND, ["--batch-size", "4"], "--batch-size: every row has its own; name them with --batch-"),
-        (batch_analysis.COMMAND, ["--batching", "micro"], "--batching: every row has its own"),
+        (batch_analysis.COMMAND, ["--batch-size", "4"], "--batch-size: each row sets it; name the sizes with --batch-"),
+        (batch_analysis.COMMAND, ["--batching", "micro"], "--batching: each row sets it"),
         (batch_analysis.COMMAND, ["--max-wait-ms", "-1"], "--max-wait-ms: "),
-        (gpu_scaling.COMMAND, ["--parallelisms", "1,129"], "--parallelisms: '129' is no whole number from 1 to 128"),
+        (gpu_scaling.COMMAND, ["--parallelisms", "1,129"], "--parallelisms: '129' is not a whole number from 1 to 128"),
         (gpu_scaling.COMMAND, ["--parallelisms", "2,2"], "--parallelisms: a number is named twice"),
         (gpu_scaling.COMMAND, ["--parallelisms", "7,11,13,17"], "multiple, 17017, is above 1024"),
-        (gpu_scaling.COMMAND, ["--parallelism", "2"], "--parallelism: every row has its own; name them with --par"),
+        (gpu_scaling.COMMAND, ["--parallelism", "2"], "--parallelism: each row sets it; name the numbers with --par"),
         (gpu_scaling.COMMAND, ["--engine", "simulated"], "profile is missing"),
         (gpu_scaling.COMMAND, ["--engine", "simulated", "--profile", "p", "--cache"], "to reuse"),
         (gpu_scaling.COMMAND, ["--profile", "p"], "--profile is only read where --engine is simulated"),
@@ -182,20 +182,20 @@ def test_what_an_experiment_cannot_be_made_of_is_named(command: Command[Any], ar
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--strategies", "STATIC,LRU"], "--strategies: unknown strategy LRU; choose of STATIC, FLUID, FREQUENCY"),
+        (["--strategies", "STATIC,LRU"], "--strategies: unknown strategy LRU; choose from STATIC, FLUID, FREQUENCY"),
         (["--strategies", "STATIC,static"], "--strategies: a strategy is named twice"),
-        (["--eviction", "LRU,none"], "--eviction: unknown eviction policy NONE; choose of LRU"),
+        (["--eviction", "LRU,none"], "--eviction: unknown eviction policy NONE; choose from LRU"),
         (["--eviction", "LRU,lru"], "--eviction: an eviction policy is named twice; name each once"),
         (["--requests", "0"], "--requests: "),
         (["--budget-chunks", "9"], "--budget-chunks is below --min-capacity-chunks of all slots; raise "),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--strategy", "FLUID"], "--strategy: the experiment sets it"),
-        (["--topic-prefix", "mine"], "--topic-prefix: every run makes topics"),
+        (["--topic-prefix", "mine"], "--topic-prefix: each run makes its own topics"),
         (["--workload", "mooncake", "--trace", "/nonexistent.jsonl"], "/nonexistent.jsonl"),
         (["--workload", "mooncake"], "--trace"),
         (["--model", "/nonexistent/model"], "--model: no config.json in '/nonexistent/model'"),
         (["--out", "/dev/null/out"], "--out: cannot write to /dev/null/out"),
-        (["--from-raw", "/nonexistent"], "--from-raw: /nonexistent is no folder"),
+        (["--from-raw", "/nonexistent"], "--from-raw: /nonexistent is not a folder"),
         (["--brokers", "127.0.0.1:1"], "--brokers: no Kafka answers at 127.0.0.1:1"),
         (["--redis-url", "redis://127.0.0.1:1/0"], "--redis-url: no Redis answers"),
         (["--flink-url", "http://127.0.0.1:1"], "--flink-url: no Flink answers"),
@@ -215,9 +215,13 @@ def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str]
 @pytest.mark.parametrize(
     ("module", "arguments", "said"),
     [
-        ("batch_analysis", ["--batch-sizes", "a"], "--batch-sizes: 'a' is no whole number"),
+        ("batch_analysis", ["--batch-sizes", "a"], "--batch-sizes: 'a' is not a whole number"),
         ("batch_analysis", ["--prompt-tokens", "9999"], "--prompt-tokens: "),
-        ("gpu_scaling", ["--engine", "simulated", "--profile", "/nonexistent"], "--profile: /nonexistent is no file"),
+        (
+            "gpu_scaling",
+            ["--engine", "simulated", "--profile", "/nonexistent"],
+            "--profile: /nonexistent is not a file",
+        ),
         ("gpu_scaling", ["--model", "/nonexistent/model"], "--model: no config.json"),
     ],
 )
@@ -237,7 +241,7 @@ def test_security_of_a_kafka_that_would_be_started_is_refused(tmp_path: Path) ->
     secured = KafkaConfig(access=KafkaAccessConfig(kafka_security=KafkaSecurity.SASL_SSL))
     run = RunConfig(stack_dir=tmp_path)
     with (
-        pytest.raises(UserError, match=r"^--kafka-security: is of a Kafka of your own"),
+        pytest.raises(UserError, match=r"^--kafka-security: needs your own Kafka"),
         services(run, JobConfig(kafka=secured)),
     ):
         pass

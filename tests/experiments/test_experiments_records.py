@@ -50,7 +50,7 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, said: str) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         read_runs(tmp_path / "none")
     with pytest.raises(UserError, match="holds no"):
         read_runs(tmp_path)

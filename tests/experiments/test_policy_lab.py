@@ -272,11 +272,11 @@ def test_the_command_writes_a_csv_and_figures(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--eviction", "lru,clock"], "--eviction: unknown policy clock; choose of lru, fifo"),
+        (["--eviction", "lru,clock"], "--eviction: unknown policy clock; choose from lru, fifo"),
         (["--sizing", "static,static"], "--sizing: a policy is named twice"),
-        (["--capacity", "0"], "--capacity: '0' is no whole number from 1"),
+        (["--capacity", "0"], "--capacity: '0' is not a whole number from 1"),
         (["--format", "azure"], "--trace is missing"),
-        (["--trace", "x.jsonl"], "--trace is not read where --format is phases"),
+        (["--trace", "x.jsonl"], "--trace is not read with --format phases"),
         (["--capacity-chunks", "5"], "--capacity-chunks: name the capacities to compare with --capacity"),
     ],
 )
