@@ -8,25 +8,24 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 
 from cache.protocol import KVCache
 from core.clock import Clock
 from core.errors import UserError
-from core.records import Choice, FinishReason, Request, TokenLogprob
+from core.records import FinishReason, Request
 from inference_service.active_sequence import ActiveRequest, ActiveSequence, Piece
-from inference_service.completion import Completion, Failure, TokenEvent, combined, timed_out
+from inference_service.answer import completion_of, finish_reason, tell_token
+from inference_service.completion import Completion, Failure, combined, timed_out
 from inference_service.config import EngineConfig
-from inference_service.detokenize import answer_text
 from inference_service.engine import EngineInfo, TokenListener
-from inference_service.logprobs import token_logprobs
+from inference_service.forward import ForwardPass, NotFiniteError, Outcome
 from inference_service.prefix_reuse import PrefixReuse
 from inference_service.prompts import end_tokens_of, prompt_tokens
 from inference_service.protocol import ServedModel
 from inference_service.rows import RowTable
-from inference_service.sampling import BatchSampler, SequenceSampler
+from inference_service.sampling import SequenceSampler
 from inference_service.scheduler import MOST_PASS_TOKENS, Limits, Scheduler
 from inference_service.stats import EngineStats
 from inference_service.stop_strings import StopStrings
@@ -36,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.005
 """Longest that a step waits for Redis where nothing runs."""
-
-_Outcome = int | Exception
-"""What a pass gives to a sequence: the token that follows its piece, or why there is none."""
 
 
 class ContinuousEngine:
@@ -62,7 +58,6 @@ class ContinuousEngine:
         self._name = name
         self._clock = clock
         self._on_begin = on_begin
-        self._on_pass = on_pass
         self._timeout_ms = config.request_timeout_ms or math.inf
         self._runner = model.make_runner(config.max_running, chunk_tokens)
         self._rows = RowTable(self._runner.pool, self._runner.rows)
@@ -78,13 +73,13 @@ class ContinuousEngine:
         )
         self._warm_up_tokens = int(min(limits.step_tokens, MOST_PASS_TOKENS))
         self._scheduler = Scheduler(self._rows, limits)
-        self._sampler = BatchSampler()
         self._requests: list[ActiveRequest] = []
         self._unannounced: list[Request] = []
         """Requests that begin in this step, and that `on_begin` has not been told of."""
         self._done: list[Completion | Failure] = []
         """Requests that have finished in this step."""
         self._counted = EngineStats()
+        self._forward = ForwardPass(self._runner, clock, self._counted, on_pass)
 
     @property
     def info(self) -> EngineInfo:
@@ -226,7 +221,8 @@ class ContinuousEngine:
     def _begin(self, sequence: ActiveSequence) -> bool:
         """Fill the row of a sequence with what the cache has; false if that failed."""
         logger.debug("request %r begins", sequence.request.request_id)
-        self._unannounced.append(sequence.request)
+        if sequence.leader is None:
+            self._unannounced.append(sequence.request)
         sequence.began_ms = self._clock.wall_ms()
         try:
             held = 0 if sequence.leader is None else self._rows.copy_prompt(sequence.leader, sequence)
@@ -238,7 +234,7 @@ class ContinuousEngine:
         except torch.AcceleratorError:
             raise
         except Exception as error:  # one failing request fails alone; the others' rows are untouched
-            self._fail(sequence, _reason("cache", error))
+            self._fail(sequence, self._reason("cache", error))
             return False
         # Chunks are finite: none is stored, or taken from Redis, without a check.
         sequence.held = sequence.finite = sequence.touched = held
@@ -266,7 +262,8 @@ class ContinuousEngine:
         if not running and not chosen:
             return
         began_ms = self._clock.monotonic_ms()
-        outcomes = self._forward([*running, *chosen])
+        self._announce()
+        outcomes = self._forward.run([*running, *chosen])
         tokens = sum(sequence.piece_tokens for sequence in chosen)
         self._scheduler.learn_pass(len(running), tokens, self._clock.monotonic_ms() - began_ms)
         self._counted.prefilled_tokens += tokens
@@ -282,81 +279,23 @@ class ContinuousEngine:
         if sequence.left:
             return
         began_ms = self._clock.monotonic_ms()
-        (outcome,) = self._forward([sequence])
+        self._announce()
+        (outcome,) = self._forward.run([sequence])
         self._scheduler.learn_piece(sequence, self._clock.monotonic_ms() - began_ms)
         self._counted.prefilled_tokens += sequence.piece_tokens
         self._advance(sequence, outcome)
 
-    def _forward(self, sequences: Sequence[ActiveSequence]) -> list[_Outcome]:
-        """What a pass gives to each. If it fails each is tried alone, so that one failing request fails alone.
-
-        All of them hold what was computed before anything is moved from row to row.
-        Raises `torch.AcceleratorError`: nothing runs on the device in this process any more.
-        """
-        self._announce()
-        pieces = [sequence.piece for sequence in sequences]
-        for sequence, piece in zip(sequences, pieces, strict=True):
-            sequence.touched = piece.end
-        failed: Exception | None = None
-        try:
-            tokens = self._choose_tokens(sequences, pieces, self._runner.forward(pieces))
-            computed_ms = self._clock.wall_ms()
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            if len(sequences) > 1:
-                logger.exception("a pass over %d sequences failed; each is tried alone", len(sequences))
-            # Its frames hold the tensors of the pass, and the next passes need the memory.
-            failed = error.with_traceback(None)
-            self._counted.failed_passes += 1
-        self._counted.passes += 1
-        self._on_pass()
-        if failed is not None:
-            if isinstance(failed, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            return [failed] if len(sequences) == 1 else [self._forward([sequence])[0] for sequence in sequences]
-        for sequence, piece in zip(sequences, pieces, strict=True):
-            sequence.held = piece.end
-            sequence.computed_ms = computed_ms
-        return [self._not_finite() if token is None else token for token in tokens]
-
-    def _choose_tokens(
-        self, sequences: Sequence[ActiveSequence], pieces: Sequence[Piece], logits: torch.Tensor
-    ) -> list[int | None]:
-        """The next token of each sequence out of a pass's logits, and the log-probabilities that are asked for.
-
-        None where the logits are not finite.
-        """
-        prompt_logprobs: list[list[TokenLogprob] | None] = [[]] * len(pieces)
-        if any(piece.scored for piece in pieces):
-            ends = list(accumulate(piece.logit_rows for piece in pieces))
-            prompt_logprobs = [
-                _prompt_logprobs(sequence, piece, logits[end - piece.logit_rows : end]) if piece.scored else []
-                for sequence, piece, end in zip(sequences, pieces, ends, strict=True)
-            ]
-            logits = logits[[end - 1 for end in ends]]
-        draws = [sequence.draw for sequence in sequences]
-        asked = [place for place, draw in enumerate(draws) if draw and sequences[place].request.logprobs is not None]
-        # A copy: sampling may overwrite the logits.
-        own_logits = logits[asked] if asked else None
-        tokens = self._sampler.sample(logits, draws)
-        if own_logits is not None:
-            _add_logprobs([(sequences[place], tokens[place]) for place in asked], own_logits)
-        for sequence, found in zip(sequences, prompt_logprobs, strict=True):
-            sequence.prompt_logprobs += found or []
-        return [None if found is None else token for token, found in zip(tokens, prompt_logprobs, strict=True)]
-
-    def _append(self, sequence: ActiveSequence, outcome: _Outcome, rows: int) -> None:
+    def _append(self, sequence: ActiveSequence, outcome: Outcome, rows: int) -> None:
         """Give a running sequence its next token, out of a pass over so many running sequences."""
         if sequence.left:
             return
         if isinstance(outcome, Exception):
-            self._fail(sequence, _reason("decode", outcome))
+            self._fail(sequence, self._reason("decode", outcome))
             return
         sequence.output.append(outcome)
         sequence.rows_decoded += rows
 
-    def _advance(self, sequence: ActiveSequence, outcome: _Outcome) -> None:
+    def _advance(self, sequence: ActiveSequence, outcome: Outcome) -> None:
         """A piece of the prompt is computed. After the last one the sequence runs, or has finished."""
         if sequence.left:
             return
@@ -369,15 +308,15 @@ class ContinuousEngine:
             sequence.first_token_ms = sequence.computed_ms
             sequence.output.append(outcome)
             self._store(sequence)
-            reason = self._finish_reason(sequence)
+            reason = finish_reason(sequence, self.model.max_len, self._clock.wall_ms())
             if reason is None:
                 self._rows.join(sequence)
             else:
-                self._tell(sequence, reason)
+                tell_token(sequence, reason)
                 self._finish(sequence, reason)
                 self._take_out(sequence)
         except Exception as error:  # one failing request fails alone; the others' rows are untouched
-            self._fail(sequence, _reason("prefill", error))
+            self._fail(sequence, self._reason("prefill", error))
             return
         if sequence.leader is None:
             for follower in sequence.parent.sequences[1:]:
@@ -391,8 +330,8 @@ class ContinuousEngine:
             if sequence.left:
                 continue
             try:
-                reason = self._finish_reason(sequence)
-                self._tell(sequence, reason)
+                reason = finish_reason(sequence, self.model.max_len, self._clock.wall_ms())
+                tell_token(sequence, reason)
                 if reason is None and self._clock.wall_ms() < sequence.times_out_ms:
                     continue
                 self._check_finite(sequence)
@@ -401,44 +340,19 @@ class ContinuousEngine:
                     continue
                 self._finish(sequence, reason)
             except Exception as error:  # one answer that cannot be written as text fails alone
-                self._fail(sequence, _reason("answer", error))
+                self._fail(sequence, self._reason("answer", error))
                 continue
             chunk_tokens = self.chunk_shape.chunk_tokens
             if sequence.finite // chunk_tokens > len(sequence.prompt) // chunk_tokens:
                 self._store(sequence)
             self._take_out(sequence)
 
-    def _finish_reason(self, sequence: ActiveSequence) -> FinishReason | None:
-        if sequence.output[-1] in sequence.sampler.end_tokens:
-            return FinishReason.STOP
-        if sequence.stop is not None:
-            sequence.stopped_text = sequence.stop.text_before(sequence.prompt, sequence.output)
-            if sequence.stopped_text is not None:
-                return FinishReason.STOP
-        if len(sequence.output) >= sequence.request.max_new_tokens:
-            return FinishReason.LENGTH
-        if len(sequence.prompt) + len(sequence.output) >= self.model.max_len:
-            return FinishReason.CONTEXT
-        return FinishReason.DEADLINE if self._clock.wall_ms() >= sequence.expires_ms else None
-
-    def _tell(self, sequence: ActiveSequence, reason: FinishReason | None) -> None:
-        """Tell the newest token of a sequence, once. An end token is no part of the answer."""
-        on_token, stream = sequence.parent.on_token, sequence.stream
-        if on_token is None or stream is None or stream.told == len(sequence.output):
-            return
-        if reason is FinishReason.STOP and sequence.stopped_text is None:
-            return
-        if sequence.stopped_text is None:
-            text = stream.add(sequence.output)
-        else:
-            text = stream.end(sequence.output, sequence.stopped_text)
-        logprob = sequence.logprobs[-1] if sequence.request.logprobs is not None else None
-        on_token(TokenEvent(sequence.request, sequence.choice, sequence.output[-1], logprob, text))
-
     def _finish(self, sequence: ActiveSequence, reason: FinishReason) -> None:
         """One choice is complete. With the last one of its request, the request is."""
         parent = sequence.parent
-        parent.completions[sequence.choice] = self._completion(sequence, reason)
+        parent.completions[sequence.choice] = completion_of(
+            sequence, reason, self.model.tokenizer, self._clock.wall_ms()
+        )
         if len(parent.completions) == len(parent.sequences):
             self._requests.remove(parent)
             self._done.append(combined([parent.completions[choice] for choice in range(len(parent.sequences))]))
@@ -464,91 +378,34 @@ class ContinuousEngine:
         else:
             self._rows.remove(sequence)
 
-    def _completion(self, sequence: ActiveSequence, reason: FinishReason) -> Completion:
-        request, text = sequence.request, sequence.stopped_text
-        ended = reason is FinishReason.STOP and text is None
-        answer = sequence.output[:-1] if ended else sequence.output
-        if text is None:
-            text = answer_text(self.model.tokenizer, sequence.prompt, answer)
-        prompt = len(sequence.prompt)
-        steps = max(0, len(sequence.output) - 1)
-        choice = Choice(
-            text=text,
-            token_ids=tuple(answer),
-            logprobs=None if request.logprobs is None else tuple(sequence.logprobs[: len(answer)]),
-            finish_reason=reason,
-        )
-        return Completion(
-            request=request,
-            choices=(choice,),
-            prompt_logprobs=(None, *sequence.prompt_logprobs) if sequence.is_scored else None,
-            sampling=sequence.sampler.sampling,
-            prompt_tokens=prompt,
-            local_tokens=sequence.local_tokens,
-            remote_tokens=sequence.remote_tokens,
-            computed_tokens=prompt - sequence.local_tokens - sequence.remote_tokens,
-            decode_steps=steps,
-            decode_rows=sequence.rows_decoded / steps if steps else None,
-            began_with=sequence.began_with,
-            cache_capacity_chunks=sequence.capacity_chunks,
-            cache_used_chunks=sequence.used_chunks,
-            arrived_ms=sequence.arrived_ms,
-            began_ms=sequence.began_ms,
-            first_token_ms=sequence.first_token_ms,
-            last_token_ms=sequence.computed_ms if sequence.output else None,
-            finished_ms=self._clock.wall_ms(),
-        )
-
     def _store(self, sequence: ActiveSequence) -> None:
         if self._reuse is not None and not self._reuse.store(sequence):
             self._counted.failed_stores += 1
 
     def _check_finite(self, sequence: ActiveSequence) -> None:
-        """Raises `UserError` unless all keys and values of the sequence are finite."""
+        """Raises `NotFiniteError` unless all keys and values of the sequence are finite."""
         if not self._rows.check_finite(sequence):
-            raise self._not_finite()
+            raise NotFiniteError
 
-    def _not_finite(self) -> UserError:
+    def _reason(self, stage: str, error: Exception) -> str:
+        """Why a request failed, for its sender."""
+        if isinstance(error, NotFiniteError):
+            return self._not_finite()
+        return str(error) if isinstance(error, UserError) else f"{stage} failed: {type(error).__name__}: {error}"
+
+    def _not_finite(self) -> str:
         dtype = str(self.chunk_shape.dtype).removeprefix("torch.")
         advice = {
             "float16": "load it with --dtype bfloat16 or float32",
             "bfloat16": "load it with --dtype float32",
         }.get(dtype, "look for NaN or infinity in its weights")
-        return UserError(f"the model's values are not finite in {dtype} for this request; {advice}")
+        return f"the model's values are not finite in {dtype} for this request; {advice}"
 
     def _timeout(self, sequence: ActiveSequence) -> str:
         where = "in the queue" if sequence.row < 0 else f"with {len(sequence.output)} tokens of its answer"
         return f"{timed_out(self._timeout_ms)} ({where})"
 
 
-def _prompt_logprobs(sequence: ActiveSequence, piece: Piece, logits: torch.Tensor) -> list[TokenLogprob] | None:
-    """Log-probabilities of the prompt tokens after each token of a piece; none where a logit is not finite.
-
-    `logits` `[tokens of the piece, vocabulary]`.
-    """
-    tokens = sequence.prompt[piece.start + 1 : piece.end + 1]
-    logits = logits[: len(tokens)]
-    if not bool(logits.amax(-1).isfinite().all()):
-        return None
-    return token_logprobs(logits, tokens, [sequence.request.prompt_logprobs or 0] * len(tokens)) if tokens else []
-
-
-def _add_logprobs(drawn: Sequence[tuple[ActiveSequence, int | None]], logits: torch.Tensor) -> None:
-    """`logits` `[drawn, vocabulary]`. A sequence without a token fails, and needs none."""
-    usable = [place for place, (_, token) in enumerate(drawn) if token is not None]
-    if not usable:
-        return
-    sequences = [drawn[place][0] for place in usable]
-    tokens = [token for _, token in drawn if token is not None]
-    found = token_logprobs(logits[usable], tokens, [sequence.request.logprobs or 0 for sequence in sequences])
-    for sequence, logprob in zip(sequences, found, strict=True):
-        sequence.logprobs.append(logprob)
-
-
 def _drop_prefetch(sequence: ActiveSequence) -> None:
     if sequence.prefetch is not None:
         sequence.prefetch.cancel()
-
-
-def _reason(stage: str, error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else f"{stage} failed: {type(error).__name__}: {error}"

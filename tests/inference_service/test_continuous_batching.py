@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from core.clock import ManualClock
 from core.records import FinishReason
-from inference_service import continuous_engine as engine_module
-from inference_service import scheduler
+from inference_service import forward, scheduler
 from inference_service.active_sequence import Piece
 from inference_service.completion import Completion, Failure
 from inference_service.continuous_engine import ContinuousEngine
@@ -449,7 +448,7 @@ def test_memory_that_one_request_has_too_little_of_is_freed_for_the_others(
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(held)))
     # pytest's log keeps tracebacks, and with them what a pass had.
-    monkeypatch.setattr(engine_module.logger, "disabled", True)
+    monkeypatch.setattr(forward.logger, "disabled", True)
     Watch(engine, exhausts)
     done = finish(engine)
     (failure,) = [one for one in done if isinstance(one, Failure)]
