@@ -8,12 +8,13 @@ from cache.eviction.protocol import EvictionPolicy
 
 
 class ARC(EvictionPolicy):
-    """Two LRU lists, of keys used once and of keys used again; what was evicted from either says which to favour.
+    """Keeps two LRU lists: keys used once, and keys used again. Keys that return show which list needs more room.
 
-    The names are the paper's: `t1` and `t2` are in the tier, `b1` and `b2` remember what left them, `p` is how many
-    chunks `t1` should have. A key that comes back from `b1` raises it, one from `b2` lowers it. The lists together
-    remember as many keys again as the tier may hold. Different from the paper, a newcomer from `b2` does not decide a
-    tie between the lists, as room is made before the policy knows who comes. O(1) for every event.
+    The names are the paper's. `t1` and `t2` are the two lists of keys in the tier. `b1` and `b2` remember keys that
+    were evicted from them. `p` is the target size of `t1`: a key that returns from `b1` raises it, a key that returns
+    from `b2` lowers it. All four lists together hold at most twice the capacity. One rule differs from the paper: a
+    key from `b2` does not break a tie between the lists, because the tier makes room before the policy learns which
+    key comes in. Each call takes O(1) per key.
     """
 
     ghosts_per_chunk = 2
@@ -65,7 +66,7 @@ class ARC(EvictionPolicy):
         self._forget()
 
     def victims(self) -> Iterator[bytes]:
-        # `t1` gives down to its share, then `t2` all it has, then `t1` the rest.
+        # First the excess of `t1` over its target, then all of `t2`, then the rest of `t1`.
         above = len(self._t1) - int(self._p) if self._t1 else 0
         above = max(above, 0)
         yield from islice(self._t1, above)

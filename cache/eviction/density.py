@@ -1,9 +1,9 @@
-"""Hit density: what is kept are the chunks that promise most uses for the room and time they will take.
+"""Hit density: keeps the chunks with the most expected uses per chunk and unit of time.
 
-The idea is LHD's (Beckmann, Chen and Cidon, NSDI 2018): rank by expected hits over expected residence, both learned
-from the ages at which chunks like this one were used again. Ours differs in two ways. A chunk is kept for as long as
-its density is at its best, which is the index of Gittins (1979); and a newcomer that promises less than all that is
-there is not admitted, as three chunks of four are never used again.
+The idea is that of LHD (Beckmann, Chen and Cidon, NSDI 2018): rank chunks by expected hits over expected time in the
+cache. Both are learned from the ages at which similar chunks were used again. This policy differs from LHD in two ways.
+The time in the cache is the one that makes the density greatest, which is the index of Gittins (1979). And a new chunk
+with a lower density than all chunks in the tier is not admitted, because three of four chunks are never used again.
 """
 
 from collections import OrderedDict
@@ -14,14 +14,14 @@ from cache.eviction.protocol import EvictionPolicy
 from cache.eviction.reuse_ages import CLASSES, LAST, AgeTable, age_of, class_of_new, class_of_used
 
 RELEARNINGS = 8
-"""How often the densities are learned anew while as many uses come as keys are remembered."""
+"""Number of updates of the densities during as many uses as there are remembered keys."""
 LEAST_RELEARNED = 1024
-"""Uses after which the densities are learned anew at the earliest."""
+"""Minimum number of uses between two updates of the densities."""
 
 
 @dataclass(eq=False, slots=True)
 class _Group:
-    """The chunks that one prompt used last and that are of one class, from the prompt's first to its last."""
+    """Chunks of one class whose last use was by the same prompt, in the order of the prompt."""
 
     used_at: int
     kind: int
@@ -30,22 +30,23 @@ class _Group:
 
 @dataclass(eq=False, slots=True)
 class _Record:
-    """What is known of a key, in the tier or not."""
+    """What the policy knows about a key, whether or not it is in the tier."""
 
     uses: int
     group: _Group
     own_kind: int
-    """The class that its own uses make; its group's may be that of a chunk behind it."""
+    """The class by the key's own uses. Its group may have the class of a later chunk of the prompt."""
 
 
 class HitDensity(EvictionPolicy):
-    """The group whose chunks promise the fewest uses for their room leaves first, its last chunk before its first.
+    """Evicts from the group of chunks with the lowest hit density, the last chunk of a prompt before its first.
 
-    Time is counted in prompts, age is time since the last use. A class is a number of uses; that of the first use tells
-    how much is new in the prompt, and whether it goes on from what only few others had. A chunk is worth at least what
-    those behind it in its prompt are. Densities rise and fall with age, so that of a class only the oldest
-    and the youngest groups are looked at: O(classes) for an eviction, O(1) for all else, but for learning, which takes
-    time in proportion to the remembered keys after as many uses.
+    Time is counted in prompts. The age of a chunk is the time since its last use. The class of a chunk is its number of
+    uses. Chunks with one use have several classes: by how many chunks of the prompt were new, and by whether they
+    follow chunks that few other prompts used. A chunk is worth at least as much as the chunks behind it in its prompt.
+    The density rises and falls with age, so only the oldest and the youngest group of each class are compared. An
+    eviction takes O(classes), and every other call O(1) per key. Updating the densities takes O(remembered keys), and
+    happens once in a number of uses proportional to that.
     """
 
     ghosts_per_chunk = 8
@@ -55,12 +56,12 @@ class HitDensity(EvictionPolicy):
         self._capacity = 0
         self._now = 0
         self._latest: dict[int, _Group] = {}
-        """By class, the groups of the prompt that came last."""
+        """The groups of the latest prompt, by class."""
         self._unasked = _Group(0, class_of_new(1, 0))
-        """What came in since the latest prompt and was in no prompt."""
+        """Chunks inserted since the latest prompt that no prompt looked up."""
         self._records: dict[bytes, _Record] = {}
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
-        """Those of the records whose key is not in the tier, the one longest in vain first."""
+        """Keys of the records that are not in the tier, the longest unused first."""
         self._groups: list[OrderedDict[_Group, None]] = [OrderedDict() for _ in range(CLASSES)]
         """The groups of each class that hold chunks, oldest first."""
         self._ages = AgeTable()
@@ -91,7 +92,7 @@ class HitDensity(EvictionPolicy):
 
     def on_insert(self, key: bytes) -> None:
         record = self._records.get(key)
-        if record is None:  # Nobody asked for it: a chunk of an answer.
+        if record is None:  # No prompt looked it up: it is a chunk of an answer.
             if self._unasked.used_at < self._now:
                 self._unasked = _Group(self._now, class_of_new(1, 0))
             record = self._records[key] = _Record(1, self._unasked, self._unasked.kind)
@@ -115,7 +116,7 @@ class HitDensity(EvictionPolicy):
         if first is not None:
             yield from list(reversed(first.held))
         others = [group for groups in self._groups for group in groups if group is not first]
-        # The prompt that is in work comes last: it never makes room for its end at the cost of its beginning.
+        # The latest prompt comes last: its end must not evict its own beginning.
         others.sort(key=lambda group: (self._is_latest(group), self._density(group)))
         for group in others:
             yield from reversed(group.held)
@@ -127,7 +128,7 @@ class HitDensity(EvictionPolicy):
         return self._ages.density[group.kind][age_of(self._now - group.used_at)]
 
     def _least(self) -> _Group | None:
-        """The group of the least density but for those of the latest prompt."""
+        """The group with the lowest density, except those of the latest prompt."""
         least, least_density = None, 0.0
         for groups in self._groups:
             if not groups:
@@ -150,7 +151,7 @@ class HitDensity(EvictionPolicy):
         return class_of_new(len(keys) - known, 0 if last is None else last.uses)
 
     def _count(self, key: bytes, kind_if_new: int) -> None:
-        """One use of `key`, whose group is as it was."""
+        """Count one use of `key`. Its group does not change yet."""
         record = self._records.get(key)
         if record is None:
             self._records[key] = _Record(1, _Group(self._now, kind_if_new), kind_if_new)
@@ -163,7 +164,7 @@ class HitDensity(EvictionPolicy):
                 self._ghosts.move_to_end(key)
 
     def _regroup(self, keys: Sequence[bytes]) -> None:
-        """Put a prompt's keys into groups of the latest prompt: each into the best class from it to the end."""
+        """Regroup a prompt's keys as the latest. A key gets the best class among its own and those of the keys behind it."""
         kinds: list[int] = []
         best = 0
         for key in reversed(keys):

@@ -7,12 +7,12 @@ from cache.eviction.protocol import EvictionPolicy
 
 
 class FIFO(EvictionPolicy):
-    """The key that came in first leaves first, however often it was used. O(1) for every event."""
+    """Evicts the key that was inserted first, however often it was used. Each call takes O(1) per key."""
 
     def __init__(self) -> None:
         self._oldest_first: OrderedDict[bytes, None] = OrderedDict()
         self._new: set[bytes] = set()
-        """Came in since the last prompt was arranged: what a prompt has just brought counts as one arrival."""
+        """Keys inserted since the last call of `arrange`. The new keys of one prompt count as one arrival."""
 
     def on_insert(self, key: bytes) -> None:
         self._oldest_first[key] = None

@@ -1,4 +1,4 @@
-"""Follow the leader: of two policies the one that would have hit more of the load so far."""
+"""Follow the leader: uses the one of two policies that would have had more hits so far."""
 
 import math
 from collections import OrderedDict
@@ -10,40 +10,40 @@ from cache.eviction.protocol import EvictionPolicy
 from cache.eviction.shadow import ShadowTier
 
 HALF_LIFE_PROMPTS = 4096
-"""Prompts after which a difference counts for half of one."""
+"""Number of prompts after which a difference in hits counts half."""
 SURE = 3.0
-"""The other leads once it is ahead by so many standard deviations: to change costs what the tier does not have of it,
-and two that are as good as each other are ahead by turns."""
+"""The leader changes when the other policy is ahead by this many standard deviations. A change costs hits, because the
+tier lacks some of the new leader's chunks. Two equally good policies take turns in being slightly ahead."""
 
 
 def lru_or_density() -> "FollowTheLeader":
-    """Follows LRU or `HitDensity`. LRU leads at first: where recency is all there is to know, nothing is lost."""
+    """Follows LRU or `HitDensity`. LRU leads at first, so a load where recency is the best predictor loses nothing."""
     return FollowTheLeader(LRU(), HitDensity())
 
 
 class FollowTheLeader(EvictionPolicy):
-    """Both policies run beside the tier in shadows, which hold keys alone, over every prompt.
+    """Simulates both policies on every prompt, each in a shadow tier of keys, and keeps what the leader's shadow holds.
 
-    The tier keeps what the leader's shadow holds, so that under one leader all the time it hits just what that policy
-    would (virtual caches with refetching: Gramacy, Warmuth, Brandt and Ari, NIPS 2002). Memory: the keys of two tiers
-    and what the policies remember. Time: that of both, and O(chunks) at a change of the leader.
+    As long as the leader does not change, the tier has exactly the hits of that policy. The method is that of virtual
+    caches with refetching (Gramacy, Warmuth, Brandt and Ari, NIPS 2002). It needs memory for the keys of two tiers and
+    for what both policies remember. It takes the time of both policies, and O(chunks) at a change of the leader.
     """
 
     def __init__(self, first: EvictionPolicy, second: EvictionPolicy) -> None:
-        """Fresh policies; `first` leads at first."""
-        # The keys of two shadows, those that both were told of last, and what both policies remember.
+        """`first` and `second` are new, empty policies. `first` leads at first."""
+        # The keys of both shadows, those in `_known`, and what both policies remember.
         self.ghosts_per_chunk = 3 + first.ghosts_per_chunk + second.ghosts_per_chunk
         self._leader = ShadowTier(first)
         self._other = ShadowTier(second)
         self._behind = 0.0
-        """Hits that the leader is behind the other by; aged, as is their variance."""
+        """Hits of the other policy minus hits of the leader. Old differences fade, also in the variance."""
         self._variance = 0.0
         self._inside: OrderedDict[bytes, None] = OrderedDict()
-        """The tier's keys, in the order in which they came."""
+        """The keys in the tier, in the order of insertion."""
         self._strays: OrderedDict[bytes, None] = OrderedDict()
-        """The keys of the tier that the leader does not hold, and some that it has taken in again."""
+        """The keys in the tier that the leader's shadow does not hold, and some that it holds again."""
         self._known: OrderedDict[bytes, None] = OrderedDict()
-        """What the shadows were told of last, as many keys as the tier has room for."""
+        """The keys that the shadows saw last, at most as many as the capacity."""
         self._capacity = 0
 
     @property
@@ -52,7 +52,7 @@ class FollowTheLeader(EvictionPolicy):
 
     @property
     def leader(self) -> EvictionPolicy:
-        """The policy that is followed."""
+        """The policy that the tier follows now."""
         return self._leader.policy
 
     def on_resize(self, capacity_chunks: int) -> None:
@@ -66,7 +66,7 @@ class FollowTheLeader(EvictionPolicy):
         difference = self._other.request(keys) - self._leader.request(keys)
         aged = 0.5 ** (1 / HALF_LIFE_PROMPTS)
         self._behind = aged * self._behind + difference
-        # As of a random walk, which the sum is where none is better than the other.
+        # The variance of a random walk: that is what the sum is if both policies are equally good.
         self._variance = aged * aged * self._variance + difference * difference
         self._know(keys)
         self._gather_strays()
@@ -107,7 +107,7 @@ class FollowTheLeader(EvictionPolicy):
         self._strays = OrderedDict.fromkeys(key for key in self._inside if key not in held)
 
     def _introduce(self, key: bytes) -> None:
-        """Offer the shadows what no prompt of late has asked for: a chunk of an answer."""
+        """Offer `key` to the shadows if no recent prompt looked it up: it is a chunk of an answer."""
         if key in self._known:
             return
         for shadow in self._shadows:

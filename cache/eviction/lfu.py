@@ -8,16 +8,16 @@ from cache.eviction.protocol import EvictionPolicy
 
 
 class LFU(EvictionPolicy):
-    """The key with the fewest uses since it came in leaves first; of equals, the one that reached them first.
+    """Evicts the key with the fewest uses since its insertion; among equals, the key that reached that count first.
 
-    A frequency forgets nothing while its key is in, and all when it leaves. O(1) for every event, but for the search
-    of the least frequency, which is over the distinct frequencies.
+    The count of a key never fades while the key is in the tier, and is lost when it leaves. Each call takes O(1) per
+    key, except for finding the lowest count, which takes O(distinct counts).
     """
 
     def __init__(self) -> None:
         self._uses: dict[bytes, int] = {}
         self._oldest_first: dict[int, OrderedDict[bytes, None]] = {}
-        """For each number of uses that some key has, those keys."""
+        """For each number of uses, the keys that have it."""
 
     def on_request(self, keys: Sequence[bytes]) -> None:
         for key in reversed(keys):
@@ -41,7 +41,7 @@ class LFU(EvictionPolicy):
     def victims(self) -> Iterator[bytes]:
         if not self._uses:
             return iter(())
-        # Only the first is asked for, most of the time: the others are sorted when it is used up.
+        # Callers mostly need the first victims only, so higher counts are sorted when the lowest is used up.
         least = min(self._oldest_first)
         return chain(self._oldest_first[least], self._above(least))
 

@@ -7,7 +7,7 @@ from cache.eviction.protocol import EvictionPolicy
 
 
 class LRU(EvictionPolicy):
-    """The key whose last insertion or use lies furthest back leaves first. O(1) for every event."""
+    """Evicts the key that was inserted or used the longest ago. Each call takes O(1) per key."""
 
     def __init__(self) -> None:
         self._oldest_first: OrderedDict[bytes, None] = OrderedDict()

@@ -1,4 +1,4 @@
-"""Multi-queue (Zhou, Philbin and Li, USENIX ATC 2001): made for a second-level cache, whose reuse comes late."""
+"""Multi-queue (Zhou, Philbin and Li, USENIX ATC 2001), designed for second-level caches, where reuse comes late."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -8,18 +8,18 @@ from cache.eviction.protocol import EvictionPolicy
 
 QUEUES = 8
 DISTANCES = 64
-"""Octaves of distances that are told apart."""
+"""Number of octaves in which distances are counted."""
 LEAST_TURNOVER = 1024
-"""Uses that are counted at least before `life` is learned anew, however small the tier."""
+"""Minimum number of uses between two updates of `life`, however small the tier is."""
 
 
 class MQ(EvictionPolicy):
-    """LRU queues by the logarithm of the uses; the lowest that holds something gives the victim.
+    """One LRU queue for each octave of use counts. The victim comes from the lowest queue that is not empty.
 
-    A key that is not used for `life` uses of any key sinks by one queue. Uses are remembered for a while after a key
-    has left. As in the paper, `life` is the most frequent distance between two uses of a key,
-    learned as it goes; distances are counted by octaves, and halved in number as often as the tier turns over, so that
-    old ones fade. O(1) for every event.
+    A key that goes unused for `life` uses of any keys moves down by one queue. The use count of an evicted key is
+    remembered for a while. As in the paper, `life` is the most frequent distance between two uses of the same key. It
+    is learned from a histogram of distances in octaves. The histogram is halved each time the tier turns over, so that
+    old distances fade. Each call takes O(1) per key.
     """
 
     ghosts_per_chunk = 4
@@ -86,7 +86,7 @@ class MQ(EvictionPolicy):
         del self._sinks_at[key]
 
     def _sink(self) -> None:
-        """Lower the keys at the heads of the queues whose time is over, and learn anew what that time is."""
+        """Move expired keys at the heads of the queues down by one queue, and update `life` when it is due."""
         for queue in range(1, QUEUES):
             key = next(iter(self._queues[queue]), None)
             if key is not None and self._sinks_at[key] < self._now:

@@ -1,37 +1,39 @@
-"""How likely chunks are to be used again, by how often they were used and for how long not since: learned online."""
+"""Learns online how likely chunks are to be used again, by their number of uses and the time since the last one."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 NEW_CHUNKS = (4, 16, 64)
-"""Chunks that are new in a prompt at which the next class of new chunks begins."""
+"""Numbers of new chunks in a prompt at which the next class of new chunks begins."""
 TURN_USES = 5
-"""New chunks that follow one with fewer uses than this are taken for a conversation's next turn, and counted apart."""
+"""New chunks that follow a chunk with fewer uses than this form separate classes: they are likely a conversation's next
+turn."""
 USES = (3, 4, 5, 6, 7, 9, 13, 21, 34, 55, 100)
-"""Uses at which the next class of chunks that are not new begins; the first has two."""
+"""Numbers of uses at which the next class of used chunks begins. The first class has two uses."""
 WIDTHS = len(NEW_CHUNKS) + 1
 LAST = 2 * WIDTHS
-"""Class of the first use of a prompt's last chunk: a partial one is never used again."""
+"""Class of a new chunk at the end of its prompt. A partial chunk is never used again."""
 FIRST_USED = LAST + 1
 CLASSES = FIRST_USED + len(USES) + 1
 YOUNGEST = 8
-"""Ages below this are not told apart; above it there are two bins an octave."""
+"""Ages below this share one bin. Above it there are two bins per octave."""
 AGES = 36
 EDGES = (0.0, *(YOUNGEST * 2.0 ** (step / 2) for step in range(AGES)))
 """Bin `i` is `[EDGES[i], EDGES[i + 1])`, the last one unbounded."""
 
 CLASS_WEIGHT = 8.0
-"""Expected uses for which a class like it is believed as much as the class itself, as to the level ..."""
+"""At this many expected uses, the level of a class and that of a similar class have the same weight."""
 SHAPE_WEIGHT = 50.0
-"""... and chunks in a bin, as to the course over the ages."""
+"""At this many chunks in a bin, its own hazard and that of a similar class have the same weight."""
 FADING = 0.97
-"""What an observation counts after another learning, in parts: loads change."""
+"""Each update multiplies the weight of old observations by this, because loads change."""
 
 
 def class_of_new(new_chunks: int, uses_before: int) -> int:
-    """Class of a chunk at its first use, in a prompt of `new_chunks` new chunks after a chunk with `uses_before` uses.
+    """Class of a chunk at its first use, from 0 to `CLASSES - 1`.
 
-    None before it is no uses. From 0 to `CLASSES - 1`, as all classes are.
+    `new_chunks` is the number of new chunks in the prompt. `uses_before` is the number of uses of the chunk before the
+    new ones, and 0 if there is none.
     """
     is_turn = 0 < uses_before < TURN_USES
     return bisect_right(NEW_CHUNKS, new_chunks) + is_turn * WIDTHS
@@ -43,30 +45,30 @@ def class_of_used(uses: int) -> int:
 
 
 def age_of(age: int) -> int:
-    """The bin, from 0 to `AGES - 1`, of an age of so many prompts."""
+    """The bin, from 0 to `AGES - 1`, of an age in prompts."""
     return min(bisect_right(EDGES, age) - 1, AGES - 1)
 
 
 class AgeTable:
-    """Counts ages at reuse, and of `learn` makes densities: expected uses for each chunk and unit of time."""
+    """Counts the ages at which keys are used again, and derives densities: expected uses per chunk and unit of time."""
 
     def __init__(self) -> None:
         self._reused = [[0.0] * AGES for _ in range(CLASSES)]
         self._given_up = [[0.0] * AGES for _ in range(CLASSES)]
-        # Until something is learned the younger is worth more, as for LRU.
+        # Before the first update, younger chunks are worth more, as in LRU.
         self.density: Sequence[Sequence[float]] = [[1.0 / edge for edge in EDGES[1:]] for _ in range(CLASSES)]
         """By class and age."""
 
     def reused(self, kind: int, age: int) -> None:
-        """A key of class `kind` was used at this age (both as bins)."""
+        """A key of class `kind` was used again at this age (a bin)."""
         self._reused[kind][age] += 1
 
     def given_up(self, kind: int, age: int) -> None:
-        """A key of class `kind` was forgotten at this age: it lived so long without a use, no more is known."""
+        """A key of class `kind` was forgotten at this age (a bin), without a further use."""
         self._given_up[kind][age] += 1
 
     def learn(self, waiting: Iterable[tuple[int, int]]) -> None:
-        """Make `density` of all that was counted; `waiting` are class and age of every key that is remembered now."""
+        """Update `density` from all counts. `waiting` has the class and the age of every key that is remembered now."""
         unused = [counts.copy() for counts in self._given_up]
         for kind, age in waiting:
             unused[kind][age] += 1
@@ -81,7 +83,7 @@ class AgeTable:
 
 
 def _exposed(reused: Sequence[float], unused: Sequence[float]) -> list[float]:
-    """By age, how many keys lived through it; of those that went out of sight within it, half."""
+    """For each age, how many keys lived through it. Keys that went out of sight within it count half."""
     exposed, older = [0.0] * len(reused), 0.0
     for age in reversed(range(len(reused))):
         older += reused[age] + unused[age]
@@ -94,9 +96,9 @@ def _sums(counts: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _hazards(reused: Sequence[float], unused: Sequence[float], like: Sequence[float] | None) -> list[float]:
-    """By age, the probability that a key that has come to it is used within its bin.
+    """For each age, the probability that a key of this age is used again within the bin.
 
-    Where little was seen it is the hazard of a class that is `like` this one, at this one's own level.
+    Where few keys were seen, this falls back on `like`, the hazards of a similar class, scaled to this class's level.
     """
     exposed = _exposed(reused, unused)
     if like is None:
@@ -110,7 +112,7 @@ def _hazards(reused: Sequence[float], unused: Sequence[float], like: Sequence[fl
 
 
 def _densities(hazards: Sequence[float]) -> list[float]:
-    """By age, the greatest quotient of uses and time that keeping a chunk up to some later age promises."""
+    """For each age, the greatest expected uses per unit of time over all ages up to which a chunk may be kept."""
     densities = []
     for begin in range(len(hazards)):
         left, uses, time, best = 1.0, 0.0, 0.0, 0.0

@@ -1,4 +1,4 @@
-"""The keys that a tier under one policy would hold, without their chunks."""
+"""Simulates which keys a tier would hold under a policy, without the chunks."""
 
 from collections.abc import Collection, Sequence
 
@@ -6,13 +6,13 @@ from cache.eviction.protocol import EvictionPolicy
 
 
 class ShadowTier:
-    """Looks up and stores each prompt at once, as the cache does where they come one after the other."""
+    """Looks up and stores each prompt at once, as the cache does when prompts come one after the other."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
         self.held: set[bytes] = set()
         self.left: list[bytes] = []
-        """What has been evicted, for whom it serves to read and to clear."""
+        """Evicted keys. The caller reads and clears them."""
         self._capacity = 0
 
     def resize(self, capacity_chunks: int) -> None:
@@ -22,7 +22,7 @@ class ShadowTier:
             self._evict(next(self.policy.victims()))
 
     def request(self, keys: Sequence[bytes]) -> int:
-        """A prompt's chunks are looked up, and what is missing comes in; how many it held up to the first gap."""
+        """Look up a prompt and insert its missing keys. Returns how many keys it held before the first missing one."""
         self.policy.on_request(keys)
         prefix = next((place for place, key in enumerate(keys) if key not in self.held), len(keys))
         self.policy.arrange(keys[:prefix])
@@ -34,7 +34,7 @@ class ShadowTier:
         return prefix
 
     def offer(self, key: bytes, kept: Collection[bytes] = ()) -> bool:
-        """`key`, which it does not hold, may come in, but not for one of `kept`; whether it did."""
+        """Insert `key`, which it does not hold, unless that would evict one of `kept`. True if it was inserted."""
         if len(self.held) >= self._capacity:
             if self._capacity == 0 or not self.policy.admits(key):
                 return False

@@ -1,4 +1,4 @@
-"""One budget of chunks for all slots of a job, each chunk where it gains most."""
+"""Divides one budget of chunks among the slots of a job, each chunk to the slot where it gains most."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from cache.sizing.gain_curve import GainCurve
 
 @dataclass(frozen=True)
 class SlotReport:
-    """What one slot tells the others."""
+    """What a slot tells the others."""
 
     curve: GainCurve
     capacity_chunks: int
-    """What its local tier may hold now."""
+    """How many chunks its local tier may hold now."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What all slots may hold together, and the least and the greatest of each."""
+    """The chunks that all slots may hold together, and the bounds for each slot."""
 
     chunks: int
     slots: int
@@ -26,13 +26,13 @@ class Budget:
 
     @property
     def even_chunks(self) -> int:
-        """A slot's capacity as long as it does not know of the others."""
+        """The capacity of a slot that does not know the reports of the others."""
         return max(self.least_chunks, min(self.chunks // self.slots, self.greatest_chunks))
 
     def share(self, reports: Mapping[int, SlotReport]) -> dict[int, int]:
-        """Capacities of the slots that report, by slot: the same for the same reports, in every process.
+        """Capacity of each reporting slot. Equal reports give equal results in every process.
 
-        A slot grows into what nobody holds: who is to shrink still holds its chunks until its next look-up.
+        A slot only grows into free budget. A shrinking slot frees its chunks at its next lookup.
         """
         shares = self._by_gain({slot: report.curve for slot, report in reports.items()})
         free = self.chunks - sum(report.capacity_chunks for report in reports.values())
@@ -45,14 +45,14 @@ class Budget:
         return shares
 
     def _by_gain(self, curves: Mapping[int, GainCurve]) -> dict[int, int]:
-        """Each slot's least first, then the steepest steps; what nobody gains by is spread evenly.
+        """Each slot's minimum first, then the steepest steps of all curves; the rest is spread evenly.
 
-        As the steps of a curve fall, the steepest first gain the most hits a second that so many chunks can.
+        The steps of each curve decrease. So taking the steepest first gains the most hits per second for the budget.
         """
         shares = dict.fromkeys(sorted(curves), self.least_chunks)
         steps = [(step.gain, slot, step.chunks) for slot in shares for step in curves[slot].steps]
         steps.sort(key=lambda step: (-step[0], step[1]))
-        # The least is made of a curve's first steps, whatever they gain.
+        # The minimum uses up the first steps of a curve, whatever they gain.
         given = dict.fromkeys(shares, self.least_chunks)
         left = self.chunks - sum(shares.values())
         for _, slot, wanted in steps:
@@ -72,5 +72,5 @@ class Budget:
 
 
 def _by_share_descending(shares: Mapping[int, int]) -> Iterable[int]:
-    # Those that are the nearest to the greatest take the least of it, and leave the more to the others.
+    # Slots close to their maximum can take little, and leave more to the slots after them.
     return sorted(shares, key=lambda slot: (-shares[slot], slot))

@@ -1,4 +1,4 @@
-"""MRC within a budget that several slots share: the capacity is what the slot is granted."""
+"""MRC with a budget that several slots share: the capacity is the slot's share."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,20 +10,20 @@ from cache.sizing.miss_ratio_curve import MissRatioCurve
 
 
 class Shares(Protocol):
-    """The way to the other slots."""
+    """The connection to the other slots that share the budget."""
 
     @property
     def granted_chunks(self) -> int:
-        """What this slot may hold now."""
+        """How many chunks this slot may hold now."""
         ...
 
     def offer(self, report: SlotReport) -> None:
-        """Tell the others what more chunks would gain here. Does not wait."""
+        """Tell the other slots what more chunks would gain here. Does not block."""
         ...
 
 
 class Budgeted:
-    """Keeps the curve that MRC keeps and tells of it at every `adjust_every_requests`-th request; follows its grant."""
+    """Takes its capacity from `shares`. Reports its curve at every `adjust_every_requests`-th request."""
 
     def __init__(self, config: SizingConfig, shares: Shares) -> None:
         self._config = config

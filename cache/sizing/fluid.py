@@ -8,15 +8,15 @@ from cache.config import SizingConfig
 from cache.sizing.protocol import clamp
 
 LEAST_SPAN_MS = 1000.0
-"""Requests that came within less than this are taken to span it: a burst of two is no rate of thousands a second."""
+"""Minimum time span of a rate: two requests within 1 ms are not a rate of 2,000 per second."""
 
 
 class Fluid:
-    """Compares the rate of the last seconds with its own long-run average: above it grows, below it shrinks.
+    """Compares the recent request rate with its long-run average. Grows above the average and shrinks below it.
 
-    At every `adjust_every_requests`-th request: `rate` = requests of the last `fluid_window_ms` / the time they span;
-    compared with the average `h` as it stood; then `h = w h + (1 - w) rate`. The first decision only sets `h`.
-    Memory: one number for each request of the window.
+    It decides at every `adjust_every_requests`-th request. `rate` is the number of requests in the last
+    `fluid_window_ms` over the time that they span. It is compared with the average `h`, which is then updated:
+    `h = w h + (1 - w) rate`. The first decision only sets `h`. The policy stores one number per request in the window.
     """
 
     def __init__(self, config: SizingConfig) -> None:
@@ -44,7 +44,7 @@ class Fluid:
         if average is None:
             self._average_rate = rate
             return
-        # Rounded away from where it stands, so that a step moves a small capacity too.
+        # Rounded away from the current value, so that a step changes a small capacity too.
         if rate > config.fluid_grow_above * average:
             self.capacity_chunks = clamp(math.ceil(self.capacity_chunks * config.fluid_grow_factor), config)
         elif rate < config.fluid_shrink_below * average:

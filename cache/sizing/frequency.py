@@ -1,4 +1,4 @@
-"""FREQUENCY: room for the keys that most accesses go to."""
+"""FREQUENCY: room for the keys with the most accesses."""
 
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ _ROUNDING = 1e-9
 
 
 class Frequency:
-    """Keys fall into buckets; the buckets with the most accesses per key that together cover most accesses must fit.
+    """Hashes keys into buckets, and makes room for the most used buckets that together cover most accesses.
 
-    At every `adjust_every_requests`-th request the buckets are sorted by accesses per distinct key, descending, and
-    the capacity is the number of distinct keys in the first of them that cover `frequency_coverage` of all accesses.
-    Counted are the last `frequency_window_accesses` accesses, which bounds the memory.
+    It decides at every `adjust_every_requests`-th request. The buckets are sorted by accesses per distinct key,
+    descending. The capacity is the number of distinct keys in the first buckets that cover `frequency_coverage` of all
+    accesses. Only the last `frequency_window_accesses` accesses count, which bounds the memory.
     """
 
     def __init__(self, config: SizingConfig) -> None:
@@ -36,7 +36,7 @@ class Frequency:
 
     @property
     def remembered_accesses(self) -> int:
-        """Accesses that the next decision counts; never above `frequency_window_accesses`."""
+        """Number of accesses that the next decision counts; at most `frequency_window_accesses`."""
         return len(self._window)
 
     def _count(self, key: bytes) -> None:
@@ -58,7 +58,7 @@ class Frequency:
             self._distinct[bucket] -= 1
 
     def _bucket(self, key: bytes) -> int:
-        # From the key's own bytes, which are uniform: Python's hash differs from process to process.
+        # The bytes of a key are uniform. Python's hash would differ from process to process.
         return int.from_bytes(key[:8], "little") % self._config.frequency_buckets
 
     def _keys_to_cover(self) -> int:

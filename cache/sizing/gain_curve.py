@@ -1,4 +1,4 @@
-"""What another chunk would gain: the concave majorant of hits over capacity."""
+"""How many hits one more chunk would gain: the concave majorant of hits over capacity."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -9,23 +9,23 @@ import numpy as np
 from cache.sizing.miss_ratio_curve import MissRatioCurve
 
 LEAST_SPAN_S = 1.0
-"""A curve is taken to span this at least: what came at once is no gain of thousands a second."""
+"""Minimum time span of a curve: two hits within 1 ms are not a gain of 2,000 per second."""
 _POINTS = 128
-"""Capacities that a curve is read at, a few percent apart from one another."""
+"""Number of capacities at which a curve is evaluated, a few percent apart."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stretch of a curve along which every chunk gains as much."""
+    """A part of a curve in which every chunk gains the same."""
 
     chunks: int
     gain: float
-    """Hits per second that each of these chunks gains: hits per chunk-second."""
+    """Hits per second that each of these chunks gains (hits per chunk-second)."""
 
 
 @dataclass(frozen=True)
 class GainCurve:
-    """Steps of falling gain, from the first chunk on. Beyond the last of them a chunk gains nothing."""
+    """Steps of decreasing gain, from the first chunk on. Beyond the last step a chunk gains nothing."""
 
     steps: tuple[Step, ...]
 
@@ -33,14 +33,14 @@ class GainCurve:
     def of(cls, curve: MissRatioCurve, greatest_chunks: int) -> "GainCurve":
         """The gain curve of the hits that `curve` counted, for capacities up to `greatest_chunks`.
 
-        The majorant, as a capacity within a dent of the curve is never worth its price: either end of the dent is.
+        It is the concave majorant: at any price, one end of a dent in the curve is a better capacity than its inside.
         """
         capacities = _capacities(greatest_chunks)
         hits_per_s = curve.hits(capacities) / max(curve.seconds, LEAST_SPAN_S)
         return cls(tuple(_majorant(capacities, hits_per_s.tolist())))
 
     def knee(self, price: float) -> int:
-        """The capacity from which on another chunk gains less than `price` hits per chunk-second."""
+        """The capacity beyond which one more chunk gains less than `price` hits per chunk-second."""
         return sum(step.chunks for step in self.steps if step.gain >= price)
 
 
@@ -51,7 +51,7 @@ def _capacities(greatest_chunks: int) -> Sequence[int]:
 
 
 def _majorant(capacities: Sequence[int], hits_per_s: Sequence[float]) -> Iterator[Step]:
-    """Andrew's monotone chain: a point that lies on or below the line between its neighbours is left out."""
+    """Andrew's monotone chain: leaves out points on or below the line between their neighbours."""
     kept: list[tuple[int, float]] = []
     for x, y in zip(capacities, hits_per_s, strict=True):
         while len(kept) > 1 and _slope(kept[-2], kept[-1]) <= _slope(kept[-1], (x, y)):

@@ -1,4 +1,4 @@
-"""How many hits a least-recently-used tier of any capacity would have had, from one pass over the accesses."""
+"""The hits that an LRU tier of any capacity would have had, measured in one pass over the accesses."""
 
 import math
 from collections import OrderedDict
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 NEVER = math.inf
-"""Depth of a key that is not known: no capacity would have held it."""
+"""Depth of an unknown key: no capacity would have held it."""
 _KEY_VALUES = 1 << 64
 _PENDING = 4096
 _ROUNDING = 1e-9
@@ -17,19 +17,19 @@ Floats = npt.NDArray[np.float64]
 
 
 class MissRatioCurve:
-    """Hits over capacity of a stream of look-ups, by the depth at which each key lies in the LRU stack.
+    """Counts hits over capacity for a stream of lookups, by the depth of each key in the LRU stack.
 
-    A tier of `c` chunks holds the uppermost `c` keys of the stack, so that an access is a hit of every capacity from
-    its depth on (Mattson et al., 1970). Depths are counted by a Fenwick tree over the order of last accesses: O(log n)
-    an access. A look-up is measured against the stack as it was before it, and then lies on top, its first key
-    uppermost: as `LocalTier.touch` has it, where a prompt's first chunk leaves last.
+    A tier of `c` chunks holds the top `c` keys of the stack. So an access is a hit at every capacity that is at least
+    its depth (Mattson et al., 1970). A Fenwick tree over the order of last accesses counts depths in O(log n) per
+    access. A lookup is measured against the stack before it. Then its keys move to the top, with the first key
+    uppermost, as in the local tier, where a prompt's first chunk leaves last.
 
-    At most `tracked_keys` keys are remembered. Where `greatest_chunks` is no more than that, hits up to it are exact.
-    Where it is more, only keys whose hash falls below a threshold are followed, and a depth among them stands for one
-    that is larger by the inverse of their share, `rate`: spatial sampling as in SHARDS (Waldspurger et al., FAST'15),
-    with its correction of the first depth for a sample that has drawn more or fewer accesses than its share.
+    At most `tracked_keys` keys are tracked. If `greatest_chunks` is not larger, hits up to that capacity are exact.
+    Otherwise only keys whose hash is below a threshold are tracked. `rate` is their share, and a depth among them is
+    scaled by its inverse. This is spatial sampling as in SHARDS (Waldspurger et al., FAST'15). As there, the hits at
+    the first depth are corrected if the sample has more or fewer accesses than its share.
 
-    Memory: a few numbers for each tracked key and for each depth.
+    The memory is a few numbers for each tracked key and for each depth.
     """
 
     def __init__(self, greatest_chunks: int, tracked_keys: int) -> None:
@@ -37,7 +37,7 @@ class MissRatioCurve:
         self.rate = min(1.0, tracked_keys / greatest_chunks) if greatest_chunks else 1.0
         self._threshold = math.ceil(self.rate * _KEY_VALUES)
         self._stack: OrderedDict[bytes, int] = OrderedDict()
-        """Place of each known key's last access, the oldest first."""
+        """Place of the last access of each known key, the oldest first."""
         self._places = 1 << (2 * self._tracked - 1).bit_length()
         self._tree = [0] * (self._places + 1)
         self._next_place = 1
@@ -45,19 +45,19 @@ class MissRatioCurve:
         self._pending: list[int] = []
         self._sampled = 0.0
         self.accesses = 0.0
-        """Keys looked up, aged."""
+        """Number of keys looked up. Old lookups fade."""
         self.seconds = 0.0
-        """Time from the first look-up to the last, aged."""
+        """Time from the first lookup to the last. Old time fades."""
         self._now_ms: float | None = None
 
     def __len__(self) -> int:
-        """Keys that are remembered; never above `tracked_keys`."""
+        """Number of tracked keys; at most `tracked_keys`."""
         return len(self._stack)
 
     def look_up(self, now_ms: float, keys: Sequence[bytes]) -> list[float]:
-        """Count one look-up of distinct `keys`; the least capacity, in chunks, that each sampled one was a hit of.
+        """Count one lookup of distinct `keys`. Returns for each sampled key the smallest capacity, in chunks, of a hit.
 
-        `now_ms` never goes back.
+        `now_ms` never decreases.
         """
         if self._now_ms is not None:
             self.seconds += (now_ms - self._now_ms) / 1000
@@ -71,11 +71,11 @@ class MissRatioCurve:
         return self._in_chunks(depths)
 
     def put(self, keys: Sequence[bytes]) -> list[float]:
-        """Distinct `keys` were stored, and lie on top now; how deep each sampled one lay before. Counts no access."""
+        """Move distinct `keys`, which were stored, to the top. Returns what `look_up` does, and counts no access."""
         return self._in_chunks(self._use(keys))
 
     def age(self, weight: float) -> None:
-        """What was counted so far counts for `weight` of itself from now on."""
+        """Multiply the weight of all counts so far by `weight`."""
         self._count_pending()
         self._hits_at_depth *= weight
         self._sampled *= weight
@@ -83,21 +83,21 @@ class MissRatioCurve:
         self.seconds *= weight
 
     def hits(self, capacities: npt.ArrayLike) -> Floats:
-        """How many of `accesses` a tier would have hit, for each of the ascending `capacities` in chunks."""
+        """How many of `accesses` would have been hits, for each of the ascending `capacities` in chunks."""
         self._count_pending()
         chunks = np.asarray(capacities)
         if not self.accesses:
             return np.zeros(chunks.shape)
-        # Depth 0 stands for keys that were not known.
+        # Depth 0 counts unknown keys.
         within = np.cumsum(self._hits_at_depth) - self._hits_at_depth[0]
         depths = np.floor((chunks - 1) * self.rate + _ROUNDING).astype(int) + 1
         found = within[np.clip(depths, 0, self._tracked)]
-        # A key that all prompts share is sampled or not as a whole, and lies near the top: what is missing lay there.
+        # A key that all prompts share is near the top, and all its accesses are sampled or none. So corrections go there.
         found = np.where(chunks > 0, found + self.accesses * self.rate - self._sampled, 0.0)
         return np.clip(np.maximum.accumulate(found) / self.rate, 0.0, self.accesses)
 
     def _use(self, keys: Sequence[bytes]) -> list[int]:
-        """Lay the sampled ones of `keys` on top; their depths before, as `_depths` has them."""
+        """Move the sampled `keys` to the top. Returns their depths before, as `_depths` does."""
         if self.rate < 1:
             threshold = self._threshold
             keys = [key for key in keys if int.from_bytes(key[-8:], "little") < threshold]
@@ -111,7 +111,7 @@ class MissRatioCurve:
         return [depth or NEVER for depth in depths]
 
     def _depths(self, keys: Sequence[bytes]) -> list[int]:
-        """1 for the uppermost; 0 for a key that is not known."""
+        """Depth of each key: 1 at the top, 0 for an unknown key."""
         stack, tree, known = self._stack, self._tree, len(self._stack)
         depths = []
         for key in keys:
@@ -147,7 +147,7 @@ class MissRatioCurve:
             place += place & -place
 
     def _renumber(self) -> None:
-        """Close the gaps that moved keys have left: at most half of the places are taken then."""
+        """Close the gaps that moved keys left. After that, at most half of the places are taken."""
         known = len(self._stack)
         for place, key in enumerate(self._stack, start=1):
             self._stack[key] = place

@@ -1,4 +1,4 @@
-"""MRC: the capacity that a miss-ratio curve, kept while the load runs, says is needed."""
+"""MRC: sets the capacity from a miss-ratio curve that is measured while the load runs."""
 
 import math
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from cache.sizing.protocol import clamp
 
 
 class MRC:
-    """At every `adjust_every_requests`-th request the capacity moves towards what the curve of late says is needed.
+    """At every `adjust_every_requests`-th request, moves the capacity towards the one that the recent curve asks for.
 
-    Goal `hit_rate`: the smallest capacity that would have hit `mrc_target_hit_rate` of the recent accesses, and what
-    earlier ones are short of it or above it besides. The policy knows how many that are: a least-recently-used tier
-    holds the top of the stack, so that its hits follow from the capacities that it was given. Where no capacity
-    reaches that, and for the goal `price` always: the knee, beyond which another chunk gains less than
-    `mrc_price` hits a second.
+    With the goal `hit_rate` this is the smallest capacity that would have hit `mrc_target_hit_rate` of the recent
+    accesses. It is corrected for the surplus or shortfall of hits so far, which the policy can compute: an LRU tier
+    holds the top of the LRU stack, so its hits follow from its past capacities. With the goal `price`, or if no
+    capacity reaches the target, it is the knee of the curve: beyond it one more chunk gains less than `mrc_price` hits
+    per second.
 
-    In the first `mrc_warmup_requests` the tier grows with what is looked up, so that next to nothing leaves: how much
-    room that needs is on no curve before it was looked up again. After that a decision moves the capacity by a bounded
-    factor, and leaves it where it is about right. Growing never waits, as what has left is missed; shrinking waits for
-    `mrc_dwell_ms` after a change.
+    During the first `mrc_warmup_requests` the tier grows with the number of chunks looked up, so that almost nothing is
+    evicted. The curve shows how much room these chunks need only after they are looked up again. After that, a decision
+    changes the capacity by at most a fixed factor, and skips small changes. An increase never waits, because evicted
+    chunks would be missed. A decrease waits for `mrc_dwell_ms` after the previous change.
     """
 
     def __init__(self, config: SizingConfig) -> None:
@@ -31,15 +31,15 @@ class MRC:
         self._curve = MissRatioCurve(config.max_capacity_chunks, config.mrc_tracked_chunks)
         self._requests = 0
         self._resident = 0.0
-        """Keys at the top of the stack that a least-recently-used tier of our capacities holds."""
+        """How many keys from the top of the LRU stack an LRU tier with the policy's capacities holds."""
         self._owed = 0.0
-        """Hits that the accesses so far are short of the target by; aged."""
+        """Target hits minus actual hits so far. Old values fade."""
         self._moved_ms = -math.inf
         self.capacity_chunks = clamp(config.capacity_chunks, config)
 
     @property
     def tracked_chunks(self) -> int:
-        """Keys that are remembered; never above `mrc_tracked_chunks`."""
+        """Number of tracked keys; at most `mrc_tracked_chunks`."""
         return len(self._curve)
 
     def observe(self, now_ms: float, keys: Sequence[bytes]) -> int:
@@ -58,7 +58,7 @@ class MRC:
         self._resident = min(self._resident, self.capacity_chunks)
 
     def _needed(self) -> int:
-        """The capacity that reaches the goal on the curve as it is now."""
+        """The capacity that reaches the goal on the current curve."""
         config, curve = self._config, self._curve
         if config.mrc_goal is MrcGoal.HIT_RATE:
             capacities = np.arange(config.min_capacity_chunks, config.max_capacity_chunks + 1)
@@ -70,7 +70,7 @@ class MRC:
 
     def _move_towards(self, needed: int, now_ms: float) -> None:
         config, capacity = self._config, self.capacity_chunks
-        # Rounded away from where it stands, so that a step moves a small capacity too.
+        # Rounded away from the current value, so that a step changes a small capacity too.
         most = max(math.ceil(capacity * config.mrc_grow_factor), capacity + 1)
         least = math.floor(capacity / config.mrc_shrink_factor)
         aim = clamp(max(least, min(needed, most)), config)
@@ -86,7 +86,7 @@ class MRC:
         self._owed *= 0.5 ** (every / self._config.mrc_horizon_requests)
 
     def _admit(self, depths: Sequence[float], accesses: int) -> None:
-        """Follow what the tier does with this look-up: hits what it holds, takes in the rest, evicts the oldest."""
+        """Follow what the tier does at this lookup: it hits keys that it holds, inserts the others, and evicts."""
         self._resident = min(self._resident, self.capacity_chunks)
         missed = self._take_in(depths)
         self._owed += self._config.mrc_target_hit_rate * accesses - (accesses - missed)
@@ -95,7 +95,7 @@ class MRC:
         self._resident = min(self._resident, self.capacity_chunks)
 
     def _take_in(self, depths: Sequence[float]) -> float:
-        """Make resident what was not; how much that is."""
+        """Make the missing keys resident, and return how many there are."""
         missed = sum(depth > self._resident for depth in depths) / self._curve.rate
         self._resident += missed
         return missed

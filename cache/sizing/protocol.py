@@ -1,4 +1,4 @@
-"""What a cache tells a sizing policy, and what it asks of it."""
+"""The interface between the cache and a sizing policy."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -7,30 +7,31 @@ from cache.config import SizingConfig
 
 
 class SizingPolicy(Protocol):
-    """Decides how many chunks the local tier may hold. Knows nothing of what the tier holds."""
+    """Decides how many chunks the local tier may hold. It does not know which chunks the tier holds."""
 
     @property
     def capacity_chunks(self) -> int:
-        """The capacity as it was last decided; at first what the configuration begins with."""
+        """The latest decision; before the first one, the configured capacity."""
         ...
 
     def observe(self, now_ms: float, keys: Sequence[bytes]) -> int:
-        """One request looked up `keys` (its full chunks; maybe none) at `now_ms`; the capacity from now on.
+        """Record that a request looked up `keys` at `now_ms`, and return the capacity from now on, in chunks.
 
-        `now_ms` never goes back. Every call counts as one request.
+        `keys` are those of the prompt's full chunks; there may be none. `now_ms` never decreases. Each call is one
+        request.
         """
         ...
 
 
 @runtime_checkable
 class StoreObserver(Protocol):
-    """A sizing policy that follows what the tier holds: it is told of what is stored as well."""
+    """A sizing policy that also needs to know what is stored."""
 
     def observe_stored(self, keys: Sequence[bytes]) -> None:
-        """`keys`, of a prompt and of its answer, were offered to the local tier and have been used."""
+        """Record that `keys`, of a prompt and its answer, were offered to the local tier. This counts as a use."""
         ...
 
 
 def clamp(capacity_chunks: int, config: SizingConfig) -> int:
-    """`capacity_chunks` within the least and the greatest that a policy may set."""
+    """`capacity_chunks`, limited to the range that a policy may set."""
     return max(config.min_capacity_chunks, min(capacity_chunks, config.max_capacity_chunks))

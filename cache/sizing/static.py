@@ -6,7 +6,7 @@ from cache.config import SizingConfig
 
 
 class Static:
-    """`capacity_chunks`, always; the least and the greatest are for policies that change it."""
+    """Always `capacity_chunks`. Its configured bounds apply only to policies that change the capacity."""
 
     def __init__(self, config: SizingConfig) -> None:
         self.capacity_chunks = config.capacity_chunks
