@@ -35,10 +35,11 @@ from core.clock import SystemClock
 from core.config import Config
 from core.errors import UserError, exit_on_user_error
 from core.records import Request
+from inference_service.byte_tokenizer import byte_tokenizer
 from inference_service.completion import Completion
 from inference_service.config import EngineConfig, SamplingDefaults
 from inference_service.continuous_engine import ContinuousEngine
-from inference_service.default_model import byte_tokenizer, default_model_path
+from inference_service.default_model import default_model_path
 from inference_service.model import LoadedModel
 from inference_service.transformers_engine import load_checked_model
 

@@ -10,17 +10,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from inference_service.byte_tokenizer import byte_tokenizer
 
 NAME = "random-qwen2-30m"
 SEED = 0
-EOS = "<|end|>"
-PAD = "<|pad|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
 
 
 def default_model_path() -> Path:
@@ -65,14 +60,3 @@ def build_default_model(path: Path, seed: int = SEED) -> None:
         torch.manual_seed(seed)
         Qwen2ForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the 256 bytes, end and padding; any text that spells neither of those comes back."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)  # type: ignore[no-untyped-call]
-    fast.chat_template = CHAT_TEMPLATE
-    return fast

@@ -16,9 +16,9 @@ from cache.protocol import ChunkShape
 from core.clock import Clock, SystemClock
 from core.errors import UserError
 from inference_service.active_sequence import Piece, leading_rows
+from inference_service.byte_tokenizer import byte_tokenizer
 from inference_service.config import EngineConfig
 from inference_service.continuous_engine import ContinuousEngine
-from inference_service.default_model import byte_tokenizer
 from inference_service.device_profile import DeviceProfile
 from inference_service.engine import EngineSetting
 from inference_service.generation_defaults import GenerationDefaults

@@ -13,8 +13,8 @@ from benchmarks import kv_reuse
 from benchmarks.report import median_noise, spread
 from benchmarks.reuse_probe import ReuseProbe, WrongMeasurementError
 from core.errors import UserError
+from inference_service.byte_tokenizer import byte_tokenizer
 from inference_service.completion import Completion
-from inference_service.default_model import byte_tokenizer
 
 PROMPTS = (64, 128)
 FIGURES = {

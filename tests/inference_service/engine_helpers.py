@@ -11,10 +11,10 @@ import transformers
 from cache.protocol import ChunkShape, KVCache, Prefetch
 from core.clock import Clock, ManualClock
 from core.records import Request
+from inference_service.byte_tokenizer import byte_tokenizer
 from inference_service.completion import Completion, Failure
 from inference_service.config import EngineConfig
 from inference_service.continuous_engine import ContinuousEngine
-from inference_service.default_model import byte_tokenizer
 from inference_service.model import LoadedModel
 from inference_service.transformers_engine import load_checked_model
 

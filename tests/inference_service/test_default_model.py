@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config
 
 from inference_service import default_model
+from inference_service.byte_tokenizer import EOS, PAD, byte_tokenizer
 from inference_service.config import EngineConfig
-from inference_service.default_model import EOS, NAME, PAD, build_default_model, byte_tokenizer, default_model_path
+from inference_service.default_model import NAME, build_default_model, default_model_path
 from inference_service.model import LoadedModel
 from inference_service.transformers_engine import load_checked_model
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from made_tokenizers import CORPUS, KINDS
 from transformers import PreTrainedTokenizerFast
 
-from inference_service.default_model import byte_tokenizer
+from inference_service.byte_tokenizer import byte_tokenizer
 from inference_service.detokenize import answer_text
 
 TOKENIZERS: dict[str, PreTrainedTokenizerFast] = {

@@ -22,10 +22,10 @@ from core.clock import ManualClock
 from core.errors import UserError
 from core.records import FinishReason
 from inference_service.active_sequence import Piece
+from inference_service.byte_tokenizer import byte_tokenizer
 from inference_service.completion import Completion, Failure
 from inference_service.config import EngineConfig
 from inference_service.continuous_engine import ContinuousEngine
-from inference_service.default_model import byte_tokenizer
 from inference_service.model import LoadedModel, load_model
 
 PROMPT = tokens_of(7, 20)

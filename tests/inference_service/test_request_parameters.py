@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.records import FinishReason, Request
+from inference_service.byte_tokenizer import byte_tokenizer
 from inference_service.completion import Completion, Failure
-from inference_service.default_model import byte_tokenizer
 from inference_service.detokenize import UNFINISHED, answer_text
 from inference_service.logprobs import LEAST_LOGPROB, token_logprobs
 from inference_service.model import LoadedModel

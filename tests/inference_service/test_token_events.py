@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from made_tokenizers import KINDS
 
 from core.records import FinishReason
+from inference_service.byte_tokenizer import byte_tokenizer
 from inference_service.completion import TokenEvent
-from inference_service.default_model import byte_tokenizer
 from inference_service.detokenize import answer_text
 from inference_service.model import LoadedModel
 from inference_service.text_stream import TextStream

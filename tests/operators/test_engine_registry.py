@@ -61,5 +61,8 @@ import inference_service.engine, inference_service.scheduler
 assert "torch" not in sys.modules
 import operators.slots.slot
 assert "transformers" not in sys.modules
+import inference_service.simulated
+inference_service.simulated.byte_tokenizer()
+assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
