@@ -1,4 +1,4 @@
-"""A two-level cache of key/value chunks: the local tier in the operator's process, Redis behind it.
+"""A two-level cache of key/value chunks: a local tier in the slot's process, and Redis behind it.
 
-`cache.manager.open_cache` makes one; `cache.protocol` says what it promises, and needs nothing but PyTorch.
+`cache.manager.open_cache` opens a cache. `cache.protocol` defines its interface and needs only PyTorch.
 """

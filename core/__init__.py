@@ -1,1 +1,1 @@
-"""The vocabulary that every room shares: records, configuration, clock and errors. Imports nothing of the project."""
+"""What all packages share: records, access to Kafka and Redis, options, clock and errors. Imports no other package."""

@@ -1,6 +1,6 @@
-"""What the clients of Redis and Kafka are made with, besides timeouts: where, over TLS or not, and as whom.
+"""Settings of Redis and Kafka clients, except timeouts: address, TLS and credentials.
 
-Every `redis.Redis` and every client of kafka-python in the project is made with these settings.
+Every `redis.Redis` and every kafka-python client in the project is made with these settings.
 """
 
 import logging
@@ -13,13 +13,13 @@ from core.kafka_config import KafkaAccessConfig
 from core.redis_config import RedisAccessConfig
 
 _TELLING_LOGGERS = ("kafka.admin.client", "kafka.net.connection", "kafka.protocol.parser")
-"""At DEBUG these write out what kafka-python is configured with and sends, passwords included."""
+"""At DEBUG these loggers write what kafka-python is configured with and sends, including passwords."""
 FROM_ENVIRONMENT = RedisAccessConfig()
-"""Whoever the environment says."""
+"""Credentials from environment variables, if they are set."""
 
 
 class _Hidden(str):
-    """A text that its own `repr` leaves out, for a client that prints its settings."""
+    """A string whose `repr` hides it, because clients may print their settings."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""Time as an argument: the system's clock, or one that a test moves by hand."""
+"""Clocks, so that time is an argument: the system's clock, or one that a test moves."""
 
 import time
 from typing import Protocol
@@ -6,11 +6,11 @@ from typing import Protocol
 
 class Clock(Protocol):
     def wall_ms(self) -> float:
-        """Milliseconds since the Unix epoch: comparable between processes, may jump."""
+        """Milliseconds since the Unix epoch. Comparable between processes; may jump."""
         ...
 
     def monotonic_ms(self) -> float:
-        """Milliseconds since an arbitrary start: for durations and deadlines, never goes back."""
+        """Milliseconds since an arbitrary start, for durations and deadlines. Never decreases."""
         ...
 
 
@@ -23,7 +23,7 @@ class SystemClock:
 
 
 class ManualClock:
-    """A clock that stands still until it is told to `advance`."""
+    """A clock that only moves when `advance` is called."""
 
     def __init__(self, now_ms: float = 0.0) -> None:
         self._now_ms = now_ms

@@ -1,7 +1,7 @@
-"""Secrets of this host: who its clients of Redis and Kafka are, and the key that authenticates chunks.
+"""Secrets of this host: credentials for Redis and Kafka, and the key that authenticates chunks.
 
-They come from the environment or from a file that its owner alone may read, and are read where they are used. A
-configuration travels with a job, to be seen on Flink's pages: it holds the path of such a file at most.
+A secret comes from an environment variable, or from a file that only its owner may read. It is read where it is used. A
+configuration travels with its job and is shown on Flink's pages, so it only holds the path of such a file.
 """
 
 import os
@@ -15,7 +15,7 @@ from core.errors import UserError
 CHUNK_KEY_VARIABLE = "INFERTUNER_CHUNK_KEY"
 LEAST_KEY_CHARACTERS = 32
 FOR_OTHERS = 0o077
-"""Permissions of group and others; a file of secrets grants none of them."""
+"""Permission bits of group and others. A file with secrets must have none of them."""
 _BLANKS = " \t\f"
 _read: set[str] = set()
 """Every secret that this process has read, for `without_secrets`."""
@@ -23,21 +23,21 @@ _read: set[str] = set()
 
 @dataclass(frozen=True)
 class Credentials:
-    """Who a client says it is. Its text leaves the password out."""
+    """User name and password of a client. Its text hides the password."""
 
     username: str | None
     password: SecretStr
 
 
 def variable(service: str, name: str) -> str:
-    """The environment variable of the `username` or `password` of `redis` or `kafka`."""
+    """The environment variable with the `username` or `password` (`name`) for `redis` or `kafka` (`service`)."""
     return f"INFERTUNER_{service}_{name}".upper()
 
 
 def credentials(service: str, file: Path | None) -> Credentials | None:
-    """Credentials of `redis` or `kafka`, from `file` or, without one, from the environment; none if neither has any.
+    """Credentials for `redis` or `kafka` from `file`, or without a file from the environment; none if it has none.
 
-    Raises `UserError` for a file that is missing, that others may read, or that names no password.
+    Raises `UserError` for a file that is missing, that others may read, or that has no password.
     """
     option = f"{service}_credentials_file"
     if file is not None:
@@ -49,7 +49,7 @@ def credentials(service: str, file: Path | None) -> Credentials | None:
             return None
     for name, value in found.items():
         if file is not None and ("\\" in value or value != value.rstrip(_BLANKS)):
-            # Kafka's own reader of such files takes these for something else.
+            # Kafka's own reader of such files would read these values differently.
             raise UserError(f"{place}: {name} holds a backslash or ends with a blank; choose one without")
     username, password = found.get("username"), found.get("password")
     if not password:
@@ -58,9 +58,9 @@ def credentials(service: str, file: Path | None) -> Credentials | None:
 
 
 def chunk_key(file: Path | None) -> SecretStr | None:
-    """The key of authenticated chunks: the text in `file` or, without one, in the environment; none: there is none.
+    """The key that authenticates chunks, from `file`, or without a file from the environment; none if it has none.
 
-    Raises `UserError` for a file that is missing or that others may read, and for a key that could be guessed.
+    Raises `UserError` for a file that is missing or that others may read, and for a key that is too short.
     """
     key = (os.environ.get(CHUNK_KEY_VARIABLE, "") if file is None else _text("chunk_key_file", file)).strip()
     if file is None and not key:
@@ -72,9 +72,9 @@ def chunk_key(file: Path | None) -> SecretStr | None:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with stars for every secret that this process has read: a server may send back what it was sent.
+    """`text` with every secret that this process has read replaced by stars. A server may send back what it got.
 
-    Redis does so for a command that it does not know, cut off at 128 characters, which may be half a secret.
+    Redis does so for an unknown command. It cuts the command off after 128 characters, which may leave half a secret.
     """
     text = text.partition(", with args beginning with")[0]
     for secret in sorted(_read, key=len, reverse=True):
@@ -83,7 +83,7 @@ def without_secrets(text: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What a client's error says, in one line without secrets."""
+    """The message of a client's error, in one line and without secrets."""
     return without_secrets(" ".join(str(error).split())) or type(error).__name__
 
 
@@ -93,7 +93,7 @@ def _secret(value: str) -> SecretStr:
 
 
 def _text(option: str, file: Path) -> str:
-    """What is in `file`, which only its owner may read."""
+    """The text of `file`. Only its owner may be allowed to read it."""
     try:
         with file.open(encoding="utf-8") as opened:
             if os.fstat(opened.fileno()).st_mode & FOR_OTHERS:
@@ -106,7 +106,7 @@ def _text(option: str, file: Path) -> str:
 
 
 def _properties(text: str) -> dict[str, str]:
-    """The `name=value` lines of `text`, as far as Java's properties and this agree on them."""
+    """The `name=value` lines of `text`, as Java reads property files."""
     found = {}
     for line in text.splitlines():
         name, is_one, value = line.lstrip(_BLANKS).partition("=")

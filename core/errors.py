@@ -1,4 +1,4 @@
-"""Errors a person can act on: one line that names the field and the fix."""
+"""Errors that the user can fix: one line that names the field and the fix."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -7,19 +7,19 @@ from pydantic import ValidationError
 
 MOST_FAULTS = 8
 LONGEST_FAULT = 300
-"""Bounds of a line, in faults and in characters of one: a record may have a hundred thousand, and name them itself."""
+"""Maximum number of faults in a line, and of characters per fault. A record may have many, with long names."""
 
 
 class UserError(Exception):
-    """Something the user gave is wrong; `str(error)` is one line that says what and how to mend it."""
+    """The user's input is wrong. `str(error)` is one line that says what is wrong and how to fix it."""
 
 
 def faults(error: ValidationError) -> list[tuple[str, str]]:
-    """Each fault of a pydantic validation: the dotted path of its field (empty for the whole), and what is wrong."""
+    """Each fault of a pydantic validation: the dotted path of its field (empty for the whole), and the message."""
     found = []
     reported = error.errors(include_url=False, include_context=False, include_input=False)
     for fault in reported:
-        # A collection whose first item is refused is reported as too short as well, which is not true.
+        # pydantic also reports a collection as too short if its first item is invalid, which is not true.
         if fault["type"] == "too_short" and any(_is_within(other["loc"], fault["loc"]) for other in reported):
             continue
         message = fault["msg"].removeprefix("Value error, ")
@@ -36,7 +36,7 @@ def _is_within(place: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bo
 
 
 def one_line(error: ValidationError, names: Mapping[str, str] | None = None) -> str:
-    """The faults of a pydantic validation in one line: `field: what is wrong; field: ...`, the first few in full.
+    """The faults of a pydantic validation in one line: `field: message; field: message`, the first few in full.
 
     `names` maps top-level fields to the names by which the user knows them.
     """
@@ -53,7 +53,7 @@ def _renamed(place: str, names: Mapping[str, str]) -> str:
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run a command's `main`; a `UserError` becomes one line on stderr and exit status 2, without a traceback."""
+    """Run a command's `main`. A `UserError` becomes one line on stderr and exit status 2, without a traceback."""
     try:
         main()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Command-line options made from configuration classes: same names, same defaults, same checks, written once."""
+"""Makes command-line options from configuration classes, with the same names, defaults and checks."""
 
 import argparse
 import re
@@ -15,16 +15,16 @@ C = TypeVar("C", bound=BaseModel)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaint is one line (argparse itself prints the whole usage first)."""
+    """An argparse parser that reports errors in one line. argparse itself prints the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def add_options(parser: argparse.ArgumentParser, config: type[BaseModel]) -> None:
-    """One option for each leaf field of `config`; nested configurations become groups of the same flat names.
+    """Adds one option for each field of `config` and of the configurations nested in it, which become help groups.
 
-    A field stands in for those of its name in configurations that come after it: the option is its own.
+    If two configurations have a field of the same name, the option belongs to the first.
     """
     _add_options(parser, config, set())
 
@@ -43,7 +43,7 @@ def _add_options(parser: argparse.ArgumentParser, config: type[BaseModel], taken
         default = field.get_default(call_default_factory=True)
         help_text = f"{_described(name, field)} (default: {'none' if default is None else default})"
         help_text = help_text.replace("%", "%%")  # argparse formats it with its own values
-        # Suppressed defaults: only what was given reaches the model, which alone knows the defaults.
+        # Defaults are suppressed: the parsed options only hold what was given, and the model adds its own defaults.
         if field.annotation is bool:
             group.add_argument(
                 flag, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help_text
@@ -54,9 +54,9 @@ def _add_options(parser: argparse.ArgumentParser, config: type[BaseModel], taken
 
 
 def set_own_defaults(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
-    """Let a command differ from the configuration's own defaults in some fields, in its help too."""
+    """Gives some options another default than their configuration's, in the help too."""
     parser.set_defaults(**defaults)
-    # argparse offers no other way to its options.
+    # argparse has no public way to its options.
     for action in parser._actions:
         if action.dest in defaults:
             head, _, _ = (action.help or "").rpartition(" (default: ")
@@ -64,7 +64,7 @@ def set_own_defaults(parser: argparse.ArgumentParser, defaults: Mapping[str, Any
 
 
 def from_options(config: type[C], options: argparse.Namespace) -> C:
-    """The configuration that the parsed `options` state. Raises `UserError` in one line naming each bad option."""
+    """The configuration from the parsed `options`. Raises `UserError` with one line that names each bad option."""
     try:
         return config.model_validate(_gather(config, dict(vars(options))))
     except ValidationError as error:
@@ -72,9 +72,9 @@ def from_options(config: type[C], options: argparse.Namespace) -> C:
 
 
 def to_options(config: BaseModel) -> list[str]:
-    """The command line that states all of `config`: what `from_options` turns back into it.
+    """The command line from which `from_options` makes `config` again.
 
-    Defaults are stated too, as a command may have some of its own; only what is none is left out.
+    It includes defaults, because a command may have other defaults. It only leaves out fields that are none.
     """
     arguments: list[str] = []
     for name in type(config).model_fields:
@@ -86,13 +86,13 @@ def to_options(config: BaseModel) -> list[str]:
             if isinstance(value, bool):
                 arguments.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                # In one word: a value that begins with a dash would else be taken for an option.
+                # One word, because a separate value that begins with a dash would be read as an option.
                 arguments.append(f"--{flag}={value}")
     return arguments
 
 
 def flatten(config: BaseModel) -> Iterator[tuple[str, Any]]:
-    """Every leaf field's name and value, in the order of the options."""
+    """Name and value of each field, including nested ones, in the order of the options."""
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
@@ -104,7 +104,7 @@ def flatten(config: BaseModel) -> Iterator[tuple[str, Any]]:
 def _described(name: str, field: FieldInfo) -> str:
     """The description of the option, and the names that it chooses from."""
     choices = [choice for registry in field.metadata if isinstance(registry, Registry) for choice in registry]
-    return f"{field.description or name}{': ' if choices else ''}{', '.join(choices)}"
+    return f"{field.description or name}{'; one of ' if choices else ''}{', '.join(choices)}"
 
 
 def _nested(field: FieldInfo) -> type[BaseModel] | None:
@@ -115,7 +115,7 @@ def _nested(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _gather(config: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
-    """The values of `config`, taken out of `given`: the first field of a name has it."""
+    """Takes the values for the fields of `config` out of `given`. The first field of a name gets the value."""
     values: dict[str, Any] = {}
     for name, field in config.model_fields.items():
         nested = _nested(field)
@@ -127,7 +127,7 @@ def _gather(config: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_options(config: type[BaseModel], error: ValidationError) -> str:
-    """All faults in one line under the names the user typed: `cache.chunk_tokens` is `--chunk-tokens`."""
+    """All errors in one line, with the names that the user typed: `cache.chunk_tokens` is `--chunk-tokens`."""
     names = set(_leaves(config))
 
     def flag(name: str) -> str:
@@ -138,14 +138,14 @@ def _as_options(config: type[BaseModel], error: ValidationError) -> str:
         option = _option(config, place)
         if option is not None:
             lines.append(f"{flag(option)}: {message}")
-        else:  # of several fields together: the message names them
+        else:  # An error of several fields together. The message names them.
             whole_words = r"(?<![\w/.-])\w+(?![\w/-]|\.\w)"
             lines.append(re.sub(whole_words, lambda word: flag(word[0]) if word[0] in names else word[0], message))
     return " ".join("; ".join(lines).split())
 
 
 def _option(config: type[BaseModel], place: str) -> str | None:
-    """The field that the dotted path leads to, or into the value of; none where it ends at a group of fields."""
+    """The field at the dotted path, or whose value the path leads into; none if the path ends at a group of fields."""
     nested: type[BaseModel] | None = config
     for name in place.split("."):
         if nested is None or name not in nested.model_fields:

@@ -1,11 +1,11 @@
-"""What a person needs of a stack trace of Java or Python."""
+"""Finds the cause of a failure in a stack trace of Java or Python."""
 
 JAVA_ERROR = "py4j.protocol.Py4JJavaError"
-"""Says nothing but that the cause was in Java."""
+"""This exception only says that the cause was in Java."""
 
 
 def root_cause(text: str) -> str:
-    """The line that a person needs of a stack trace or a log: the Python exception, else the innermost Java cause."""
+    """The line of a stack trace or log that names the cause: the Python exception, else the innermost Java cause."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("error: ")]
     if own:
@@ -20,7 +20,7 @@ def root_cause(text: str) -> str:
     causes = [line.strip() for line in lines if line.lstrip().startswith("Caused by: ")]
     if causes:
         return causes[-1].removeprefix("Caused by: ")
-    # The text of a `Py4JJavaError` names the call in its first line, and behind it the error.
+    # The text of a `Py4JJavaError` names the call in its first line, and the error after it.
     raised = [line.removeprefix(": ") for line in lines if line.startswith(": ")]
     if raised:
         return raised[-1]

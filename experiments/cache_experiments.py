@@ -22,7 +22,9 @@ class CacheExperimentConfig(Config):
         default=",".join(SIZING), min_length=1, description="sizing policies to compare, separated by commas"
     )
     eviction: str = Field(
-        default="LRU", min_length=1, description="eviction policies of the local tier, separated by commas"
+        default="LRU",
+        min_length=1,
+        description=f"eviction policies to compare, of {', '.join(EVICTION)}, separated by commas",
     )
     out: Path = Field(default=ROOT / "results" / "cache_experiments", description="folder of the results")
     run: RunConfig = RunConfig()

@@ -1,4 +1,4 @@
-"""Which room may import which: the direction of the whole project, read from the sources."""
+"""Which package may import which, checked on all sources."""
 
 import ast
 import re
@@ -83,8 +83,8 @@ def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
 
 def violations(path: str, source: str) -> list[str]:
     """Each import that the file at `path` (below the root, with slashes) may not make."""
-    room = max((room for room in MAY_IMPORT if f"{path}/".startswith(f"{room}/")), key=len)
-    may_import = MAY_IMPORT[room] if room == path else (path.split("/", maxsplit=1)[0], *MAY_IMPORT[room])
+    part = max((part for part in MAY_IMPORT if f"{path}/".startswith(f"{part}/")), key=len)
+    may_import = MAY_IMPORT[part] if part == path else (path.split("/", maxsplit=1)[0], *MAY_IMPORT[part])
     found = []
     for line, name in imports(path, source):
         top = name.split(".", maxsplit=1)[0]
@@ -93,17 +93,17 @@ def violations(path: str, source: str) -> list[str]:
         elif top == "pyflink":
             allowed = path.startswith(USES_FLINK)
         else:
-            allowed = room not in LIGHT or top in sys.stdlib_module_names or top in LIGHT_LIBRARIES
+            allowed = part not in LIGHT or top in sys.stdlib_module_names or top in LIGHT_LIBRARIES
         if not allowed:
             found.append(f"{path}:{line} imports {name}")
     return found
 
 
 def sources() -> list[str]:
-    return sorted({path.relative_to(ROOT).as_posix() for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py")})
+    return sorted({path.relative_to(ROOT).as_posix() for part in MAY_IMPORT for path in (ROOT / part).rglob("*.py")})
 
 
-def test_every_room_keeps_the_direction() -> None:
+def test_every_package_imports_only_what_it_may() -> None:
     found = [line for path in sources() for line in violations(path, (ROOT / path).read_text())]
     assert found == []
 
@@ -111,7 +111,7 @@ def test_every_room_keeps_the_direction() -> None:
 def test_the_sources_are_found() -> None:
     paths = set(sources())
     assert {"core/records.py", "cache/protocol.py", "inference_service/engine.py"} <= paths
-    assert {room for room in MAY_IMPORT if room.endswith(".py")} <= paths
+    assert {part for part in MAY_IMPORT if part.endswith(".py")} <= paths
 
 
 def test_every_folder_of_code_has_a_rule() -> None:

@@ -164,7 +164,7 @@ class HitDensity(EvictionPolicy):
                 self._ghosts.move_to_end(key)
 
     def _regroup(self, keys: Sequence[bytes]) -> None:
-        """Regroup a prompt's keys as the latest. A key gets the best class among its own and those of the keys behind it."""
+        """Move a prompt's keys to the latest groups, each to the best class of its own and of the keys behind it."""
         kinds: list[int] = []
         best = 0
         for key in reversed(keys):

@@ -92,7 +92,7 @@ class MissRatioCurve:
         within = np.cumsum(self._hits_at_depth) - self._hits_at_depth[0]
         depths = np.floor((chunks - 1) * self.rate + _ROUNDING).astype(int) + 1
         found = within[np.clip(depths, 0, self._tracked)]
-        # A key that all prompts share is near the top, and all its accesses are sampled or none. So corrections go there.
+        # A key that all prompts share is near the top, and all of its accesses are sampled or none: correct there.
         found = np.where(chunks > 0, found + self.accesses * self.rate - self._sampled, 0.0)
         return np.clip(np.maximum.accumulate(found) / self.rate, 0.0, self.accesses)
 

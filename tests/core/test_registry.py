@@ -40,7 +40,7 @@ def test_one_name_is_no_list() -> None:
 def test_the_help_lists_the_names(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         painted("--help")
-    assert "colour of the paint: red, blue (default: red)" in " ".join(capsys.readouterr().out.split())
+    assert "colour of the paint; one of red, blue (default: red)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_is_added_is_accepted_and_imported_when_it_is_chosen(register: Callable[..., None]) -> None:
