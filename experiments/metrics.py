@@ -21,7 +21,7 @@ PARTS = ("transit", "wait", "prefill", "decode", "leaving")
 
 def frame(responses: Sequence[Response]) -> pd.DataFrame:
     """One row per response, in the order of completion. The columns exist even without rows."""
-    left_out = {"token_ids", "logprobs", "sampling"}
+    left_out = {"token_ids", "logprobs", "prompt_logprobs", "further_choices", "sampling"}
     columns = [name for name in Response.model_fields if name not in left_out]
     rows = [response.model_dump(mode="json", exclude=left_out) for response in responses]
     return pd.DataFrame(rows, columns=columns).sort_values("completed_at_ms", ignore_index=True)
