@@ -306,7 +306,7 @@ class Response(BaseModel):
 
     @property
     def is_too_long(self) -> bool:
-        """Whether its record could be above `MAX_RESULT_BYTES`, or its topic would refuse it."""
+        """True if its record is above `MAX_RESULT_BYTES`, so that the topic would refuse it."""
         # Most are short: then nothing is written to find that out.
         written_bytes = _logprob_bytes(self.prompt_logprobs)
         choices: tuple[Response | Choice, ...] = (self, *self.further_choices)

@@ -22,12 +22,12 @@ Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | Non
 
 SDPA, EAGER = "infertuner_packed", "infertuner_packed_eager"
 OURS = {"sdpa": SDPA, "eager": EAGER}
-"""Our attention implementation for each one of the library. (The library refuses "sdpa" in the name of an
-implementation where a model has no SDPA.)"""
+"""Our attention implementation for each one of the library. Their names avoid "sdpa": if a model has no SDPA, the
+library refuses every implementation with that in its name."""
 
 
 class AttentionPass(Protocol):
-    """What computes the attention of a forward pass."""
+    """Computes the attention of one forward pass."""
 
     def attend(
         self,

@@ -15,9 +15,9 @@ class AttentionWindow:
     """The token at position `p` attends to the tokens from `first_seen(p)` to `p`."""
 
     size: int | None = None
-    """Most tokens that a token attends to, itself included. None: no limit."""
+    """Maximum number of tokens that a token attends to, itself included. None: no limit."""
     chunked: bool = False
-    """The window does not slide: positions are cut into chunks of `size`, and a token attends to its own chunk."""
+    """True if the window does not slide: positions are cut into chunks of `size`, and a token attends to its chunk."""
 
     def first_seen(self, position: int) -> int:
         """The earliest position that the token at `position` attends to."""
@@ -114,7 +114,7 @@ def find_windows(model: Any, layers: int, max_len: int) -> tuple[AttentionWindow
 
 
 def _window_of(mask_function: Callable[..., Any], local_size: int | None, max_len: int) -> AttentionWindow:
-    """The window whose mask is that of the library's `mask_function`, which says `local_size` beside it."""
+    """The window that has the same mask as the library's `mask_function`. Its size, if any, is `local_size`."""
     candidates = [FULL]
     if local_size is not None and local_size < max_len:
         candidates += [AttentionWindow(local_size), AttentionWindow(local_size, chunked=True)]
@@ -127,7 +127,7 @@ def _window_of(mask_function: Callable[..., Any], local_size: int | None, max_le
 
 
 def _agree(mask_function: Callable[..., Any], window: AttentionWindow, query: int) -> bool:
-    """Whether both let the token at position `query` attend to the same of the positions up to the one after it."""
+    """True if both give the token at position `query` the same mask over all positions up to `query + 1`."""
     end = query + 2
     expected: Any = sdpa_mask(
         batch_size=1,

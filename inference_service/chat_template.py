@@ -1,8 +1,8 @@
 """Render messages by a model's chat template, and make sure that nothing of them is lost.
 
-A template is a program: it may leave out a system message, put turns in another order, cut or change their texts, or go
-over the parts of a text that has none, all without a word. To see that, messages are rendered a second time with marks
-around each text. The marks also tell which special tokens are the template's own and which a message spells.
+A template is a program. It can drop a system message, reorder turns, or cut and change their texts, and report none of
+it. To detect this, messages are rendered a second time with marks around each text. The marks also tell the template's
+own special tokens from those that a message spells.
 """
 
 import itertools
@@ -18,16 +18,16 @@ from core.records import Message
 from inference_service.plain_text import PlainText
 
 PRIVATE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-"""Code points without a meaning. Marks are made of those that no message has."""
+"""Code points without a meaning. Marks are characters from here that occur in no message."""
 REASONING = ("<think>", "</think>")
-"""Templates leave out the reasoning of earlier answers, which ends with the second of these."""
+"""Begin and end of an answer's reasoning. Templates drop the reasoning of earlier answers."""
 
 
 class ChatTemplate:
-    """The template of one tokenizer. It takes texts as they are, or as lists of parts: that is found out once."""
+    """The chat template of one tokenizer. A test message shows if it takes texts as strings or as lists of parts."""
 
     def __init__(self, tokenizer: Any, model_name: str, plain_text: PlainText | None) -> None:
-        """`plain_text`: where special tokens that messages spell are text; None where they are those tokens."""
+        """`plain_text`: encodes special tokens that messages spell as text; None leaves them special tokens."""
         self._tokenizer = tokenizer
         self._name = model_name
         self._controls = re.compile(r"(?!)") if plain_text is None else plain_text.control_tokens
@@ -35,11 +35,10 @@ class ChatTemplate:
         self.takes_parts = not self._shows_text(parts=False) and self._shows_text(parts=True)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt, to be encoded as plain text if `plain_text` was given.
+        """The prompt, to be encoded by `plain_text` if that was given.
 
-        Raises `UserError` where the template does not take the messages, or leaves out, changes or reorders a text.
-        White space around texts, and the reasoning of earlier answers, is the template's to leave out; and the system
-        message may stand where the template wants it.
+        Raises `UserError` if the template refuses the messages, or drops, changes or reorders a text. It may drop white
+        space around texts and the reasoning of earlier answers, and may put the system message anywhere.
         """
         plain = self._rendered(messages, [message.content for message in messages], self.takes_parts)
         marked = _Marked.of(messages, self._controls)
@@ -52,7 +51,7 @@ class ChatTemplate:
         if marked.spells_controls or marked.without_marks(found) == plain:
             self._check_shown(messages, marked, found)
         else:
-            # What the template writes depends on how a text begins, or on its length: then marks tell too little.
+            # The template's output depends on how a text begins, or on its length, so the marks changed it.
             self._check_in_order(messages, plain)
             stretched = _Marked.instead_of(messages)
             self._check_shown(messages, stretched, self._rendered(messages, stretched.contents, self.takes_parts))
@@ -68,7 +67,7 @@ class ChatTemplate:
         ]
         try:
             text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        # Many templates raise for roles or an order of turns that they do not know; and a few stumble.
+        # Many templates raise for roles or an order of turns that they do not know. A few have faults.
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"messages: the chat template of {self._name!r} does not take them: {reason}") from error
@@ -117,11 +116,11 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class _Marked:
-    """Messages with marks: a character of its own on both sides of each text, two more around special tokens."""
+    """Messages with marks: each text stands between two copies of its own character, each special token in quotes."""
 
     contents: list[str]
     shown: list[str]
-    """What a prompt has to have of each message, from its mark on; empty where there is no text."""
+    """For each message, the text that must be in the prompt, with its marks; empty if the message has no text."""
     marks: list[str]
     open: str
     close: str
@@ -130,7 +129,7 @@ class _Marked:
 
     @classmethod
     def of(cls, messages: Sequence[Message], controls: re.Pattern[str]) -> "_Marked":
-        """`controls`: special tokens, to be marked where a message spells them."""
+        """`controls` matches special tokens. They are quoted where a message spells them."""
         open_, close, *marks = _unused_characters(messages, 2 + len(messages))
         spelled = False
 
@@ -152,7 +151,7 @@ class _Marked:
 
     @classmethod
     def instead_of(cls, messages: Sequence[Message]) -> "_Marked":
-        """Messages of the same lengths that are nothing but their marks."""
+        """Messages of the same lengths that consist of their marks only."""
         open_, close, *marks = _unused_characters(messages, 2 + len(messages))
         parts = [_parts_of(message) for message in messages]
         shown = [len(text) * mark for (_, text, _), mark in zip(parts, marks, strict=True)]
@@ -163,10 +162,10 @@ class _Marked:
         return text.translate(dict.fromkeys(map(ord, (self.open, self.close, *self.marks))))
 
     def respelled(self, text: str, plain_text: PlainText) -> str:
-        """`text` without marks; special tokens that no message spells are spelled as `plain_text` knows them."""
+        """`text` without marks. The template's own special tokens get the spellings of `plain_text`."""
 
         def respell(found: re.Match[str]) -> str:
-            # A template may have taken one of the two marks away. Without both the token is the template's own.
+            # A template may have removed one of the two quotes. Without both the token is the template's own.
             begins, ends = found.span()
             spelled = (begins > 0 and text[begins - 1] == self.open) or text.startswith(self.close, ends)
             return found[0] if spelled else plain_text.as_control(found[0])
@@ -175,7 +174,7 @@ class _Marked:
 
 
 def _unused_characters(messages: Sequence[Message], count: int) -> list[str]:
-    """Private-use characters that are in no message."""
+    """Private-use characters that occur in no message. Raises `UserError` if there are too few."""
     used = set().union(*(message.content for message in messages))
     found = (character for code in itertools.chain(*PRIVATE) if (character := chr(code)) not in used)
     unused = list(itertools.islice(found, count))
@@ -185,7 +184,7 @@ def _unused_characters(messages: Sequence[Message], count: int) -> list[str]:
 
 
 def _parts_of(message: Message) -> tuple[str, str, str]:
-    """What a template may leave out before the text of a message, that text, and what it may leave out after it."""
+    """Three parts of a message: its text, and before and after it what a template may drop."""
     content = message.content
     text = content.rpartition(REASONING[1])[2] if message.role == "assistant" else content
     text = text.lstrip()

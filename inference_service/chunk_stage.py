@@ -1,9 +1,9 @@
 """Moves chunks between a GPU and ordinary memory: many at a time, through one buffer of pinned memory.
 
-A chunk in a row of the pool is a strided tensor: copied alone from ordinary memory it costs a kernel, a transfer that
-the driver stages and the host waits for, and both again for each of a prompt's chunks. Here the chunks of a prompt are
-put side by side in pinned memory, cross in one transfer at the full speed of the bus, and one kernel spreads them over
-the row; the other way round for those that are stored.
+A chunk in a row of the pool is a strided tensor. To copy it alone from ordinary memory costs a kernel and a transfer
+that the driver stages and the host waits for, for each chunk of a prompt. Here the chunks of a prompt are put side by
+side in pinned memory and cross in one transfer at the full speed of the bus. One kernel then spreads them over the row.
+Stored chunks take the opposite way.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +13,11 @@ import torch
 from cache.protocol import ChunkShape
 
 STAGE_BYTES = 32 << 20
-"""Pinned memory of a stage, or one chunk where that is larger: enough that a transfer is not bound by its latency."""
+"""Pinned memory of a stage, unless one chunk is larger: enough that a transfer is not bound by its latency."""
 
 
 class ChunkStage:
-    """Between `device` and the host. For one thread; each call returns when the memory it was given may change."""
+    """Copies chunks between `device` and the host. For one thread. The caller may change its memory after each call."""
 
     def __init__(self, shape: ChunkShape, device: torch.device, stage_bytes: int = STAGE_BYTES) -> None:
         self._device = device
@@ -35,10 +35,10 @@ class ChunkStage:
             self._wait()
 
     def reader(self, count: int, spans: Callable[[int, int], torch.Tensor]) -> Callable[[int, torch.Tensor], None]:
-        """Copies chunk i, of `count`, to a tensor of the host; `spans` is as for `load`.
+        """A function that copies chunk i of `count` to a tensor of the host; `spans` is as for `load`.
 
-        Meant to be called with rising i: at the first chunk that the buffer lacks it takes that one and those after it
-        from the device. What it reads is what the device holds by then.
+        Call it with rising i: if the buffer lacks a chunk, it takes that one and those after it from the device, as
+        they are at that moment.
         """
         held = range(0)
 
@@ -55,6 +55,6 @@ class ChunkStage:
         return read
 
     def _wait(self) -> None:
-        """Return when the device has done what it was asked to."""
+        """Return when the device has finished."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()

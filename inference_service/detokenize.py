@@ -1,25 +1,25 @@
 """The text of an answer: what it adds to the text of its prompt.
 
-Decoded alone, an answer would lose what tokenizers drop at the beginning of a text: SentencePiece its first space.
-Decoded with the end of its prompt in front of it, and that cut off again, it continues the prompt.
+An answer that is decoded alone loses what tokenizers drop at the beginning of a text, such as SentencePiece's first
+space. So it is decoded with the end of its prompt in front, which is then cut off.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 PROMPT_TOKENS = 8
-"""Tokens of the prompt's end that an answer is decoded after; more where those are no text of their own."""
+"""Tokens of the prompt's end that are decoded with an answer. More are used if these have no text."""
 LONGEST_CHARACTER = 4
-"""Bytes, and so tokens at most, of one character in UTF-8."""
+"""Maximum bytes of one character in UTF-8, and so its maximum tokens."""
 UNFINISHED = "\ufffd"
-"""What decoders make of bytes that are no character, or not yet."""
+"""The character that decoders put in place of bytes that form no character, or not yet."""
 
 
 def answer_text(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) -> str:
     """The text that the token ids `answer` add to `prompt`, without special tokens.
 
-    A character that the answer leaves unfinished is a replacement character; one that the prompt has begun and the
-    answer finishes is the answer's.
+    A character that the answer leaves unfinished becomes a replacement character. A character that the prompt begins
+    and the answer finishes belongs to the answer.
     """
 
     def decode(tokens: Sequence[int]) -> str:
@@ -27,7 +27,7 @@ def answer_text(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) ->
         return text
 
     context, before = _context(prompt, decode)
-    # Where a character is unfinished, some decoders give up all bytes before it as well.
+    # If a character is unfinished, some decoders replace all bytes before it as well.
     for finished in (*range(len(answer), max(-1, len(answer) - LONGEST_CHARACTER), -1), len(answer)):
         text = decode([*context, *answer[:finished]])
         if not text.endswith(UNFINISHED):
@@ -42,7 +42,10 @@ def answer_text(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) ->
 
 
 def _context(prompt: Sequence[int], decode: Any) -> tuple[Sequence[int], str]:
-    """The end of the prompt, from the beginning of a character on, and its text; it has some, if the prompt has."""
+    """The end of the prompt, from the beginning of a character on, and its text.
+
+    The text is empty only if the prompt's is.
+    """
     count = PROMPT_TOKENS
     while True:
         context = prompt[-count:]
@@ -53,5 +56,5 @@ def _context(prompt: Sequence[int], decode: Any) -> tuple[Sequence[int], str]:
 
 
 def _common(one: str, other: str) -> int:
-    """Characters at the beginning that both have."""
+    """Length of the common beginning of both."""
     return next((index for index, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))

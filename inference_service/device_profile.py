@@ -1,4 +1,4 @@
-"""What one device needs for one model, as a roofline: rates of its arithmetic and memory, and fixed costs of a pass.
+"""The times of one model on one device, as a roofline: rates of arithmetic and memory, and fixed costs of a pass.
 
 A forward pass takes as long as the slower of its arithmetic and its memory traffic (roofline model: Williams, Waterman
 and Patterson, CACM 52(4), 2009), after overheads that depend on neither. Weights, and the keys and values that
@@ -18,12 +18,12 @@ from inference_service.config import DTYPES
 
 
 class DeviceProfile(Config):
-    """One device that runs one model. A rate of none (`null`) takes no time."""
+    """One device that runs one model. A rate that is none (`null`) is infinite."""
 
     device: str = Field(min_length=1, description="name of the device")
     model: str = Field(min_length=1, description="name of the model")
     dtype: str = Field(pattern=f"^({'|'.join(DTYPES)})$", description="of weights and key/value")
-    measured: bool = Field(description="whether the times were measured on the device, and not set by hand")
+    measured: bool = Field(description="true: measured on the device; false: set by hand")
     source: str = Field(description="what made this profile")
 
     parameters: int = Field(ge=0, description="weights of the model, each counted once")
@@ -83,7 +83,7 @@ class DeviceProfile(Config):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The profile in `path`. Raises `UserError` where there is none."""
+        """Read the profile in `path`. Raises `UserError` if there is none."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
@@ -94,7 +94,7 @@ class DeviceProfile(Config):
 
     @classmethod
     def instant(cls, max_model_len: int = 32_768) -> Self:
-        """A device on which everything takes no time: what is left is the cost of what drives it."""
+        """A device on which every pass takes no time, to measure the cost of everything around it."""
         return cls(
             device="instant",
             model="instant",

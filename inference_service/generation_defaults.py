@@ -143,7 +143,7 @@ def _is_known(name: str) -> bool:
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """Whether the value changes nothing: factors and counts of 1, and whatever is off."""
+    """True if the value changes nothing: a factor or count of 1, or a setting that is off."""
     return not value or (value == 1 and value is not True and name != "no_repeat_ngram_size")
 
 

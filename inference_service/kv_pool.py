@@ -1,9 +1,9 @@
 """One pool of key/value memory for all running sequences, which `transformers` models write into and read from.
 
-The pool stands where a model expects its `past_key_values`: each attention layer calls `update` with the keys and
-values of the new tokens and gets back those of the whole sequence. They are written in place and returned as views,
-so that a sequence enters and leaves the batch without a copy of the others. Running rows stand together at the front:
-one view serves them all, and a row that finishes costs one copy, of the last row into its place.
+Models get the pool as their `past_key_values`: each attention layer calls `update` with the keys and values of the new
+tokens and gets those of the whole sequence. They are written in place and returned as views, so a sequence enters and
+leaves the batch without a copy of the others. Running sequences have the first rows, so that one view covers them. When
+one of them finishes, the last running row is copied into its place.
 """
 
 import math
@@ -27,8 +27,8 @@ class KVPool:
         self.rows = rows
         self.max_len = max_len
         self.device = device
-        # Zeros, not empty: a masked position counts with weight 0, and 0 * NaN would be NaN. For the same reason what
-        # a sequence leaves behind must be finite: see `is_finite` and `clear`.
+        # Zeros instead of empty memory: a masked position has weight 0, and 0 * NaN would be NaN. For the same reason
+        # the values that a sequence leaves behind must be finite: see `is_finite` and `clear`.
         self._memory = torch.zeros(
             (shape.layers, 2, rows, shape.kv_heads, max_len, shape.head_dim), dtype=shape.dtype, device=device
         )
@@ -43,16 +43,16 @@ class KVPool:
     def size_bytes(self) -> int:
         return self._memory.numel() * self._memory.element_size()
 
-    # What is about to run. The model then calls `update` once a layer.
+    # Announce the next forward pass. The model then calls `update` once per layer.
 
     def begin_prefill(self, row: int, start: int, tokens: int) -> None:
-        """The next forward pass is of `tokens` tokens of `row`, from position `start` on."""
+        """The next forward pass computes `tokens` tokens of `row`, from position `start` on."""
         self._prefill = (row, start, start + tokens)
 
     def begin_decode(self, positions: torch.Tensor, length: int) -> None:
-        """The next forward pass is of one token in each of the first rows.
+        """The next forward pass computes one token in each of the first rows.
 
-        `positions`: `[running]`, where each stands; `length` is the greatest of them plus one.
+        `positions` `[running]` are those of the tokens; `length` is the greatest of them plus one.
         """
         self._prefill = None
         self._positions = positions
@@ -63,7 +63,7 @@ class KVPool:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new tokens' `[batch, kv_heads, tokens, head_dim]`; views of all tokens so far come back."""
+        """Write the new tokens' `[batch, kv_heads, tokens, head_dim]`. Returns views of all tokens so far."""
         if self._prefill is not None:
             row, start, end = self._prefill
             self.write(layer_idx, row, start, key[0], value[0])
@@ -115,7 +115,7 @@ class KVPool:
         out.copy_(self._memory[:, :, row, :, index * tokens : (index + 1) * tokens])
 
     def load_chunks(self, row: int, chunks: Sequence[torch.Tensor]) -> None:
-        """Copy chunks to the beginning of `row`, one after the other; on a GPU many in one transfer."""
+        """Copy chunks to the beginning of `row`, one after the other. A GPU gets many in one transfer."""
         if self._stage is not None:
             self._stage.load(chunks, partial(self._spans, row))
             return
@@ -123,7 +123,10 @@ class KVPool:
             self.load_chunk(row, index, chunk)
 
     def chunk_reader(self, row: int, tokens: int) -> Callable[[int, torch.Tensor], None]:
-        """As `read_chunk` of `row`, which holds `tokens`, for rising indices; on a GPU many in one transfer."""
+        """A function like `read_chunk` of `row`, which holds `tokens`.
+
+        Call it with rising indices: a GPU transfers many chunks at once.
+        """
         if self._stage is not None:
             return self._stage.reader(tokens // self.shape.chunk_tokens, partial(self._spans, row))
         return partial(self.read_chunk, row)
@@ -137,7 +140,7 @@ class KVPool:
         return held.view(layers, two, heads, count, tokens, dim).permute(3, 0, 1, 2, 4, 5)
 
     def is_finite(self, row: int, start: int, end: int) -> bool:
-        """Whether all keys and values from position `start` to before `end` of `row` are finite.
+        """True if all keys and values from position `start` to before `end` of `row` are finite.
 
         Waits for the device.
         """

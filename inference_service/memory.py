@@ -1,4 +1,4 @@
-"""Refuse, before it is loaded, a model whose weights and key/value rows do not fit into free memory."""
+"""Refuses a model before loading if its weights and key/value rows do not fit into free memory."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,10 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def weight_bytes(source: str, dtype: torch.dtype) -> int:
-    """Memory of the weights of a folder, or of a hub's name, by the headers of its safetensors files; 0 if unknown.
+    """Memory that the weights of a folder, or of a name of the hub, will take; 0 if unknown.
 
-    Floating-point numbers of ordinary formats are loaded as `dtype`; of others, which quantized weights are in, each
-    keeps its size.
+    It is computed from the headers of the safetensors files. Floating-point weights are loaded as `dtype`. Others, such
+    as quantized ones, keep their size.
     """
     total = 0
     for file in _weight_files(source):
@@ -33,9 +33,9 @@ def weight_bytes(source: str, dtype: torch.dtype) -> int:
 
 
 def check_memory(name: str, weights: int, pool: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises `UserError` that names the options to lower where the model does not fit.
+    """Raises `UserError` that names the options to lower if the model does not fit.
 
-    `weights`: their bytes, 0 where unknown; `pool`: those of the key/value rows.
+    `weights`: bytes of the weights, 0 if unknown; `pool`: bytes of the key/value rows.
     """
     if weights + pool > (free := _free_bytes(device)):
         dtypes = ", or take --dtype bfloat16" if dtype == torch.float32 else ""
@@ -52,7 +52,7 @@ def check_memory(name: str, weights: int, pool: int, dtype: torch.dtype, device:
 
 
 def no_room_for_rows(name: str, pool: int, device: torch.device) -> UserError:
-    """The line for an allocator that had no `pool` bytes after all."""
+    """The error for an allocation of `pool` bytes that failed although the check had passed."""
     return UserError(
         f"model: {device} has no {_gib(pool)} left for the key/value rows of {name!r}; lower --max-model-len, "
         "--max-running or --parallelism"
@@ -60,7 +60,7 @@ def no_room_for_rows(name: str, pool: int, device: torch.device) -> UserError:
 
 
 def _weight_files(source: str) -> list[Path]:
-    """Those that are on this machine."""
+    """The files of the weights that are on this machine."""
     index, single = (
         cached_file(
             source,

@@ -45,14 +45,14 @@ class LoadedModel:
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     """How tokens are chosen where a request does not say."""
     own_limit: str | None = None
-    """What limits `max_len` where `max_model_len` cannot raise it."""
+    """The limit of the model that `max_len` is; none if `max_model_len` could raise it."""
     allow_special_tokens: bool = False
     packs: bool = False
-    """Whether it is known to compute pieces of several sequences in one pass."""
+    """True if it is known to compute pieces of several sequences in one pass."""
     batches: bool = True
     """Where it does not pack: whether it computes single tokens of rows of unequal lengths in one pass."""
     windows: tuple[AttentionWindow, ...] = ()
-    """What each layer attends to. Empty: everything, in all layers."""
+    """The window of each layer. Empty: every layer attends to all earlier tokens."""
 
     @property
     def vocab_size(self) -> int:

@@ -8,7 +8,7 @@ AMD EPYC core, those of 256 rows three quarters. Sums are taken in another order
 import torch
 
 ROWS = 256
-"""What the layout is chosen for; it serves any number of rows, the few of a step included."""
+"""Number of rows that the layout is chosen for. It serves any number, including the few of a decode step."""
 
 
 class PackedLinear(torch.nn.Module):

@@ -1,9 +1,9 @@
-"""Tokenize text so that no special token comes of it, however it is spelled.
+"""Tokenize text so that it never becomes special tokens.
 
-Whoever writes a prompt may spell the tokens that separate turns, `<|im_end|>` or `</s>`, and a tokenizer would make
-those tokens of it. So text is encoded by a copy of the tokenizer in which these tokens have other spellings, which
-nobody knows. A chat template's own are put into those spellings first; everything else about the copy is the same, and
-so are the tokens of any other text.
+A prompt can spell the tokens that separate turns, `<|im_end|>` or `</s>`, and a tokenizer would turn that text into
+those tokens. So text is encoded by a copy of the tokenizer in which these tokens have secret spellings. The special
+tokens of a chat template get the secret spellings first. The copy differs in nothing else, so any other text has the
+same tokens.
 """
 
 import json
@@ -18,17 +18,17 @@ from tokenizers import Tokenizer
 logger = logging.getLogger(__name__)
 
 SAMPLES = ("", "a", " a  b", "A man, a plan.\n\nIt's 3.14 \u00e9\u4e2d\U0001f600", "a\tb \n")
-"""Texts that the copy has to encode as the tokenizer does."""
+"""Texts that the copy must encode as the tokenizer does."""
 
 
 class PlainText:
-    """A tokenizer for what users write and what templates write around it."""
+    """Encodes text of users, and the special tokens that templates write around it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         controls = control_tokens(tokenizer)
         self.control_tokens = _pattern(controls)
-        """Matches what the tokenizer would make a special token of."""
+        """Matches text that the tokenizer would turn into a special token."""
         self._spellings, copy = _with_other_spellings(tokenizer, controls)
         self._copy = copy
         self._inseparable = _pattern([token for token in controls if token not in self._spellings])
@@ -39,14 +39,14 @@ class PlainText:
         return found and found[0]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of plain text; with those that the tokenizer itself begins and ends a text with, or without."""
+        """Token ids of plain text. `add_special_tokens` adds those that the tokenizer begins and ends a text with."""
         if self._copy is None:
             ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
             return ids
         return list(self._copy.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def as_control(self, token: str) -> str:
-        """What `encode` makes the special token `token` of."""
+        """The spelling that `encode` turns into the special token `token`."""
         return self._spellings.get(token, token)
 
 
@@ -57,22 +57,22 @@ def control_tokens(tokenizer: Any) -> list[str]:
     return [
         token.content
         for token in tokenizer.added_tokens_decoder.values()
-        # A template contains white space that is a token of its own, as Gemma's, without meaning a mark by it.
+        # White space may be an added token (Gemma). In a template it is no mark of a turn.
         if token.special or (token.content in text and not token.content.isspace())
     ]
 
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the tokens; the longest where several begin at a place."""
+    """Matches any of the tokens. If several begin at one place, it matches the longest."""
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _with_other_spellings(tokenizer: Any, controls: list[str]) -> tuple[Mapping[str, str], Tokenizer | None]:
-    """A copy of the tokenizer's backend with other spellings of control tokens, and those by the token.
+    """The new spelling of each control token, and a copy of the tokenizer's backend that has these spellings.
 
-    Tokens that would be recognised in other places under another spelling keep theirs. No copy where there is no
-    backend, or where a copy would encode ordinary text otherwise.
+    A token keeps its spelling if it would be recognised in other places under a new one. There is no copy if the
+    tokenizer has no backend, or if the copy would encode ordinary text differently.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer) or not controls:
@@ -102,7 +102,7 @@ def _with_other_spellings(tokenizer: Any, controls: list[str]) -> tuple[Mapping[
 
 
 def _agrees(tokenizer: Any, copy: Tokenizer, token: str, spelling: str) -> bool:
-    """Whether the copy knows `spelling` where, and as what, the tokenizer knows `token`."""
+    """True if the copy recognises `spelling` in the same places and as the same id as the tokenizer does `token`."""
     return all(
         copy.encode(text.format(spelling), add_special_tokens=False).ids
         == tokenizer(text.format(token), add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""From a prompt or messages to token ids, by one model's tokenizer and chat template."""
+"""Turns a prompt or messages into token ids, with one model's tokenizer and chat template."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from inference_service.plain_text import PlainText
 
 
 class PromptEncoder:
-    """Reads special tokens that a request spells as text, unless they are allowed."""
+    """Encodes requests. Special tokens that a request spells become text, unless they are allowed."""
 
     def __init__(self, tokenizer: Any, model_name: str, allow_special_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -20,18 +20,18 @@ class PromptEncoder:
 
     @property
     def content_form(self) -> str:
-        """How the chat template is given the text of a message."""
+        """The form in which the chat template gets the text of a message."""
         if self._template is None:
             return "nothing: there is no chat template"
         return "a list of parts" if self._template.takes_parts else "strings"
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids, with those that the tokenizer begins and ends a text with. Raises `UserError`."""
+        """Token ids, including those that the tokenizer begins and ends a text with. Raises `UserError`."""
         self._check_separable("prompt", text)
         return self._encode(text, add_special_tokens=True)
 
     def encode_messages(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of what the chat template makes of the messages. Raises `UserError` as `ChatTemplate.render`."""
+        """Token ids of the messages as the chat template renders them. Raises `UserError` as `ChatTemplate.render`."""
         if self._template is None:
             raise UserError(f"messages: the tokenizer of {self._name!r} has no chat template; send prompt instead")
         for index, message in enumerate(messages):

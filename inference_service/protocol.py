@@ -1,4 +1,4 @@
-"""What the engine needs of a model and of what runs it, real or simulated."""
+"""The model, its key/value memory and its forward passes as the engine sees them, real or simulated."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,11 +20,11 @@ class KVRows(Protocol):
         ...
 
     def chunk_reader(self, row: int, tokens: int) -> Callable[[int, "torch.Tensor"], None]:
-        """What copies chunk i of `row`, which holds `tokens`, to a tensor; meant to be called with rising i."""
+        """A function that copies chunk i of `row`, which holds `tokens`, to a tensor. Call it with rising i."""
         ...
 
     def is_finite(self, row: int, start: int, end: int) -> bool:
-        """Whether all keys and values from position `start` to before `end` of `row` are finite."""
+        """True if all keys and values from position `start` to before `end` of `row` are finite."""
         ...
 
     def clear(self, row: int, start: int, end: int) -> None:
@@ -79,7 +79,7 @@ class ServedModel(Protocol):
 
     @property
     def own_limit(self) -> str | None:
-        """What limits `max_len` where `max_model_len` cannot raise it."""
+        """The limit of the model that `max_len` is; none if `max_model_len` could raise it."""
         ...
 
     @property
@@ -93,7 +93,7 @@ class ServedModel(Protocol):
 
     @property
     def generation(self) -> "GenerationDefaults":
-        """How tokens are chosen where a request does not say."""
+        """Sampling parameters for what a request does not say."""
         ...
 
     def chunk_shape(self, chunk_tokens: int) -> "ChunkShape": ...
@@ -103,5 +103,5 @@ class ServedModel(Protocol):
         ...
 
     def wait_for_device(self) -> None:
-        """Return once the device has computed, and copied, all it was asked to: what was copied may then change."""
+        """Return once the device has finished all computing and copying. The sources of copies may then change."""
         ...

@@ -136,7 +136,7 @@ class SequenceSampler:
         return self._rules.forced_last if index == self._most_tokens - 1 else ()
 
     def constrains(self, index: int) -> bool:
-        """Whether anything is penalised, forbidden or forced at token `index`."""
+        """True if anything is penalised, forbidden or forced at token `index`."""
         return (
             self.penalised
             or self._subtracted is not None
