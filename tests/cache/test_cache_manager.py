@@ -66,6 +66,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         self.stored: set[tuple] = set()
         self.prefixes: list = []
         self.fetches: list = []
+        self.begun: list = []
         self.looked_up = self.local = self.remote = 0
 
     runs = 0
@@ -82,6 +83,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
         fetch = self.cache.prefetch(tokens, salt)
         if fetch is not None:
             self.fetches.append((fetch, tokens, salt))
+            self.begun.append(fetch)
 
     @precondition(lambda self: self.fetches)
     @rule(data=st.data(), finish=st.booleans())
@@ -182,6 +184,8 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
                 prefix.release()
             for fetch, _, _ in self.fetches:
                 fetch.cancel()
+            # One that was cancelled or taken earlier may still be reading.
+            for fetch in self.begun:
                 fetch.finish()
             assert self.cache.stats().fetched_bytes == 0
             assert self.cache.stats().pinned_chunks == 0
