@@ -1,1 +1,1 @@
-"""Speed, side by side in one run: engine, cache, batching, placement and pipeline, and what others use today."""
+"""Benchmarks of engine, cache, batching, placement and pipeline, and of alternatives, side by side in one run."""

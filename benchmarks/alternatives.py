@@ -1,16 +1,16 @@
-"""Our pipeline against what is written today for the same requests, model and cores, side by side in one run.
+"""Our pipeline against common alternatives on the same requests, model and cores, side by side in one run.
 
     python -m benchmarks.alternatives --out results/benchmarks/alternatives.json
 
-Each round offers the same new requests as one backlog to all, in an order that turns from round to round. Ours is a
-job on the local stack. The alternatives are a loop around `generate` on the same broker, and two that are spared Kafka:
-the continuous batching of `transformers`, and RunInference of Apache Beam. Everything is loaded and warm before the
-first hand-over. Where Kafka is in the way, a load lasts until a reader of the answers has the last one; elsewhere until
-it is made. Each alternative is first tried in several layouts of processes and threads, and its fastest counts.
+Each round offers the same new requests to all as one backlog; the order alternates from round to round. Ours is a job
+on the local stack. The alternatives are a loop around `generate` on the same broker, and two without Kafka: the
+continuous batching of `transformers`, and RunInference of Apache Beam. All are loaded and warm before the first request
+is sent. With Kafka, a load ends when a reader of the answers has the last one; without, when the last answer is made.
+Each alternative is first tried in several layouts of processes and threads, and measured in its fastest.
 
-Two loads: requests that share nothing, and conversations of several turns under one system prompt, where our cache has
-something to reuse. All answers are greedy, and each is compared with ours. Equal answers are promised for float32. In
-bfloat16 and float16 an answer may depend on the batch, so more of them can differ.
+There are two loads: requests that share nothing, and conversations of several turns with one system prompt, which let
+our cache reuse chunks. All answers are greedy and compared with ours. They are equal in float32. In bfloat16 and
+float16 an answer may depend on the batch, so more of them can differ.
 """
 
 import tempfile
@@ -56,9 +56,9 @@ LOADS: Mapping[str, tuple[str, ...]] = {
     NO_REUSE: ("consumer_loop", "transformers_continuous", "run_inference"),
     MULTI_TURN: ("consumer_loop",),
 }
-"""Who is compared with us on each load, by the module of its process."""
+"""Alternatives for each load, by the module of their process."""
 IN_BOTH = "consumer_loop"
-"""It has a figure for each load."""
+"""The alternative that is measured on both loads."""
 PACKAGES = ("apache-beam", "kafka-python")
 
 
@@ -81,42 +81,42 @@ def _layouts(text: object) -> object:
     for word in text.split(","):
         processes, _, threads = word.strip().partition("x")
         if not (processes.isdecimal() and threads.isdecimal() and 1 <= int(processes) <= 64 and int(threads) >= 1):
-            raise ValueError(f"{word.strip()!r} is not PROCESSESxTHREADS; give such, as 1x2,2x1")
+            raise ValueError(f"{word.strip()!r} is not PROCESSESxTHREADS; give layouts such as 1x2,2x1")
         found.append(Layout(int(processes), int(threads)))
     return tuple(found)
 
 
 def _of_the_cores() -> tuple[Layout, ...]:
-    """One process with all cores, one for each core, and one that leaves the others idle."""
+    """Return three layouts: one process with all cores, one process per core, and one process with one core."""
     cores = usable_cores()
     return tuple(dict.fromkeys((Layout(1, cores), Layout(cores, 1), Layout(1, 1))))
 
 
 class AlternativesConfig(Config):
-    """What is compared, and how often."""
+    """The loads, and how often they are measured."""
 
     out: Path = Field(default=Path("results/benchmarks/alternatives.json"), description="where the result is written")
     rounds: int = Field(default=3, ge=1, description="measured rounds of each load")
     requests: int = Field(default=48, ge=1, description="requests of a round that share nothing")
     trace: Path | None = Field(
-        default=None, description="CSV of an Azure trace: their lengths, scaled; none: lognormal of the same means"
+        default=None, description="CSV of an Azure trace, whose lengths are scaled; none: lognormal, with its means"
     )
     prompt_scale: float = Field(default=1 / 16, gt=0, le=1, description="the trace's prompts are multiplied by this")
     answer_scale: float = Field(default=1 / 4, gt=0, le=1, description="the trace's answers are multiplied by this")
     prompt_tokens: int = Field(default=72, ge=1, description="without a trace: mean length of a prompt")
     answer_tokens: int = Field(default=53, ge=1, description="without a trace: mean length of an answer")
     length_cv: float = Field(default=0.9, ge=0, le=10, description="without a trace: deviation over mean of both")
-    max_answer_tokens: int = Field(default=192, ge=1, description="longest answer of those")
+    max_answer_tokens: int = Field(default=192, ge=1, description="maximum length of an answer")
     turns: int = Field(default=64, ge=1, description="requests of a round of conversations")
-    turn_tokens: int = Field(default=64, ge=2, description="conversations: mean length of what a user says")
+    turn_tokens: int = Field(default=64, ge=2, description="conversations: mean length of a user's turn")
     reply_tokens: int = Field(default=16, ge=1, description="conversations: length of an answer")
     system_prompt_tokens: int = Field(default=512, ge=0, description="conversations: length of the system prompt")
     max_prompt_tokens: int = Field(default=1024, ge=1, description="longest prompt of both loads")
-    batch: int = Field(default=8, ge=1, le=1024, description="requests that an alternative answers together, at most")
+    batch: int = Field(default=8, ge=1, le=1024, description="maximum batch of an alternative, in requests")
     layouts: Annotated[tuple[Layout, ...], BeforeValidator(_layouts)] = Field(
         default=_of_the_cores(),
         min_length=1,
-        description="PROCESSESxTHREADS that alternatives are tried in, as 1x2,2x1",
+        description="PROCESSESxTHREADS in which alternatives are tried, as 1x2,2x1",
     )
     trial_requests: int = Field(default=16, ge=1, description="requests of each trial")
     most_mismatched: float = Field(
@@ -130,21 +130,21 @@ class AlternativesConfig(Config):
 COMMAND = Command(
     config=AlternativesConfig,
     prog="python -m benchmarks.alternatives",
-    description="Our pipeline against what is written today, on the same requests, model and cores.",
-    # Room in the local tier for all conversations of a round: 256 MiB a slot of the default model.
+    description="Our pipeline against common alternatives on the same requests, model and cores.",
+    # The local tier holds all conversations of a round: 256 MiB per slot with the default model.
     own_defaults={"capacity_chunks": 1024},
     decided={
         "engine": "a real engine is compared; leave it out",
         "profile": "a real engine is compared; leave it out",
         "brokers": "all run on the local stack; leave it out",
-        "redis_url": "one machine has no use for a second tier here; leave it out",
+        "redis_url": "a second tier gains nothing on one machine; leave it out",
         "ship_connector": "all run on the local stack; leave it out",
     },
 )
 
 
 def load_of(config: AlternativesConfig, load: str, requests: int, seed: int) -> Workload:
-    """The same values are the same requests, for whoever is to answer them. Raises `UserError`."""
+    """Return the load; the same values give the same requests. Raises `UserError`."""
     if load == MULTI_TURN:
         return make_workload(
             WorkloadConfig(
@@ -177,14 +177,14 @@ def load_of(config: AlternativesConfig, load: str, requests: int, seed: int) -> 
 
 
 def check(config: AlternativesConfig) -> None:
-    """What the options get wrong together shows before anything is started. Raises `UserError`."""
+    """Check options that depend on each other, before anything is started. Raises `UserError`."""
     engine = config.job.engine
     if engine.device not in ("auto", "cpu"):
-        raise UserError(f"--device: the cores of a CPU are compared, and not {engine.device}; leave it out")
+        raise UserError(f"--device: this compares on the cores of a CPU, not on {engine.device}; leave it out")
     longest = config.max_prompt_tokens + max(config.max_answer_tokens, config.reply_tokens)
     if longest > engine.max_model_len:
         raise UserError(
-            f"--max-prompt-tokens: such a prompt and the longest answer are {longest} tokens and the engine holds "
+            f"--max-prompt-tokens: such a prompt and the longest answer have {longest} tokens, but the engine holds "
             f"{engine.max_model_len}; lower it or raise --max-model-len"
         )
     for load in LOADS:
@@ -192,19 +192,22 @@ def check(config: AlternativesConfig) -> None:
 
 
 def fastest(tried: Mapping[Layout, float]) -> Layout:
-    """The layout with the highest rate; `tried` holds tokens/s of each."""
+    """Return the layout with the highest rate; `tried` has the tokens/s of each."""
     return max(tried, key=lambda layout: tried[layout])
 
 
 def mismatched(name: str, answers: Answers, ours: Answers) -> int:
-    """How many answers differ from ours. Raises `WrongMeasurementError` where not the same requests were answered."""
+    """Return the number of answers that differ from ours.
+
+    Raises `WrongMeasurementError` if the two did not answer the same requests.
+    """
     if answers.keys() != ours.keys():
         raise WrongMeasurementError(f"{name} answered {len(answers)} requests and ours {len(ours)}, not the same ones")
     return sum(answers[request_id] != ours[request_id] for request_id in ours)
 
 
 def figures_of(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Ours over each alternative, round by round; above 1 ours is faster. Times are of the same requests."""
+    """Our rate over that of each alternative, round by round, on the same requests; above 1 ours is faster."""
     figures: dict[str, float] = {}
     for load, alternatives in LOADS.items():
         for name in alternatives:
@@ -219,7 +222,7 @@ def figures_of(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def require_equal_answers(figures: Mapping[str, float], most: float) -> None:
-    """Raises `WrongMeasurementError` where more than the share `most` of an alternative's answers is not ours."""
+    """Raises `WrongMeasurementError` if more than the share `most` of an alternative's answers differs from ours."""
     for name, count in figures.items():
         if name.startswith("mismatched_"):
             answers = figures[name.removeprefix("mismatched_")]
@@ -228,7 +231,7 @@ def require_equal_answers(figures: Mapping[str, float], most: float) -> None:
 
 
 def round_of(contenders: Mapping[str, Contender], workload: Workload, turned: bool) -> dict[str, Taken]:
-    """Everybody's time and answers on the same requests, in this order or from the end."""
+    """Measure times and answers of all contenders on the same requests, in this order or reversed."""
     order = list(contenders)
     return {name: contenders[name].answer(workload) for name in (reversed(order) if turned else order)}
 
@@ -246,7 +249,7 @@ def book(samples: dict[str, list[float]], load: str, taken: Mapping[str, Taken])
 
 
 class Alternatives:
-    """The processes of all alternatives: as many of each as its largest layout of that number of threads needs."""
+    """The processes of all alternatives: for each number of threads, as many as its largest layout needs."""
 
     def __init__(self, config: AlternativesConfig, brokers: str, log: Path) -> None:
         self._config = config
@@ -288,7 +291,7 @@ class Alternatives:
 
 @contextmanager
 def started(config: AlternativesConfig, brokers: str, log: Path) -> Iterator[Alternatives]:
-    """All alternatives, warm; ended afterwards. Raises `UserError`."""
+    """Give all alternatives, warm; end them afterwards. Raises `UserError`."""
     alternatives = Alternatives(config, brokers, log)
     try:
         alternatives.start(dict.fromkeys(name for names in LOADS.values() for name in names))
@@ -300,7 +303,7 @@ def started(config: AlternativesConfig, brokers: str, log: Path) -> Iterator[Alt
 def measure(config: AlternativesConfig, console: Console) -> Report:
     """Run everything. Raises `UserError`, and `WrongMeasurementError` if answers are not what they should be."""
     check(config)
-    # Greedy, whatever the model's defaults are: so do the others answer.
+    # Greedy, whatever the model's defaults are, because the alternatives answer greedily.
     engine = config.job.engine.model_copy(update={"device": "cpu", "sampling_defaults": SamplingDefaults.NEUTRAL})
     job = with_absolute_paths(config.job.model_copy(update={"engine": engine}))
     config = config.model_copy(update={"job": job})
@@ -332,7 +335,7 @@ def measure(config: AlternativesConfig, console: Console) -> Report:
         for index in range(config.rounds):
             for load in LOADS:
                 bar.update(task, description=f"round {index + 1}, {load}")
-                # Other requests in each round: ours would remember those of the last one.
+                # New requests in each round, because our cache would still hold those of the last one.
                 requests = config.turns if load == MULTI_TURN else config.requests
                 workload = load_of(config, load, requests, config.seed + 1 + index)
                 book(samples, load, round_of(contenders[load], workload, turned=index % 2 == 1))
@@ -370,7 +373,7 @@ def measure(config: AlternativesConfig, console: Console) -> Report:
 
 
 def show(report: Report, console: Console) -> None:
-    """The figures that matter, as a table."""
+    """Print the main figures as a table."""
     figures = report.figures
     table = Table(
         "load", "alternative", "layout", "its\ntokens/s", "ours\ntokens/s", "ours / it", "quartiles", "mismatched"
@@ -394,7 +397,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def _sizes(workload: Workload) -> dict[str, float]:
-    """Token counts of one round. A text is counted in bytes, which are the default model's tokens."""
+    """Token counts of one round. Text is counted in bytes, which are the tokens of the default model."""
     prompts = [len(timed.prompt_token_ids or (timed.prompt or "").encode()) for timed in workload]
     limits = [timed.max_new_tokens for timed in workload]
     return {

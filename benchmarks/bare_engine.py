@@ -1,4 +1,4 @@
-"""The engine alone, in a process of its own: what a pipeline around it is measured against."""
+"""The engine alone, in its own process: the baseline for a pipeline around it."""
 
 import multiprocessing
 import time
@@ -29,28 +29,28 @@ class BareEngine:
         self._job = job
 
     def facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Device and model, as a `Report` states them."""
+        """Return device and model, in the form of a `Report`."""
         return self._pool.submit(_facts, self._job).result()
 
     def together(self, requests: Sequence[Request]) -> tuple[int, float]:
-        """Output tokens, and seconds from the first hand-over to the last answer, of all `requests` at once."""
+        """Run all `requests` at once; return output tokens, and seconds from the first request to the last answer."""
         return self._pool.submit(_together, self._job, requests).result()
 
     def alone_ms(self, requests: Sequence[Request]) -> list[float]:
-        """Time of each request, one after the other on an idle engine: hand-over until its answer."""
+        """Run the requests one after the other on an idle engine; return each one's time in ms."""
         return self._pool.submit(_alone, self._job, requests).result()
 
 
 @contextmanager
 def bare_engine(job: JobConfig) -> Iterator[BareEngine]:
-    """The engine of a slot of `job`, without a cache. It is loaded by the first call, `facts` or another."""
+    """Give the engine of a slot of `job`, without a cache. The first call loads it."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield BareEngine(pool, job)
 
 
 @cache
 def _loaded(job: JobConfig) -> tuple[LoadedModel, ContinuousEngine]:
-    """In the worker process, once: model and warm engine."""
+    """Load model and engine in the worker process, once, and warm up."""
     torch.set_num_threads(job.threads_per_slot)
     model = load_checked_model(job.engine)
     engine = ContinuousEngine(model, job.engine, None, job.cache.chunk_tokens, SystemClock())
@@ -83,7 +83,7 @@ def _alone(job: JobConfig, requests: Sequence[Request]) -> list[float]:
 
 
 def _completions(results: Sequence[Completion | Failure]) -> list[Completion]:
-    """Raises `UserError` where one failed: the rest is not what was to be measured."""
+    """Raises `UserError` if a request failed, because the others would then be a wrong measurement."""
     for result in results:
         if isinstance(result, Failure):
             raise UserError(f"{result.request.request_id}: {result.reason}")

@@ -1,15 +1,16 @@
-"""Continuous batching against micro-batches of 8: throughput under overload, latency at a load that both sustain.
+"""Continuous batching against micro-batches of 8: throughput under overload, latency at a rate both keep up with.
 
     python -m benchmarks.batching --trace AzureLLMInferenceTrace_conv.csv --out results/benchmarks/batching.json
 
-Three jobs of one slot stand ready side by side: continuous batching in 32 rows, in 8 rows, and micro-batches of 8. One
-at a time is offered a load, in an order that alternates from round to round: the same requests, with the lengths of an
-Azure trace scaled down (without `--trace`: lognormal lengths of its means), at first as one backlog, then paced at a
-share of the rate that the micro-batches reached. Prompts are scaled down more than answers: on a CPU a prompt's token
-costs about a twentieth of a decode step and on a GPU a hundredth or less, so that equal scales would make a load of
-another kind, nearly all prefill. Latency is the request's creation until its answer was read from Kafka. At last short
-requests come at even gaps, without and with one very long prompt in their midst: what it does to the short ones' p95
-tells whether it holds them up.
+Three jobs of one slot each are ready side by side: continuous batching with 32 rows, with 8 rows, and micro-batches of
+8. One job at a time gets the load; the order alternates from round to round. All jobs get the same requests, with the
+scaled lengths of an Azure trace (without `--trace`: lognormal lengths with its means). The requests come first as one
+backlog, then paced at a share of the rate that the micro-batches reached. Prompts are scaled down more than answers: on
+a CPU a prompt token costs about a twentieth of a decode step, on a GPU a hundredth or less. With equal scales the load
+would be nearly all prefill. Latency is the time from a request's creation until its answer was read from Kafka.
+
+Finally short requests come at even gaps, without and with one very long prompt among them. The p95 of the short
+requests shows how much the long prompt delays them.
 """
 
 from collections import defaultdict
@@ -43,32 +44,32 @@ VARIANTS = {
     CONTINUOUS_8: (8, BatchingConfig(batching=Batching.CONTINUOUS)),
     MICRO: (8, BatchingConfig(batching=Batching.MICRO, batch_size=8)),
 }
-"""Rows of the engine, and how requests come together in it."""
+"""Rows of the engine and the way of batching, for each job."""
 LONG_VARIANTS = (CONTINUOUS, MICRO)
 AZURE_PROMPT_TOKENS, AZURE_ANSWER_TOKENS, AZURE_LENGTH_CV = 1155, 211, 0.86
-"""Means of the conversation trace of 2023, and about the deviation over the mean of its two lengths."""
+"""Mean lengths of the conversation trace of 2023, and the approximate coefficient of variation of both."""
 PACED_SEED, SHORT_SEED, WITH_LONG_SEED, WARM_SEED = 1 << 40, 1 << 41, 1 << 42, 1 << 43
-"""Added to the seed, so that no two loads of one job share a request id."""
+"""Offsets of the seed, so that no two loads of a job share a request id."""
 
 Samples = dict[str, list[float]]
 
 
 class BatchingEngine(EngineConfig):
-    """The model of all jobs; their rows are set here."""
+    """The model of all jobs. The benchmark sets their rows."""
 
     threads: int = Field(default=1, ge=1, le=1024, description="CPU threads of the engine")
 
 
 class BatchingBenchmarkConfig(Config):
-    """What is measured, and how often."""
+    """The loads, and how often they are measured."""
 
     out: Path = Field(default=Path("results/benchmarks/batching.json"), description="where the result is written")
-    trace: Path | None = Field(default=None, description="Azure trace, CSV; none: made lengths of the same means")
+    trace: Path | None = Field(default=None, description="Azure trace, CSV; none: random lengths with the same means")
     rounds: int = Field(default=2, ge=1, description="measured rounds")
     requests: int = Field(default=48, ge=8, description="requests of the backlog, and as many of the paced load")
     prompt_scale: float = Field(default=1 / 16, gt=0, le=1, description="the trace's prompts are multiplied by this")
     answer_scale: float = Field(default=1 / 4, gt=0, le=1, description="the trace's answers are multiplied by this")
-    paced_share: float = Field(default=0.6, gt=0, lt=1, description="paced load, of the rate that micro-batches reach")
+    paced_share: float = Field(default=0.6, gt=0, lt=1, description="paced rate over the rate micro-batches reach")
     short_requests: int = Field(default=30, ge=4, description="short requests around the long one")
     short_rate_per_s: float = Field(default=3.0, gt=0, description="rate of the short requests")
     long_prompt_tokens: int = Field(default=1900, ge=1, description="prompt of the long request")
@@ -79,13 +80,13 @@ class BatchingBenchmarkConfig(Config):
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Limits of a load's prompt and answer: together they fill a row."""
+        """Maximum length of a load's prompts and answers; together they fill a row."""
         answer = self.engine.max_model_len // 16
         return self.engine.max_model_len - answer, answer
 
 
 class WithLong:
-    """A load and one long request in its midst, due together with the request before which it comes."""
+    """A load with one long request inserted, which is due together with the request after it."""
 
     def __init__(self, short: Workload, long: TimedRequest) -> None:
         self._short = short
@@ -116,7 +117,7 @@ def job_of(variant: str, engine: EngineConfig) -> JobConfig:
 
 
 def load(config: BatchingBenchmarkConfig, seed: int, rate_per_s: float | None = None) -> Workload:
-    """The trace's requests, or made ones: at this mean rate with the trace's own gaps, or random ones."""
+    """Return the trace's requests, or generated ones, at this mean rate, with the trace's gaps, or random ones."""
     prompt, answer = config.longest
     common: dict[str, Any] = {
         "requests": config.requests,
@@ -156,7 +157,7 @@ def short_load(config: BatchingBenchmarkConfig, seed: int) -> Workload:
 
 
 def with_long(config: BatchingBenchmarkConfig, short: Workload, seed: int) -> WithLong:
-    """`short`, and the long request when a third of it has come: what it holds up must still be in the load."""
+    """Insert the long request after a third of `short`, so that the requests it delays are still part of the load."""
     long = TimedRequest(
         at_ms=1000 * (config.short_requests // 3) / config.short_rate_per_s,
         request_id=f"long-{config.seed + seed}",
@@ -169,7 +170,7 @@ def with_long(config: BatchingBenchmarkConfig, short: Workload, seed: int) -> Wi
 
 
 def figures_of(samples: Mapping[str, Sequence[float]], rounds: int) -> dict[str, float]:
-    """The flat figures: medians over rounds of ratios taken round by round, each with its quartiles."""
+    """Figures of the report: medians over the rounds of each round's ratios, with quartiles."""
     figures: dict[str, float] = {}
     micro_p95 = by_round(samples[f"{MICRO}_paced_ms"], rounds, 95)
     for variant, suffix in ((CONTINUOUS, ""), (CONTINUOUS_8, "_8_rows")):
@@ -197,7 +198,7 @@ def figures_of(samples: Mapping[str, Sequence[float]], rounds: int) -> dict[str,
 
 
 def by_round(values: Sequence[float], rounds: int, percent: float) -> list[float]:
-    """The percentile of each round, of which all have as many values (linear between ranks, R type 7)."""
+    """Return the percentile of each round (linear between ranks, R type 7). All rounds have equally many values."""
     return [float(value) for value in np.percentile(np.reshape(values, (rounds, -1)), percent, axis=1)]
 
 
@@ -233,7 +234,7 @@ def measure(config: BatchingBenchmarkConfig, console: Console) -> Report:
             mode="json", exclude={"out": True, "flink": True, "trace": True, "engine": {"max_running"}}
         )
         | {
-            "lengths": "made: lognormal, of the trace's means" if config.trace is None else config.trace.name,
+            "lengths": "generated: lognormal, with the trace's means" if config.trace is None else config.trace.name,
             "variants": {
                 name: {"rows": rows} | batching.model_dump(mode="json") for name, (rows, batching) in VARIANTS.items()
             },
@@ -244,7 +245,7 @@ def measure(config: BatchingBenchmarkConfig, console: Console) -> Report:
 
 
 def check(config: BatchingBenchmarkConfig) -> None:
-    """Raises `UserError` for what would fail or mislead once all has been started."""
+    """Raises `UserError` for options that would fail or mislead after everything has started."""
     if config.engine.is_simulated:
         raise UserError("--engine: batching is compared on a real engine; leave it out")
     if config.long_prompt_tokens + config.long_answer_tokens > config.engine.max_model_len:
@@ -254,11 +255,11 @@ def check(config: BatchingBenchmarkConfig) -> None:
         )
     held = sum(1 for _ in load(config, 0))
     if held < config.requests:
-        raise UserError(f"--requests: the trace has {held} that fit with these options; give as many")
+        raise UserError(f"--requests: the trace has {held} that fit with these options; give at most that many")
 
 
 def overload(config: BatchingBenchmarkConfig, round_: int, jobs: Sequence[JobUnderTest], samples: Samples) -> None:
-    """All requests at once."""
+    """Offer all requests at once."""
     for job in jobs:
         outcome = job.offer(load(config, round_), backlog=True)
         samples[f"{job.name}_tokens_per_s"].append(outcome.tokens_per_s)
@@ -266,7 +267,7 @@ def overload(config: BatchingBenchmarkConfig, round_: int, jobs: Sequence[JobUnd
 
 
 def paced(config: BatchingBenchmarkConfig, round_: int, jobs: Sequence[JobUnderTest], samples: Samples) -> None:
-    """The same load for all, at a rate that micro-batches sustain."""
+    """Offer the same load to all, at a rate that micro-batches keep up with."""
     rate_per_s = config.paced_share * samples[f"{MICRO}_requests_per_s"][-1]
     samples["paced_requests_per_s"].append(rate_per_s)
     for job in jobs:
@@ -275,7 +276,7 @@ def paced(config: BatchingBenchmarkConfig, round_: int, jobs: Sequence[JobUnderT
 
 
 def beside_long(config: BatchingBenchmarkConfig, round_: int, jobs: Sequence[JobUnderTest], samples: Samples) -> None:
-    """Short requests, without and with the long one."""
+    """Offer short requests, without and with the long one."""
     loads: list[tuple[str, Workload]] = [
         ("without_long", short_load(config, SHORT_SEED + round_)),
         ("with_long", with_long(config, short_load(config, WITH_LONG_SEED + round_), round_)),
@@ -289,7 +290,7 @@ def beside_long(config: BatchingBenchmarkConfig, round_: int, jobs: Sequence[Job
 
 
 def show(report: Report, console: Console) -> None:
-    """The figures that matter."""
+    """Print the main figures."""
     figures = report.figures
     table = Table("", "tokens/s", "paced p50\nms", "paced p95\nms", "throughput\n/ micro8", "p95\n/ micro8")
     for variant in VARIANTS:
@@ -316,7 +317,7 @@ def _rate_of(workload: Workload) -> float:
     """Mean rate of its arrivals, in requests per second."""
     times = [timed.at_ms for timed in workload]
     if len(times) < 2 or times[-1] <= times[0]:
-        raise UserError("--trace: its requests all come at once, so that they have no rate; give another trace")
+        raise UserError("--trace: its requests all arrive at once and have no rate; give another trace")
     return 1000 * (len(times) - 1) / (times[-1] - times[0])
 
 

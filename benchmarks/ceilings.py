@@ -1,6 +1,6 @@
-"""What a device can do at best, and what one forward pass of a model must do: both sides of a roofline.
+"""Both sides of a roofline: the largest rates of a device, and the work that one forward pass of a model needs.
 
-Needs PyTorch and NumPy alone, so that it runs on a machine that has nothing else.
+Needs only PyTorch and NumPy, so it runs on a machine that has nothing else.
 """
 
 import os
@@ -21,7 +21,7 @@ SMALLEST_BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Work:
-    """Arithmetic and memory traffic of one forward pass, of which nothing can be left out."""
+    """Least arithmetic and memory traffic of one forward pass."""
 
     flops: int
     weight_bytes: int
@@ -34,13 +34,13 @@ class Work:
         return self.weight_bytes + self.kv_bytes
 
     def floor_s(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """The roofline (Williams, Waterman and Patterson, CACM 52(4), 2009)."""
+        """Lower bound of the duration by the roofline model (Williams, Waterman and Patterson, CACM 52(4), 2009)."""
         return max(self.flops / flops_per_s, self.moved_bytes / bytes_per_s)
 
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """What a decoder-only transformer computes and reads; the names and units are those of a device profile."""
+    """Arithmetic and memory traffic of a decoder-only transformer. Names and units are those of a device profile."""
 
     weight_bytes: int
     kv_bytes_per_token: int
@@ -49,7 +49,7 @@ class ModelCosts:
     attention_flops: int
 
     def prefill(self, tokens: int, start: int) -> Work:
-        """`tokens` tokens after `start`; each attends to itself and all before it."""
+        """Work of `tokens` tokens after `start`. Each attends to itself and to all tokens before it."""
         pairs = tokens * start + tokens * (tokens + 1) // 2
         return Work(
             tokens * self.flops_per_token + self.head_flops + self.attention_flops * pairs,
@@ -58,7 +58,7 @@ class ModelCosts:
         )
 
     def decode(self, lengths: Sequence[int]) -> Work:
-        """One token in each row; the pool hands out every row up to the end of the longest."""
+        """Work of one token in each row. The pool gives every row up to the end of the longest."""
         rows = len(lengths)
         held = rows * (max(lengths) + 1)
         return Work(
@@ -70,13 +70,13 @@ class ModelCosts:
 
 
 def synchronize(device: torch.device) -> None:
-    """Return once the device has done all that was asked of it."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Mean device time of `call`, asked for `repeats` times in a row without waiting between."""
+    """Mean device time of `call` over `repeats` calls without waits between them."""
     synchronize(device)
     if device.type == "cuda":
         event: Any = torch.cuda.Event
@@ -94,15 +94,15 @@ def seconds_of(call: Callable[[], object], repeats: int, device: torch.device) -
 
 
 class Ceilings:
-    """The largest rates that plain kernels reach, measured anew at every call."""
+    """The largest rates that plain kernels reach. Every call measures again."""
 
     def __init__(
         self, device: torch.device, dtype: torch.dtype, products: Sequence[tuple[int, int, int]], read_bytes: int
     ) -> None:
-        """`products`: rows, inner and outer size of each matrix product, as a layer would compute it.
+        """`products` are the rows, inner and outer size of each matrix product, computed as in a layer.
 
-        `read_bytes`: what a decode step reads. The bandwidth is taken over a buffer of that size (between bounds), so
-        that it profits from the device's caches as much as the step could.
+        `read_bytes` is what a decode step reads. The bandwidth is measured over a buffer of that size (within bounds),
+        so it profits from the device's caches as much as the step could.
         """
         self._device = device
         self._repeats = 10 if device.type == "cuda" else 1
@@ -119,7 +119,7 @@ class Ceilings:
 
     @torch.inference_mode()
     def flops_per_s(self) -> dict[str, float]:
-        """Rate of each product, by its sizes: 2 * rows * inner * outer operations."""
+        """Rate of each product, by its sizes. A product has 2 * rows * inner * outer operations."""
         rates = {}
         for (rows, inner, outer), (factor, layer) in self._products.items():
             took_s = seconds_of(partial(layer, factor), self._repeats, self._device)
@@ -128,7 +128,7 @@ class Ceilings:
 
     @torch.inference_mode()
     def bytes_per_s(self) -> dict[str, float]:
-        """`copy` of one half of the buffer over the other, read and written bytes; `read` of both (a dot product)."""
+        """Bandwidth of `copy` (half of the buffer to the other half, read and written bytes) and `read` (dot product)."""
         source, target = self._halves
         moved = 2 * source.numel() * source.element_size()
         kernels: dict[str, Callable[[], object]] = {
@@ -139,14 +139,14 @@ class Ceilings:
 
 
 def _layer(inner: int, outer: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Sequential:
-    """A layer as the engine computes it: the ceiling must not be lower than what its own kernels reach."""
+    """Return a layer as the engine computes it, so that the ceiling is not below what the engine's kernels reach."""
     layer = torch.nn.Sequential(torch.nn.Linear(inner, outer, bias=False, device=device, dtype=dtype))
     pack_linears(layer)
     return layer
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device."""
+    """Free memory of the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -159,7 +159,7 @@ def free_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """The parameters of a device profile that are measured, and how well they tell the times again."""
+    """Measured parameters of a device profile, and the error of the times it predicts."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -168,28 +168,28 @@ class Fit:
     decode_overhead_ms: float
     decode_row_overhead_ms: float
     worst_error_percent: float
-    """Largest difference between a time of the profile and the measured one, in percent of the latter."""
+    """Largest difference between predicted and measured time, in percent of the measured time."""
 
 
 def fit(works: Sequence[Work], times_ms: Sequence[float], bytes_per_s: float) -> Fit:
-    """Least squares of the relative errors of a device profile's formula:
+    """Fit a device profile's formula by least squares of relative errors:
 
-    `overheads + max(flops / flops_per_s, weight_bytes / bytes_per_s + kv_bytes / kv_bytes_per_s)`. Every pass of one
-    model reads the same weights, so that their time cannot be told from a fixed cost: they are taken to be read at
-    `bytes_per_s`, the ceiling (or at what the fastest pass shows, where that is more), and the rest is overhead. For
-    given rates the overheads follow directly; the rates are searched on a grid, narrowed around the best of it.
+    `overheads + max(flops / flops_per_s, weight_bytes / bytes_per_s + kv_bytes / kv_bytes_per_s)`. Every pass of a
+    model reads the same weights, so their time cannot be separated from a fixed cost. They are assumed to be read at
+    `bytes_per_s`, the ceiling (or at the rate of the fastest pass, if that is higher); the rest is overhead. For given
+    rates the overheads follow directly. The rates are searched on a grid that is narrowed around the best point.
     """
     times = np.array(times_ms)
-    # Shares of the measured time, for each operation and each byte of keys and values; and what the weights take.
+    # Operations, bytes of keys and values, and bytes of weights, each over the measured time.
     flops, kv_bytes, weights = np.array([[work.flops, work.kv_bytes, work.weight_bytes] for work in works]).T / times
     reached = max(bytes_per_s, 1e3 * weights.max())
     rows = np.array([work.decode_rows for work in works])
     fixed = {"prefill": (rows == 0) / times, "step": (rows > 0) / times, "row": rows / times}
-    # Least squares may ask for an overhead below zero: it is then left out, and the others are solved again.
+    # Least squares may give a negative overhead. It is then left out, and the others are solved again.
     subsets = [("prefill",), ("prefill", "step"), ("prefill", "row"), ("prefill", "step", "row")]
 
     def solved(rates: Any) -> tuple[Any, list[tuple[tuple[str, ...], Any, Any]]]:
-        """For ms per operation and per byte `[candidates, 2]`: the least squared error, and all that was tried."""
+        """For ms per operation and per byte `[candidates, 2]`: the least squared error, and all solutions tried."""
         base = np.maximum(rates[:, :1] * flops, 1e3 / reached * weights + rates[:, 1:] * kv_bytes)
         tried = []
         for names in subsets:
@@ -198,7 +198,7 @@ def fit(works: Sequence[Work], times_ms: Sequence[float], bytes_per_s: float) ->
             tried.append((names, overheads, base + overheads @ matrix.T - 1))
         return np.stack([(errors**2).sum(1) for _, _, errors in tried]), tried
 
-    # No pass can have been faster than each of its parts: the least time per unit of all bounds each rate.
+    # No pass is faster than each of its parts, so the smallest time per unit over all passes bounds each rate.
     centre, reach = -np.log([flops.max(), kv_bytes.max()]), 3.0
     for _ in range(10):
         axis = np.linspace(-reach, reach, 41)

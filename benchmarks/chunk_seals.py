@@ -1,7 +1,7 @@
-"""`python -m benchmarks.chunk_seals`: what authenticating chunks in Redis costs, beside a checksum.
+"""`python -m benchmarks.chunk_seals`: cost of authenticating chunks in Redis, compared with a checksum.
 
-Each round takes both, one after the other: the seal of one chunk alone, and a look-up that brings chunks from a Redis
-on this machine, where the transfer is quickest and the seal's share the greatest.
+Each round measures both seals, one after the other: the seal of one chunk, and a lookup that fetches chunks from a
+Redis on this machine. Here the transfer is fastest, so the seal's share is greatest.
 """
 
 import tempfile
@@ -43,18 +43,18 @@ FIELDS = bytes(112)
 
 
 class ChunkSealsConfig(Config):
-    """What is measured, and how often."""
+    """The lookups, and how often they are measured."""
 
     out: Path = Field(default=Path("results/benchmarks/chunk_seals.json"), description="where the result is written")
     rounds: int = Field(default=40, ge=1, description="measured rounds of each size, after one to warm up")
-    chunks: int = Field(default=16, ge=1, description="chunks that one look-up brings")
+    chunks: int = Field(default=16, ge=1, description="chunks that one lookup fetches")
     redis_url: RedisUrl | None = Field(
-        default=None, description="redis://host:port of a Redis of your own; none: started"
+        default=None, description="redis://host:port of your own Redis; none: one is started"
     )
 
 
 class SealProbe:
-    """Two caches of one shape on one Redis that hold the same prompt, one with a key."""
+    """Two caches of one shape on one Redis with the same prompt, one of them with a key."""
 
     def __init__(self, shape: ChunkShape, chunks: int, url: str, key_file: Path) -> None:
         self._chunk = torch.randn(shape.size, generator=torch.Generator().manual_seed(0)).to(shape.dtype)
@@ -67,10 +67,10 @@ class SealProbe:
         for cache in self._caches.values():
             cache.store(self._prompt, self._read_chunk)
             if not cache.flush(60):
-                raise UserError("redis_url: Redis takes no chunks; see that it has room for them")
+                raise UserError("redis_url: Redis takes no chunks; check its free memory")
 
     def round(self, checksum_first: bool) -> dict[str, float]:
-        """Milliseconds of one seal and of one look-up with either."""
+        """Milliseconds of one seal and of one lookup, with the checksum and with the key."""
         names = list(self._seals) if checksum_first else list(reversed(self._seals))
         payload = payload_view(self._chunk)
         taken = {f"seal_ms_{name}": _timed_ms(partial(self._seals[name].of, FIELDS, payload)) for name in names}
@@ -90,7 +90,7 @@ class SealProbe:
 
 
 def _open(shape: ChunkShape, url: str, key_file: Path | None) -> TwoLevelCache:
-    """Without room of its own, so that every look-up goes to Redis."""
+    """Open a cache without a local tier, so that every lookup goes to Redis."""
     config = CacheConfig(
         chunk_tokens=shape.chunk_tokens,
         sizing=SizingConfig(capacity_chunks=0, min_capacity_chunks=0),
@@ -112,7 +112,7 @@ def _timed_ms(work: Callable[[], object]) -> float:
 
 
 def figures_of(samples: dict[str, list[float]]) -> dict[str, float]:
-    """Ratios per round and medians in ms of each shape, with quartiles."""
+    """Medians in ms and ratios taken round by round for each shape, with quartiles."""
     figures: dict[str, float] = {}
     for shape, chunk in SHAPES.items():
         for what in ("seal", "fetch"):
@@ -141,7 +141,7 @@ def measure(config: ChunkSealsConfig, console: Console) -> Report:
         for shape_name, shape in SHAPES.items():
             probe = SealProbe(shape, config.chunks, url, key_file)
             cleanup.callback(probe.close)
-            # The first round is run like the others and not counted.
+            # The first round runs like the others and is not counted.
             for index in range(config.rounds + 1):
                 taken = probe.round(checksum_first=index % 2 == 0)
                 for name, value in taken.items() if index else ():
@@ -158,7 +158,7 @@ def measure(config: ChunkSealsConfig, console: Console) -> Report:
 
 
 def show(report: Report, console: Console) -> None:
-    """The figures that matter, as a table."""
+    """Print the main figures as a table."""
     table = Table("chunk", "MiB", "xxh3-128\nms", "HMAC\nms", "\nx", "look-up of all\nms", "with HMAC\nms", "\nx")
     for shape in SHAPES:
         row = [f"{report.figures[f'chunk_bytes_{shape}'] / (1 << 20):.2f}"]

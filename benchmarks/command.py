@@ -1,4 +1,4 @@
-"""What every benchmark's command does: measure, write the report, show it."""
+"""The common part of every benchmark's command: measure, write the report, print it."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ C = TypeVar("C", bound=Config)
 
 
 class Written(Protocol):
-    """A configuration that says where the report goes."""
+    """A configuration with the path of the report."""
 
     @property
     def out(self) -> Path: ...
@@ -28,7 +28,7 @@ W = TypeVar("W", bound=Written)
 
 
 def stated(config: type[C], module: str, description: str, own_defaults: Mapping[str, Any] = {}) -> C:
-    """The configuration that the command line states; `own_defaults` of options that it shares with other commands."""
+    """Return the configuration of the command line. `own_defaults` replace defaults of options shared with others."""
     parser = Parser(f"python -m {module}", description=description)
     add_options(parser, config)
     set_own_defaults(parser, own_defaults)
@@ -36,7 +36,7 @@ def stated(config: type[C], module: str, description: str, own_defaults: Mapping
 
 
 def carry_out(config: W, measure: Callable[[W, Console], Report], show: Callable[[Report, Console], Any]) -> Report:
-    """Write and show what is measured; an interruption ends it with its own status and no report."""
+    """Measure, write the report and print it. An interruption ends the process with its own status and no report."""
     console = Console()
     try:
         with interruptible():

@@ -1,4 +1,4 @@
-"""A load that can go on for ever without a session that does: conversations end, and new ones take their places."""
+"""A load that can last for ever although its sessions end: a new conversation replaces each that has ended."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from workloads.timed_request import TimedRequest, request_id
 
 @dataclass(frozen=True)
 class SteadyConversations:
-    """`requests` at even gaps, in turn of `sessions` conversations of `turns` requests each; no id is used again.
+    """`requests` requests at even gaps, from `sessions` conversations in turn, with `turns` requests each.
 
-    All prompts begin with the same system text, and each goes on the one before it in its session.
+    No id is used twice. All prompts begin with the same system text, and each extends the one before it in its session.
     """
 
     requests: int
@@ -25,7 +25,7 @@ class SteadyConversations:
 
     @property
     def longest_prompt_tokens(self) -> int:
-        """Tokens of a byte-level tokenizer that no prompt exceeds."""
+        """Maximum length of a prompt, in tokens of a byte-level tokenizer."""
         reply = self.max_new_tokens + 1
         return self.system_tokens + self.turns * longest_turn_tokens(self.turn_tokens) + (self.turns - 1) * reply
 
@@ -37,7 +37,7 @@ class SteadyConversations:
         open_: dict[int, Conversation] = {}
         for index in range(self.requests):
             place, turn = index % self.sessions, index // self.sessions
-            # They do not all end at once.
+            # Conversations must not all end at the same time.
             if place not in open_ or (turn + place) % self.turns == 0:
                 session_id = f"session-{self.seed}-{index:08d}"
                 open_[place] = Conversation(self.seed, session_id, system, self.turn_tokens, self.max_new_tokens)

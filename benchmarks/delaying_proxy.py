@@ -1,8 +1,8 @@
-"""A TCP proxy that hands on each answer of a server a fixed time after it came: a server far away.
+"""A TCP proxy that delays each answer of a server by a fixed time, like a server far away.
 
     python -m benchmarks.delaying_proxy PORT DELAY_MS
 
-It listens on a free port of 127.0.0.1, prints its number, and ends with its standard input. In a process of its own it
+It listens on a free port of 127.0.0.1, prints the port, and ends when its standard input ends. As a separate process it
 takes no time of the interpreter that is measured.
 """
 
@@ -21,7 +21,7 @@ READ_BYTES = 1 << 18
 
 @contextmanager
 def delayed(port: int, delay_ms: float) -> Iterator[int]:
-    """The port of a proxy before `port` of 127.0.0.1, until the end."""
+    """Run a proxy before `port` of 127.0.0.1 and give its port."""
     command = [sys.executable, "-m", "benchmarks.delaying_proxy", str(port), str(delay_ms)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -36,7 +36,7 @@ def delayed(port: int, delay_ms: float) -> Iterator[int]:
 
 
 async def _hand_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
-    """Pass on what comes, and at last the end, each piece `delay_s` after it came and in order."""
+    """Forward each piece in order, and finally the end, `delay_s` after it arrived."""
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 

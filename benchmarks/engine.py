@@ -1,13 +1,13 @@
-"""How near prefill and decode over our pool come to what the device can do, and the device's profile.
+"""Prefill and decode over our pool compared with the limits of the device; writes the device's profile.
 
     python -m benchmarks.engine --shape qwen2.5-0.5b,qwen2.5-7b --device cuda --dtype bfloat16
 
-Each round measures, one after the other, the device's ceilings (matrix products, memory bandwidth), prefill at several
-lengths, decode steps at several numbers of rows and contexts, and a prompt by reuse of its chunks beside the same
-prompt recomputed, all through our own pool and runner, of a model with random weights in a real model's shape. A ratio
-is taken round by round. From the medians the parameters of a roofline are fitted and written as a device profile.
+Each round measures, one after the other: the device's ceilings (matrix products, memory bandwidth), prefill at several
+lengths, decode steps at several numbers of rows and contexts, and a prompt with reused chunks and recomputed. All
+passes go through our pool and runner, with random weights in the shape of a real model. Ratios are taken round by
+round. The parameters of a roofline are fitted to the medians and written as a device profile.
 
-Needs PyTorch and transformers alone, so that it runs on a bare machine with a GPU.
+Needs only PyTorch and transformers, so it runs on a bare machine with a GPU.
 """
 
 import argparse
@@ -38,19 +38,19 @@ from inference_service.active_sequence import Piece
 
 ROOT = Path(__file__).resolve().parents[1]
 PIECE_TOKENS = 256
-"""The engine's usual piece of a prompt between two decode steps."""
+"""The default of `step_prefill_tokens`: prompt tokens between two decode steps."""
 LEAST_SAMPLE_S = 0.02
 MOST_REPEATS = 20
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2}
-"""Largest difference of logits, as a share of their largest magnitude, that rounding may explain."""
+"""Maximum difference of logits that rounding may cause, as a share of their largest magnitude."""
 
 
 class UsageError(Exception):
-    """Something that was asked for cannot be; `str(error)` is one line that says what and how to mend it."""
+    """The options are invalid. `str(error)` is one line that names the option and the fix."""
 
 
 class ReuseMismatchError(Exception):
-    """What was measured is not what its name says."""
+    """A measurement is not what its name says."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Point:
-    """One kind of forward pass: what it is called, how to run it, and what it must do."""
+    """One kind of forward pass: its name, how to run it, and the least work it needs."""
 
     name: str
     run: Callable[[], torch.Tensor]
@@ -68,7 +68,7 @@ class Point:
 
 
 class Probe:
-    """All measurements of one shape. Each round gives one sample of each."""
+    """All measurements of one shape. A round gives one sample of each."""
 
     def __init__(self, model: RandomModel, options: argparse.Namespace) -> None:
         self._model = model
@@ -109,7 +109,7 @@ class Probe:
         if reuse > PIECE_TOKENS:
             name = f"prefill_piece_{PIECE_TOKENS}_of_{reuse}"
             points.append(self._prefill_point(name, PIECE_TOKENS, reuse - PIECE_TOKENS))
-        # What is left of a prompt whose chunks are all there: its last token, whose logits are the answer's first.
+        # If all chunks of a prompt are cached, only its last token is computed, for the answer's first token.
         points.append(self._prefill_point(f"prefill_last_of_{reuse}", 1, reuse - 1))
         for context in options.contexts:
             points += [self._decode_point(f"decode_{rows}x{context}", [context] * rows) for rows in options.rows]
@@ -130,7 +130,7 @@ class Probe:
         return Point(name, run, self.costs.decode(lengths))
 
     def _ms(self, name: str, run: Callable[[], object]) -> float:
-        """Mean wall time of `run`, each time until the device is done, as the engine waits for every step."""
+        """Mean wall time of `run`. Each call waits for the device, as the engine does after every step."""
         repeats = self._repeats.get(name, 1)
         synchronize(self._model.device)
         began_s = time.perf_counter()
@@ -138,12 +138,12 @@ class Probe:
             run()
             synchronize(self._model.device)
         taken_s = (time.perf_counter() - began_s) / repeats
-        # From the warm-up's time on: short calls are repeated until a sample is long enough to be told from noise.
+        # By the time of the warm-up: short calls are repeated until a sample is long against noise.
         self._repeats.setdefault(name, max(1, min(MOST_REPEATS, math.ceil(LEAST_SAMPLE_S / taken_s))))
         return 1e3 * taken_s
 
     def _products(self) -> list[tuple[int, int, int]]:
-        """A square, the size of which is an option, and the model's own widest product at the longest prompt."""
+        """A square product, whose size is an option, and the model's widest product at the longest prompt."""
         config, square = self._model.config, self._options.square
         return [
             (square, square, square),
@@ -152,7 +152,7 @@ class Probe:
         ]
 
     def _fill(self, chunk: torch.Tensor) -> None:
-        """No zeros in the rows: a device computes with them in less time and power."""
+        """Fill the rows with values other than zero: a device computes zeros in less time and power."""
         for row in range(self._pool.rows):
             for index in range(self._pool.max_len // self._chunk_tokens):
                 self._pool.load_chunk(row, index, chunk)
@@ -162,7 +162,7 @@ class Probe:
             self._pool.load_chunk(0, index, chunk)
 
     def _check_reuse(self) -> None:
-        """The chunks that are reused must answer as the recomputed prompt does."""
+        """Check that reused chunks give the same logits as the recomputed prompt."""
         reuse = self._options.reuse_tokens
         computed = self._runner.forward([Piece(0, 0, self._tokens[:reuse])]).float().cpu()
         for index, chunk in enumerate(self._chunks):
@@ -176,13 +176,13 @@ class Probe:
 
 
 def longest_row(options: argparse.Namespace) -> int:
-    """Tokens of the longest sequence that is measured, in full chunks."""
+    """Length of the longest measured sequence, in full chunks."""
     longest = max(*options.lengths, options.reuse_tokens, *(context + 1 for context in options.contexts))
     return int(math.ceil(longest / options.chunk_tokens) * options.chunk_tokens)
 
 
 def figures_of(probe: Probe, samples: dict[str, list[float]], options: argparse.Namespace) -> dict[str, float]:
-    """The figures of one shape: medians, and ratios taken round by round."""
+    """Figures of one shape: medians, and ratios taken round by round."""
     median = {name: statistics.median(values) for name, values in samples.items()}
     ceilings = {
         kind: [max(rates) for rates in zip(*(v for n, v in samples.items() if n.startswith(kind)), strict=True)]
@@ -220,7 +220,7 @@ def figures_of(probe: Probe, samples: dict[str, list[float]], options: argparse.
 
 
 def _median_ratio(times_ms: Sequence[float], floors_s: Sequence[float]) -> float:
-    """What slows the whole machine down for a while falls out of each round's ratio."""
+    """Median of each round's ratio, which cancels out slow times of the whole machine."""
     return statistics.median(taken / (1e3 * floor) for taken, floor in zip(times_ms, floors_s, strict=True))
 
 
@@ -247,7 +247,7 @@ def profile_of(probe: Probe, model: RandomModel, fitted: Fit, report: dict[str, 
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The report, and a profile for each shape. Raises `UsageError` for a shape that has no room."""
+    """Return the report, and a profile per shape. Raises `UsageError` for a shape that does not fit into memory."""
     device, dtype = device_of(options.device), getattr(torch, options.dtype)
     if device.type == "cpu":
         torch.set_num_threads(options.threads or usable_cores())
@@ -293,25 +293,25 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, dict
 
 
 HEADLINES = ("decode_over_bandwidth_floor", "prefill_over_flops_floor", "profile_worst_error_percent")
-"""Figures that the first shape gives without its name too."""
+"""Figures of the first shape that the report also has without the shape's name."""
 
 
 def fastest(samples: dict[str, list[float]], prefix: str) -> str:
-    """Which kernel the ceiling is of, by the medians."""
+    """Name of the kernel with the highest median rate: it sets the ceiling."""
     rates = {name: statistics.median(values) for name, values in samples.items() if name.startswith(prefix)}
     return max(rates, key=lambda name: rates[name]).removeprefix(prefix)
 
 
 def check_room(shape: str, options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises `UsageError` where weights, rows and the buffers of the ceilings exceed the free memory."""
+    """Raises `UsageError` if weights, rows and the buffers of the ceilings exceed the free memory."""
     config = Qwen2Config(**SHAPES[shape][1])
     weights = shape_bytes(shape, dtype)
     rows = max(options.rows) * longest_row(options) * costs_of(config, dtype).kv_bytes_per_token
     need, free = weights + rows + min(weights, 4 << 30), free_bytes(device)
     if need > free:
         raise UsageError(
-            f"--shape: {shape} needs {need / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights) and {free / 1e9:.1f} GB "
-            f"are free on {device}; leave it out, or lower --rows and --contexts"
+            f"--shape: {shape} needs {need / 1e9:.1f} GB ({weights / 1e9:.1f} of them weights), but {free / 1e9:.1f} "
+            f"GB are free on {device}; leave it out, or lower --rows and --contexts"
         )
 
 
@@ -322,7 +322,7 @@ def device_of(name: str) -> torch.device:
 
 
 def conditions(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The report before anything is measured: where, when, with what. Its keys are those of all benchmarks."""
+    """The part of the report that does not depend on measurements. Its keys are those of all benchmarks."""
     machine: dict[str, Any] = {
         "system": platform.platform(),
         "processor": _processor(),
@@ -386,7 +386,7 @@ def say(line: str) -> None:
 
 
 def show(report: dict[str, Any]) -> str:
-    """The figures that matter, a line for each shape."""
+    """The main figures, one line per shape."""
     figures, settings = report["figures"], report["settings"]
     longest, short = max(settings["lengths"]), min(settings["contexts"])
     few, many = min(settings["rows"]), max(settings["rows"])
@@ -411,24 +411,30 @@ def show(report: dict[str, Any]) -> str:
 
 
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """The parsed command line. Raises `UsageError`."""
-    parser = _Parser("python -m benchmarks.engine", description="Prefill and decode beside what the device can do.")
-    parser.add_argument("--shape", type=_names, default=["default"], help=f"of {', '.join(SHAPES)}, as a,b")
+    """Parse the command line. Raises `UsageError`."""
+    parser = _Parser(
+        "python -m benchmarks.engine", description="Prefill and decode compared with the limits of the device."
+    )
+    parser.add_argument("--shape", type=_names, default=["default"], help=f"from {', '.join(SHAPES)}, as a,b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
-    parser.add_argument("--lengths", type=_numbers, default=[128, 512, 1024, 2048], help="prompts, in tokens")
+    parser.add_argument("--lengths", type=_numbers, default=[128, 512, 1024, 2048], help="prompt lengths in tokens")
     parser.add_argument("--rows", type=_numbers, default=[1, 4, 8, 16, 32], help="sequences that decode together")
-    parser.add_argument("--contexts", type=_numbers, default=[128, 1024], help="tokens that each of them holds")
-    parser.add_argument("--reuse-tokens", type=int, default=1024, help="prompt that is reused, and recomputed")
+    parser.add_argument(
+        "--contexts", type=_numbers, default=[128, 1024], help="tokens that each of these sequences holds"
+    )
+    parser.add_argument("--reuse-tokens", type=int, default=1024, help="length of the prompt for reuse")
     parser.add_argument("--chunk-tokens", type=int, default=32, help="tokens of one reused chunk")
-    parser.add_argument("--square", type=int, default=0, help="of the ceiling's product; 0: 2048, on a GPU 8192")
+    parser.add_argument(
+        "--square", type=int, default=0, help="size of the ceiling's square product; 0: 2048, on a GPU 8192"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/engine.json"))
     parser.add_argument("--profile-out", type=Path, default=Path("results/benchmarks/profiles"), help="a folder")
     options = parser.parse_args(arguments)
     if unknown := [shape for shape in options.shape if shape not in SHAPES]:
-        raise UsageError(f"--shape: there is no {unknown[0]!r}; choose from {', '.join(SHAPES)}")
+        raise UsageError(f"--shape: {unknown[0]!r} is unknown; choose from {', '.join(SHAPES)}")
     if options.rounds < 1 or options.chunk_tokens < 1 or options.threads < 0 or options.square < 0:
         raise UsageError("--rounds and --chunk-tokens are at least 1, --threads and --square at least 0; change it")
     if options.reuse_tokens % options.chunk_tokens or options.reuse_tokens < options.chunk_tokens:
@@ -438,7 +444,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         limit = SHAPES[shape][1]["max_position_embeddings"]
         if longest_row(options) > limit:
             raise UsageError(
-                f"--lengths: {shape} holds {limit} tokens and {longest_row(options)} are asked for; lower it"
+                f"--lengths: {shape} holds {limit} tokens, but {longest_row(options)} are needed; lower it"
             )
     return options
 

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.foreign_chunks`: does a cache ever hand out another tenant's or another model's chunk?
+"""`python -m benchmarks.foreign_chunks`: does a cache ever return another tenant's or another model's chunk?
 
-Tenants ask for the same few prompts of several models, which differ in as little as they can; half of the pairs of
+Tenants look up the same few prompts with several models, which differ as little as possible. Half of the pairs of
 tenant and model never store anything. All caches share one Redis and namespace. Every chunk is stamped with its model,
-tenant and tokens, and every chunk that comes back is compared with the one right stamp, bit by bit. A hit where nothing
-was stored is foreign, whatever is in it.
+tenant and tokens, and every returned chunk is compared with the right stamp, bit by bit. A hit is also foreign if its
+tenant and model stored nothing.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ SHAPE = ChunkShape(layers=1, kv_heads=1, chunk_tokens=2, head_dim=4, dtype=torch
 LONGEST_PROMPT_CHUNKS = 5
 PROMPTS = 64
 CAPACITY_CHUNKS = 64
-"""Capacity of a local tier: far below what its tenants use, so that chunks are evicted all the time."""
+"""Capacity of a local tier. It is far below what the tenants use, so that chunks are evicted all the time."""
 CACHES_OF_A_WORLD = 2
 FORGET_EVERY = 2000
-"""Look-ups after which Redis loses a third of its chunks, so that there is always something to miss."""
+"""Number of lookups after which Redis loses a third of its chunks, so that there are always misses."""
 NAMESPACE = "foreign-chunks"
 
 SALTS = ("", "a", "A", "b", "ab", "a ", " a", "a\x00", "\x00a", "ä", "a\u0308", "4:salt")
-"""Tenants whose names are as alike as names can be; two of them look the same."""
+"""Tenants with names as similar as possible; two of them look the same."""
 
 _BASE = ModelIdentity(weights_digest="w", tokenizer_digest="t", settings="s")
 MODELS = (
@@ -51,14 +51,14 @@ MODELS = (
     replace(_BASE, tokenizer_digest="other"),
     replace(_BASE, settings="other"),
     replace(_BASE, adapter="other"),
-    # Whose fields, written one after the other, are those of the first.
+    # Its concatenated fields equal those of the first.
     replace(_BASE, weights_digest="wt", tokenizer_digest=""),
 )
 
 
 @dataclass(frozen=True)
 class World:
-    """Caches that may share chunks: of one model, with one key or none."""
+    """Caches that may share chunks: they have the same model, and the same key or none."""
 
     model: ModelIdentity
     authenticated: bool = False
@@ -68,23 +68,23 @@ WORLDS = (*(World(model) for model in MODELS), World(_BASE, authenticated=True))
 
 
 class ForeignChunksConfig(Config):
-    """How much is asked."""
+    """Number of lookups, and the Redis."""
 
     out: Path = Field(default=Path("results/benchmarks/foreign_chunks.json"), description="where the result is written")
-    lookups: int = Field(default=1_000_000, ge=1, description="look-ups in all")
+    lookups: int = Field(default=1_000_000, ge=1, description="total number of lookups")
     redis_url: RedisUrl | None = Field(
-        default=None, description="redis://host:port of a Redis of your own; none: started"
+        default=None, description="redis://host:port of your own Redis; none: one is started"
     )
-    seed: int = Field(default=0, ge=0, description="of who asks for what, and where")
+    seed: int = Field(default=0, ge=0, description="random seed of tenants, prompts and caches")
 
 
 @dataclass
 class Counts:
-    """What happened."""
+    """Counts of the trial."""
 
     lookups: int = 0
     lookups_of_nothing: int = 0
-    """By a tenant who has never stored anything of that model."""
+    """Lookups by a tenant that has never stored anything with that model."""
     local_chunks: int = 0
     remote_chunks: int = 0
     foreign_chunks: int = 0
@@ -93,16 +93,16 @@ class Counts:
 
 @dataclass
 class ChunkTrial:
-    """Caches of all worlds on one Redis, and what they have handed out."""
+    """Caches of all worlds on one Redis, and counts of the chunks they returned."""
 
     caches: Sequence[tuple[int, TwoLevelCache]]
-    """Each with the position of its world."""
+    """Each cache with the position of its world."""
     seed: int
     counts: Counts = field(default_factory=Counts)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
-        # Few kinds of chunks: prompts begin alike, and what one asks for another has.
+        # Few different chunks: prompts have common beginnings, so one tenant's lookups match another's chunks.
         self._prompts = [
             [token for _ in range(self._random.randint(1, LONGEST_PROMPT_CHUNKS)) for token in self._chunk()]
             for _ in range(PROMPTS)
@@ -110,7 +110,7 @@ class ChunkTrial:
         self._stamps: dict[tuple[int, int, bytes], bytes] = {}
 
     def look_up(self) -> None:
-        """One tenant asks one cache for one prompt, and may store what is missing."""
+        """Look up one prompt of one tenant in one cache, and perhaps store the missing chunks."""
         world, cache = self._random.choice(self.caches)
         tenant, prompt = self._random.randrange(len(SALTS)), self._random.choice(self._prompts)
         stores = (world + tenant) % 2 == 0
@@ -135,7 +135,7 @@ class ChunkTrial:
         return [self._random.randrange(2) for _ in range(SHAPE.chunk_tokens)]
 
     def _stamp(self, world: int, tenant: int, prompt: list[int], index: int) -> bytes:
-        """The one right content of a chunk."""
+        """Return the only right content of a chunk."""
         about = (world, tenant, bytes(prompt[: (index + 1) * SHAPE.chunk_tokens]))
         if about not in self._stamps:
             self._stamps[about] = hashlib.blake2b(repr(about).encode(), digest_size=SHAPE.size_bytes).digest()
@@ -143,7 +143,7 @@ class ChunkTrial:
 
 
 def try_all(config: ForeignChunksConfig, url: str, directory: Path, console: Console) -> ChunkTrial:
-    """Ask `config.lookups` times."""
+    """Do `config.lookups` lookups."""
     key_file = directory / "chunk.key"
     key_file.touch(mode=0o600)
     key_file.write_text(hashlib.sha256(str(config.seed).encode()).hexdigest())
@@ -215,8 +215,8 @@ def measure(config: ForeignChunksConfig, console: Console) -> Report:
 def show(report: Report, console: Console) -> None:
     figures = {name: f"{int(value):,}" for name, value in report.figures.items()}
     console.print(
-        f"{figures['lookups']} look-ups by {report.settings['tenants']} tenants in {report.settings['caches']} caches "
-        f"brought {figures['local_chunks']} chunks from their own tier and {figures['remote_chunks']} from Redis; "
+        f"{figures['lookups']} lookups by {report.settings['tenants']} tenants in {report.settings['caches']} caches "
+        f"found {figures['local_chunks']} chunks in the local tiers and {figures['remote_chunks']} in Redis; "
         f"foreign: {figures['foreign_chunks']}"
     )
 

@@ -1,13 +1,13 @@
-"""What int8 chunks in Redis save, and how far they carry the model from what it computes over exact ones.
+"""What int8 chunks in Redis save, and how far they change the model's logits.
 
     python -m benchmarks.int8_chunks --threads 1
 
-Each round takes a prompt that nobody has seen, stores its chunks in Redis under both codecs and fetches them by caches
-without a local tier. Then four rows decode side by side over the same further tokens: `recomputed` holds the prompt as
-it was prefilled, `raw` and `int8` the chunks that came from Redis, and `chained` what a prompt comes to that grows by a
-chunk a request, each computed over int8 ones. At each of the tokens the logits of the last three are compared with
-those of the first: differences over the standard deviation of the logits, KL divergence, and whether the best token
-is the same. `raw` shows what the measurement itself comes to.
+Each round takes a new prompt, stores its chunks in Redis with both codecs, and fetches them by caches without a local
+tier. Then four rows decode the same further tokens side by side. `recomputed` has the prefilled prompt; `raw` and
+`int8` have the chunks from Redis. `chained` stands for a prompt that grows by one chunk per request: each chunk is
+computed over int8 ones. At each token the logits of the last three rows are compared with those of the first:
+differences over the standard deviation of the logits, KL divergence, and equality of the best token. `raw` shows the
+error of the measurement itself.
 """
 
 import statistics
@@ -41,43 +41,43 @@ from inference_service.model import LoadedModel
 from inference_service.transformers_engine import load_checked_model
 
 ROWS = ("recomputed", "raw", "int8", "chained")
-"""The first is what the others are held against."""
+"""Rows of the measurement. The others are compared with the first."""
 DRIFTS = ("max_drift", "mean_drift", "kl", "same_best")
 SPEED_CHUNKS = 4
-"""Whose encoding and decoding is timed in each round; a prompt has at least as many."""
+"""Number of chunks whose encoding and decoding each round measures. A prompt has at least as many."""
 _NO_NAME = bytes(32)
-"""Fingerprint and hash of a record that no cache will ask for."""
+"""Fingerprint and hash of a record that no cache looks up."""
 
 
 class Int8Config(Config):
-    """What is measured, and how often."""
+    """The prompts, and how often they are measured."""
 
     out: Path = Field(default=Path("results/benchmarks/int8_chunks.json"), description="where the result is written")
     prompts: int = Field(default=8, ge=1, description="measured prompts, after one to warm up")
     prompt_tokens: int = Field(default=1024, ge=1, description="length of each in tokens: full chunks")
     positions: int = Field(default=64, ge=1, description="tokens after each prompt at which logits are compared")
     redis_url: RedisUrl | None = Field(
-        default=None, description="redis://host:port of a Redis of your own; none: started"
+        default=None, description="redis://host:port of your own Redis; none: one is started"
     )
-    seed: int = Field(default=0, ge=0, description="of the random tokens")
+    seed: int = Field(default=0, ge=0, description="random seed of the tokens")
     engine: BenchmarkEngine = BenchmarkEngine()
 
 
 def drift(exact: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """How far the logits `other` are from `exact`, both `[vocabulary]`; differences over the deviation of `exact`."""
+    """Differences of the logits `other` from `exact`, both `[vocabulary]`, over the standard deviation of `exact`."""
     exact, other = exact.double(), other.double()
     differences = (other - exact).abs() / exact.std()
     log_p, log_q = exact.log_softmax(0), other.log_softmax(0)
     divergence = float((log_p.exp() * (log_p - log_q)).sum())
     same_best = float(exact.argmax() == other.argmax())
-    # Of equal distributions, rounding may leave less than nothing.
+    # For equal distributions, rounding can give a negative divergence.
     return dict(
         zip(DRIFTS, (float(differences.max()), float(differences.mean()), max(divergence, 0.0), same_best), strict=True)
     )
 
 
 class Int8Probe:
-    """One model over a pool with a row for each of `ROWS`, and a cache for each codec on the same Redis."""
+    """One model over a pool with one row for each of `ROWS`, and one cache per codec on the same Redis."""
 
     def __init__(self, model: LoadedModel, redis_url: str, seed: int) -> None:
         self._model = model
@@ -94,7 +94,7 @@ class Int8Probe:
             cache.close()
 
     def round(self, prompt_tokens: int, positions: int, raw_first: bool) -> dict[str, list[float]]:
-        """One new prompt: times in ms of fetching all of it, codec speeds in MB/s, drifts at each position."""
+        """Measure one new prompt: times in ms to fetch it, codec speeds in MB/s, drifts at each position."""
         prompt, rest = self._drawn(prompt_tokens), self._drawn(positions)
         self._runner.forward([Piece(ROWS.index("recomputed"), 0, prompt)])
         taken: dict[str, list[float]] = defaultdict(list)
@@ -119,7 +119,7 @@ class Int8Probe:
         _require(cache.stats().write_dropped == 0, "chunks were dropped on their way to Redis")
 
     def _fetch(self, codec: RemoteCodec, prompt: list[int]) -> float:
-        """Load the prompt's chunks from Redis into the row of `codec`; milliseconds of the look-up alone."""
+        """Load the prompt's chunks from Redis into the row of `codec`; return milliseconds of the lookup alone."""
         cache, chunks = self._caches[codec], len(prompt) // self.chunk_tokens
         before = cache.stats().bytes_read
         began_s = time.perf_counter()
@@ -135,7 +135,7 @@ class Int8Probe:
         return took_ms
 
     def _chain(self, prompt: list[int]) -> None:
-        """Fill the last row chunk by chunk, each computed over those before it as int8 leaves them."""
+        """Fill the last row chunk by chunk, each computed over the int8 versions of those before it."""
         row, pool = ROWS.index("chained"), self._runner.pool
         for index in range(len(prompt) // self.chunk_tokens):
             start = index * self.chunk_tokens
@@ -145,7 +145,7 @@ class Int8Probe:
             self._model.wait_for_device()
 
     def _speeds(self, codec: RemoteCodec) -> dict[str, float]:
-        """MB of tensors a second into records and out of them, checksums included; out of raw ones by a copy."""
+        """MB/s of tensors to records and back, checksums included; raw records are read by a copy."""
         chunks = [self._chunk(ROWS.index("recomputed"), index) for index in range(SPEED_CHUNKS)]
         began_s = time.perf_counter()
         records = [encode(chunk, self.shape, _NO_NAME, _NO_NAME, codec) for chunk in chunks]
@@ -184,7 +184,7 @@ class Int8Probe:
 
 
 def figures_of(probe: Int8Probe, samples: dict[str, list[float]]) -> dict[str, float]:
-    """The flat figures: drifts over all positions; times and speeds as medians with quartiles."""
+    """Figures of the report: drifts over all positions; times and speeds as medians with quartiles."""
     figures: dict[str, float] = {}
     for name in ROWS[1:]:
         greatest, mean, divergence, same_best = (samples[f"{measure}_{name}"] for measure in DRIFTS)
@@ -216,7 +216,7 @@ def measure(config: Int8Config, console: Console) -> Report:
     model = load_checked_model(config.engine)
     if config.prompt_tokens + config.positions > model.max_len:
         raise UserError(
-            f"--prompt-tokens: with --positions above the {model.max_len} tokens that the model may hold; take fewer"
+            f"--prompt-tokens: together with --positions above the model's {model.max_len} tokens; give fewer"
         )
     samples: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as cleanup:
@@ -228,7 +228,7 @@ def measure(config: Int8Config, console: Console) -> Report:
         where = conditions(model, url)
         neighbours = Neighbours(url)
         with progress(console) as bar:
-            # The first round is run like the others and not counted.
+            # The first round runs like the others and is not counted.
             task = bar.add_task("prompts", total=config.prompts + 1)
             for index in range(config.prompts + 1):
                 taken = probe.round(config.prompt_tokens, config.positions, raw_first=index % 2 == 0)
@@ -255,7 +255,7 @@ def measure(config: Int8Config, console: Console) -> Report:
 
 
 def show(report: Report, console: Console) -> None:
-    """The figures that matter, as tables."""
+    """Print the main figures as tables."""
     figures = report.figures
     table = Table(
         "chunks", "max drift\nstd of logits", "mean drift\nstd of logits", "KL mean\nnat", "KL max\nnat", "best\nsame %"
@@ -286,7 +286,9 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 def main() -> None:
-    config = stated(Int8Config, "benchmarks.int8_chunks", "What int8 chunks in Redis save, and what they change.")
+    config = stated(
+        Int8Config, "benchmarks.int8_chunks", "What int8 chunks in Redis save, and how far they change logits."
+    )
     carry_out(config, measure, show)
 
 

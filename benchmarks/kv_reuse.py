@@ -1,14 +1,14 @@
-"""What reuse of key/value chunks saves, what Redis adds to the least it could take, and what the cache costs in vain.
+"""What reuse of key/value chunks saves, how close Redis is to its lower bound, and what the cache costs without reuse.
 
     python -m benchmarks.kv_reuse --out results/benchmarks/kv_reuse.json
 
-Each round takes a prompt that nobody has seen and measures its time to the first token (TTFT, from submission to an
-idle engine) recomputed, reused from the local tier, and reused from Redis by a cache whose local tier is empty and
-whose connection is open. Two floors stand beside them. The recomputed prompt is compared with one forward pass over all
-of it. Reuse from Redis is compared with the same records over a bare socket, plus the prefill of the one token that
-reuse leaves. Then whole requests of unique prompts run in pairs, without and with the cache; the clock of the latter
-stops when the last chunk has reached Redis. Every answer and every count of reused tokens is checked: a measurement
-that is not what its name says ends the run.
+Each round takes a new prompt and measures its time to the first token (TTFT, from submission to an idle engine) in
+three ways: recomputed, reused from the local tier, and reused from Redis, by a cache with an empty local tier and an
+open connection. There are two lower bounds. The recomputed prompt is compared with one forward pass over all of it.
+Reuse from Redis is compared with the same records over a bare socket, plus the prefill of the one token that reuse
+leaves. Then whole requests with unique prompts run in pairs, without and with the cache. With the cache, the clock
+stops when the last chunk has reached Redis. Every answer and every count of reused tokens is checked; a wrong one ends
+the run.
 """
 
 import tempfile
@@ -48,7 +48,7 @@ class BenchmarkEngine(EngineConfig):
 
 
 class KvReuseConfig(Config):
-    """What is measured, and how often."""
+    """The prompts, and how often they are measured."""
 
     out: Path = Field(default=Path("results/benchmarks/kv_reuse.json"), description="where the result is written")
     rounds: int = Field(default=7, ge=1, description="measured rounds of each prompt length, after one to warm up")
@@ -59,14 +59,14 @@ class KvReuseConfig(Config):
     unique_prompt_tokens: int = Field(default=1024, ge=1, description="prompt of such a request")
     unique_output_tokens: int = Field(default=64, ge=1, description="answer of such a request")
     redis_url: RedisUrl | None = Field(
-        default=None, description="redis://host:port of a Redis of your own; none: started"
+        default=None, description="redis://host:port of your own Redis; none: one is started"
     )
-    seed: int = Field(default=0, ge=0, description="of the prompts' random tokens")
+    seed: int = Field(default=0, ge=0, description="random seed of the prompts")
     engine: BenchmarkEngine = BenchmarkEngine()
 
 
 def figures_of(probe: ReuseProbe, config: KvReuseConfig, samples: dict[str, list[float]]) -> dict[str, float]:
-    """The flat figures: medians in ms, ratios taken round by round, each with its quartiles."""
+    """Figures of the report: medians in ms, and ratios taken round by round, with quartiles."""
     figures: dict[str, float] = {}
     for length in config.prompts:
         recompute, local, redis = (samples[f"{name}_ttft_ms_{length}"] for name in TTFTS)
@@ -101,7 +101,7 @@ def measure(config: KvReuseConfig, console: Console) -> Report:
         raise UserError(f"--prompts: {odd[0]} is not a multiple of the {chunk_tokens} tokens of a chunk; change it")
     torch.set_num_threads(config.engine.threads or usable_cores())
     unique_tokens = config.unique_prompt_tokens + config.unique_output_tokens
-    # The end of a sequence is not awaited: every answer has the length that was asked for.
+    # Without end-of-sequence tokens every answer has the requested length.
     model = replace(load_checked_model(config.engine), eos_token_ids=frozenset())
     samples: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as cleanup:
@@ -113,7 +113,7 @@ def measure(config: KvReuseConfig, console: Console) -> Report:
         where = conditions(model, url)
         neighbours = Neighbours(url)
         with progress(console) as bar:
-            # The first round of everything is run like the others and not counted.
+            # The first round runs like the others and is not counted.
             task = bar.add_task("time to first token", total=(config.rounds + 1) * len(config.prompts))
             for index in range(config.rounds + 1):
                 for length in config.prompts:
@@ -147,7 +147,7 @@ def measure(config: KvReuseConfig, console: Console) -> Report:
 
 
 def show(report: Report, console: Console) -> None:
-    """The figures that matter, as tables."""
+    """Print the main figures as tables."""
     figures = report.figures
     table = Table(
         "prompt", "recompute\nms", "local\nms", "\nx", "Redis\nms", "\nx", "floor\nms", "Redis\n/ floor", "\nMiB"

@@ -1,4 +1,4 @@
-"""Memory of every process of a local stack and of the jobs on it, sampled by a thread of its own."""
+"""Memory of every process of a local stack and of the jobs on it, sampled by a thread."""
 
 import threading
 import time
@@ -21,20 +21,20 @@ PYTHON_KINDS = {"pyflink.fn_execution.beam.beam_boot": "worker", "operators.slot
 
 @dataclass(frozen=True)
 class Sample:
-    """One process at one moment."""
+    """Memory of one process at one time."""
 
     at_s: float
-    """Since the sampling began."""
+    """Time since the sampling began."""
     process: str
     kind: str
     """`slot`, `worker`, `taskmanager`, `jobmanager`, `kafka`, `redis`, ..."""
     mib: float
-    """Resident; of Redis what it says that it uses."""
+    """Resident memory; for Redis the memory that it reports as used."""
 
 
 @dataclass
 class MemorySampler:
-    """Samples every `every_s` within its `with` block. A process that takes another's place has a name of its own."""
+    """Samples every `every_s` seconds in its `with` block. A process that replaces another has a new name."""
 
     stack: LocalStack
     every_s: float
@@ -75,7 +75,7 @@ class MemorySampler:
                         yield *named, process.memory_info().rss / MIB
 
     def _named(self, started: Started, process: psutil.Process) -> tuple[str, str] | None:
-        """Name and kind; none for the shells that processes are started by."""
+        """Return name and kind; none for a shell that only starts a process."""
         identity = process.pid, process.create_time()
         if identity in self._names:
             return self._names[identity]

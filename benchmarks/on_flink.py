@@ -1,7 +1,7 @@
-"""A job on the local stack that is started once and, warm, offered one load after another.
+"""A job on the local stack that is started once and then gets one load after the other.
 
-Starting a job and loading its model is no part of what is measured, and jobs that stand ready side by side can be
-compared round by round: an idle one costs next to nothing.
+So start-up and model loading are not measured. Several jobs can be ready side by side and be compared round by round,
+because an idle job costs next to nothing.
 """
 
 import time
@@ -42,41 +42,41 @@ STATES = ("busy", "backpressured", "idle")
 PARTS = ("python_workers", "task_managers", "job_manager", "broker", "benchmark")
 METRICS_POLL_S = 0.5
 METRICS_TIMEOUT_S = 45.0
-"""Flink fetches the metrics that it shows only every 10 s."""
+"""Flink updates its metrics only every 10 s."""
 
 
 class FlinkConfig(Config):
     """The local stack that the jobs run on."""
 
     stack_dir: Path = Field(
-        default=RunConfig.model_fields["stack_dir"].default, description="folder of the local stack: used, or started"
+        default=RunConfig.model_fields["stack_dir"].default, description=RunConfig.model_fields["stack_dir"].description
     )
-    ready_timeout_s: float = Field(default=300.0, gt=0, description="longest wait for a job's slots to have loaded")
-    idle_timeout_s: float = Field(default=120.0, gt=0, description="longest wait for the next answer")
+    ready_timeout_s: float = Field(default=300.0, gt=0, description="maximum wait until all slots have loaded")
+    idle_timeout_s: float = Field(default=120.0, gt=0, description="maximum wait for the next answer")
 
 
 @dataclass(frozen=True)
 class ReceivedResponse:
     response: Response
     received_ms: float
-    """Wall time at which the reader of the responses topic had it."""
+    """Wall time when the reader of the responses topic had the answer."""
 
     @property
     def e2e_ms(self) -> float:
-        """Creation of the request until the reader had its answer."""
+        """Time from the creation of the request until the reader had its answer."""
         return self.received_ms - self.response.created_at_ms
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What became of one load; `answers` in the order in which they were received."""
+    """The outcome of one load; `answers` are in the order of receipt."""
 
     answers: tuple[ReceivedResponse, ...]
     load: LoadReport
 
     @property
     def took_s(self) -> float:
-        """First hand-over of a request until the reader had the last answer."""
+        """Time from sending the first request until the reader had the last answer."""
         began_ms = min(answer.response.created_at_ms for answer in self.answers)
         return (self.answers[-1].received_ms - began_ms) / 1000
 
@@ -95,12 +95,12 @@ class LoadResult:
 
 @dataclass(frozen=True)
 class Drained:
-    """A backlog that became visible to its readers all at once."""
+    """The outcome of a backlog that became visible to its readers all at once."""
 
     took_s: float
-    """From that moment until the reader had the last answer."""
+    """Time from that moment until the reader had the last answer."""
     values: tuple[bytes, ...]
-    """Values of the answers, in the order in which they were received."""
+    """Values of the answers, in the order of receipt."""
 
     @property
     def records_per_s(self) -> float:
@@ -121,10 +121,10 @@ class JobUnderTest:
     """Consumer of responses and dead letters."""
 
     def offer(self, workload: Workload, *, backlog: bool) -> LoadResult:
-        """Offer `workload` and wait for all answers.
+        """Send `workload` and wait for all answers.
 
-        Raises `UserError` if Kafka does not take it, a request becomes a dead letter, is answered twice, or nothing
-        comes for `idle_timeout_s`, and if Flink had to restart the job.
+        Raises `UserError` if Kafka does not take it, if a request becomes a dead letter or is answered twice, if
+        nothing arrives for `idle_timeout_s`, or if Flink restarted the job.
         """
         clock = SystemClock()
         generator = KafkaLoadGenerator(self.producer, self.job.kafka.requests_topic, workload, clock, backlog=backlog)
@@ -146,23 +146,23 @@ class JobUnderTest:
         return LoadResult(tuple(answers.values()), load.result())
 
     def drain(self, workload: Workload) -> Drained:
-        """Offer `workload` all at once, and wait for as many answers. Raises `UserError` as `offer` does."""
+        """Send `workload` all at once, and wait for as many answers. Raises `UserError` as `offer` does."""
         drained = drain(self.job.kafka, self.reader, workload, self.flink.idle_timeout_s, self.name)
         self.submitted.require_alive(untouched=True)
         return drained
 
     def operators(self, records: int) -> "dict[str, OperatorTimes]":
-        """Times of Flink's operators since the job began, once they include all of `records` requests.
+        """Times of Flink's operators since the job began, as soon as they include all `records` requests.
 
-        Operators that are chained are one. Raises `UserError` if Flink does not show them in time.
+        Chained operators count as one. Raises `UserError` if Flink does not show the times soon enough.
         """
         deadline_s = time.monotonic() + METRICS_TIMEOUT_S
         while True:
             vertices = self.submitted.cluster.get(f"/jobs/{self.submitted.job_id}")["vertices"]
             inference = next(vertex for vertex in vertices if "inference" in vertex["name"])
-            # One row a slot has called it to warm up.
+            # One row per slot came for the warm-up.
             if inference["metrics"]["read-records"] >= records + self.job.parallelism:
-                # A source that has given all it has is finished, and has no metrics any more.
+                # A finished source has no metrics any more.
                 alive = [vertex for vertex in vertices if vertex["status"] == "RUNNING"]
                 return {vertex["name"].replace(f"{self.job.job_name}.", ""): _times(vertex) for vertex in alive}
             if time.monotonic() > deadline_s:
@@ -184,10 +184,10 @@ class JobUnderTest:
 
 
 def drain(kafka: KafkaConfig, reader: KafkaConsumer, workload: Workload, idle_timeout_s: float, name: str) -> Drained:
-    """Send `workload` in one transaction, and read as many answers as there are requests; they are not looked at.
+    """Send `workload` in one transaction, and read as many answers as there are requests, without parsing them.
 
-    Before its commit nobody reads any of it, so that the load's own work is no part of what is measured. Raises
-    `UserError` for a dead letter, or where nothing comes for `idle_timeout_s`.
+    No request is visible before the commit, so the work of sending is not measured. Raises `UserError` for a dead
+    letter, or if nothing arrives for `idle_timeout_s`.
     """
     clock = SystemClock()
     producer = KafkaProducer(
@@ -218,10 +218,10 @@ def drain(kafka: KafkaConfig, reader: KafkaConsumer, workload: Workload, idle_ti
 
 @dataclass(frozen=True)
 class OperatorTimes:
-    """What the task threads of an operator did, summed over its subtasks.
+    """Times of the task threads of an operator, summed over its subtasks.
 
-    A thread that neither computes nor waits for its reader is idle. It counts as busy while it waits for its worker,
-    the process in which a Python operator computes.
+    A thread is idle if it neither computes nor waits for its reader. While it waits for its worker, the process in
+    which a Python operator computes, it counts as busy.
     """
 
     subtasks: int
@@ -229,7 +229,7 @@ class OperatorTimes:
     backpressured_ms: float
 
     def shares(self, before: "OperatorTimes", took_s: float) -> dict[str, float]:
-        """Percent of a subtask's time in each of `STATES` since `before`, of which the load took `took_s`."""
+        """Percent of a subtask's time in each of `STATES` since `before`, over a load that took `took_s`."""
         whole_ms = 1000 * took_s * self.subtasks
         busy = 100 * (self.busy_ms - before.busy_ms) / whole_ms
         backpressured = 100 * (self.backpressured_ms - before.backpressured_ms) / whole_ms
@@ -244,7 +244,7 @@ def _times(vertex: Mapping[str, Any]) -> OperatorTimes:
 
 @contextmanager
 def cluster(flink: FlinkConfig, slots: int, *, remote: bool = False) -> Iterator[Services]:
-    """Kafka and Flink with at least `slots` slots, and a Redis for its jobs if `remote`. Raises `UserError`."""
+    """Give Kafka and Flink with at least `slots` slots, and Redis if `remote`. Raises `UserError`."""
     run = RunConfig(stack_dir=flink.stack_dir, remote=remote)
     with services(run, JobConfig(parallelism=slots)) as found:
         yield found
@@ -254,7 +254,7 @@ def cluster(flink: FlinkConfig, slots: int, *, remote: bool = False) -> Iterator
 def running(
     flink: FlinkConfig, found: Services, name: str, job: JobConfig, script: Path = PIPELINE
 ) -> Iterator[JobUnderTest]:
-    """`job`, its slots ready; in the end it is cancelled, its topics and keys are deleted. Raises `UserError`."""
+    """Give `job` with its slots ready; cancel it at the end, and delete its topics and keys. Raises `UserError`."""
     space = f"bench-{name}-{time.time_ns() // 1_000_000}"
     job = in_own_space(with_addresses(job, brokers=found.brokers, redis_url=found.redis_url), space)
     with ExitStack() as cleanup:
@@ -277,19 +277,19 @@ def running(
 
 
 def _cancel_named(found: Services, name: str) -> None:
-    """By its name, as a submission that was cut off may have been accepted nonetheless."""
+    """Cancel jobs by name, because Flink may have accepted a submission that was interrupted."""
     for accepted in found.flink.jobs_named(name):
         accepted.cancel()
 
 
 class CpuSeconds:
-    """CPU time of the local stack and of this process, by what it went to."""
+    """CPU time of the local stack and of this process, by kind of process."""
 
     def __init__(self, stack_dir: Path) -> None:
         self._stack_dir = stack_dir
 
     def by_part(self) -> dict[str, float]:
-        """Seconds so far of the processes that run now: `python_workers`, `task_managers`, `broker`, ..."""
+        """Seconds so far of the running processes: `python_workers`, `task_managers`, `broker`, ..."""
         own = psutil.Process().cpu_times()
         seconds = {"benchmark": own.user + own.system}
         for part, process in self._processes():
@@ -299,9 +299,9 @@ class CpuSeconds:
         return seconds
 
     def total_s(self) -> float:
-        """Seconds so far of the stack's processes and this one's children, those that have ended included."""
+        """Seconds so far of the stack's processes and of this process's children, including ended ones."""
         this = psutil.Process()
-        # Where the stack was started here, its processes are children too.
+        # If this process started the stack, the stack's processes are children too.
         others = {process.pid: process for process in this.children(recursive=True)}
         others |= {process.pid: process for _, process in self._processes()}
         seconds = sum(this.cpu_times()[2:4])

@@ -1,6 +1,6 @@
-"""The job's own graph with functions that only pass records on: what Kafka, Flink and PyFlink cost by themselves.
+"""The job's graph with functions that only pass records on: the cost of Kafka, Flink and PyFlink alone.
 
-It is submitted as the job itself is, with the same options:  flink run -py benchmarks/pass_through.py ...
+It is submitted as the job is, with the same options:  flink run -py benchmarks/pass_through.py ...
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from pipelines.job import Functions, run
 
 
 class PassToSlot(ProcessFunction):
-    """Deals records out to the slots by their offset, without a look at them."""
+    """Deals records out to the slots by offset, without parsing them."""
 
     def __init__(self, config: JobConfig, keys: Sequence[int]) -> None:
         self._keys = keys

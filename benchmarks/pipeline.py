@@ -1,20 +1,21 @@
-"""What Kafka and Flink around the engine cost: throughput kept, latency added, and the records that they carry at most.
+"""What Kafka and Flink around the engine cost: ratio of throughput, added latency, and maximum rate of records.
 
     python -m benchmarks.pipeline --out results/benchmarks/pipeline.json
 
-Saturation: the same requests as one backlog, through Kafka -> Flink -> Kafka in one slot, and handed to the bare
-engine in a process of its own; same model, rows, threads and admission, no cache in either, in turns. The time of both
-runs from the first hand-over to the last answer, at the reader of the responses topic for the pipeline. While the bare
-engine is measured the pipeline stands idle, as the engine's process does in the other turn.
+Saturation: the same requests as one backlog run in turns through Kafka -> Flink -> Kafka in one slot, and on the bare
+engine in its own process. Model, rows, threads and admission are the same, and neither has a cache. The time counts
+from sending the first request to the last answer; for the pipeline, to its arrival at a reader of the responses topic.
+One side is idle while the other is measured.
 
-Added latency: requests at even gaps that keep the engine busy for a tenth of the time, so that none waits for another.
-Between two of them the bare engine answers the same request, before the pipeline and after it: added is the difference
-to the mean of the two, request by request, with the answer read back from Kafka. Computing takes some percent more or
-less each time, and that is in the difference too; so the requests are short, and what two bare runs differ by is told.
+Added latency: requests come at even gaps that keep the engine busy for a tenth of the time, so none waits for another.
+The bare engine answers each request twice, before and after the pipeline does. The added latency of a request is its
+time in the pipeline, up to the answer's arrival at a reader, less the mean of the two. Computing times vary by some
+percent, which is part of the difference. So the requests are short, and the difference of the two bare runs is
+reported.
 
-Zero-time engine: the simulated engine on a device that takes no time. All that is left is the pipeline: its rate in
-one slot and two, the CPU time of each part, and how busy Flink's threads were, beside the same of the job's graph with
-functions that only pass records on, of a consumer loop and of Beam RunInference (`benchmarks/zero_engine.py`).
+Zero-time engine: the simulated engine on a device that takes no time. Only the pipeline is left. Reported are its rate
+with one slot and two, the CPU time of each part, and the load of Flink's threads; the same for the job's graph with
+functions that only pass records on, for a consumer loop and for Beam RunInference (`benchmarks/zero_engine.py`).
 """
 
 import statistics
@@ -50,19 +51,19 @@ from workloads.timed_request import Workload
 Samples = dict[str, list[float]]
 
 LIGHT_LOAD = 0.1
-"""Share of the time that the engine is busy while added latency is measured."""
+"""Share of the time during which the engine is busy when added latency is measured."""
 LATENCY_SEED, ZERO_SEED, WARM_SEED = 1 << 40, 1 << 41, 1 << 42
-"""Added to the seed, so that no two loads of one job share a request id."""
+"""Offsets of the seed, so that no two loads of a job share a request id."""
 
 
 class PipelineEngine(EngineConfig):
-    """The model of both, the pipeline and the bare engine."""
+    """The model of the pipeline and of the bare engine."""
 
     threads: int = Field(default=1, ge=1, le=1024, description="CPU threads of the engine, in Flink and bare")
 
 
 class PipelineConfig(Config):
-    """What is measured, and how often."""
+    """The loads, and how often they are measured."""
 
     out: Path = Field(default=Path("results/benchmarks/pipeline.json"), description="where the result is written")
     rounds: int = Field(default=3, ge=1, description="measured rounds of saturation")
@@ -81,7 +82,7 @@ class PipelineConfig(Config):
 
 
 def load(config: PipelineConfig, requests: int, seed: int, rate_per_s: float = 1.0) -> IndependentWorkload:
-    """Requests of lognormal lengths, evenly apart."""
+    """Return requests with lognormal lengths at even gaps."""
     return IndependentWorkload(
         WorkloadConfig(
             workload="independent",
@@ -101,7 +102,7 @@ def load(config: PipelineConfig, requests: int, seed: int, rate_per_s: float = 1
 
 
 def figures_of(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The flat figures: medians over rounds with their quartiles, and percentiles over the paired requests."""
+    """Figures of the report: medians over rounds with quartiles, and percentiles over the paired requests."""
     figures: dict[str, float] = {}
     pipeline, bare = samples["pipeline_tokens_per_s"], samples["bare_tokens_per_s"]
     figures |= spread("saturation_ratio", ratios(pipeline, bare))
@@ -125,14 +126,14 @@ def figures_of(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def percentile(values: Iterable[float], percent: float) -> float:
-    """Linear between the two nearest ranks (R type 7)."""
+    """Return the percentile, linear between the two nearest ranks (R type 7)."""
     return float(np.percentile(list(values), percent))
 
 
 def measure(config: PipelineConfig, console: Console) -> Report:
     """Run everything. Raises `UserError`."""
     if config.engine.is_simulated:
-        raise UserError("--engine: the pipeline is measured around a real engine and one of its own; leave it out")
+        raise UserError("--engine: this benchmark sets the engines itself; leave it out")
     job = with_absolute_paths(JobConfig(parallelism=1, engine=config.engine, cache=CacheConfig(cache=False)))
     samples: Samples = defaultdict(list)
     cpu = CpuSeconds(config.flink.stack_dir)
@@ -175,7 +176,7 @@ def warm_up(config: PipelineConfig, pipeline: JobUnderTest, bare: BareEngine) ->
 
 
 def saturate(config: PipelineConfig, round_: int, pipeline: JobUnderTest, bare: BareEngine, samples: Samples) -> None:
-    """One round: the same backlog through both, in an order that alternates."""
+    """Measure one round: the same backlog through both, in an order that alternates."""
     work = load(config, config.requests, round_)
 
     def through_pipeline() -> None:
@@ -195,7 +196,7 @@ def saturate(config: PipelineConfig, round_: int, pipeline: JobUnderTest, bare: 
 
 
 def light_loads(config: PipelineConfig) -> list[IndependentWorkload]:
-    """Loads of one short request each."""
+    """Return loads of one short request each."""
     short = config.model_copy(
         update={"prompt_tokens": config.latency_prompt_tokens, "answer_tokens": config.latency_answer_tokens}
     )
@@ -205,7 +206,7 @@ def light_loads(config: PipelineConfig) -> list[IndependentWorkload]:
 def added_latency(
     loads: Sequence[Workload], pipeline: JobUnderTest, bare: BareEngine, samples: Samples
 ) -> Iterator[None]:
-    """Each request alone, through the pipeline, and alone again: what drifts meanwhile falls out."""
+    """Run each request on the bare engine, through the pipeline, and on the bare engine again, to cancel out drift."""
     alone_ms = statistics.mean(time_ms for one in loads for time_ms in bare.alone_ms(requests_of(one)))
     gap_s = alone_ms / LIGHT_LOAD / 3 / 1000
     due_s = time.monotonic()
@@ -225,13 +226,13 @@ def added_latency(
 
 
 def requests_of(workload: Workload) -> list[Request]:
-    """For an engine without a schedule: all are created now."""
+    """Return the workload's requests, all created now, for an engine without a schedule."""
     now_ms = SystemClock().wall_ms()
     return [timed.created(now_ms) for timed in workload]
 
 
 def show(report: Report, console: Console) -> None:
-    """The figures that matter."""
+    """Print the main figures."""
     figures = report.figures
     console.print(
         f"saturation: {figures['pipeline_tokens_per_s']:.0f} tokens/s through the pipeline, "
@@ -251,7 +252,7 @@ def show(report: Report, console: Console) -> None:
 def show_zero_engine(
     figures: Mapping[str, float], operators: Mapping[str, Mapping[str, Sequence[str]]], console: Console
 ) -> None:
-    """A column for each job and number of slots, and a line for each alternative."""
+    """Print one column per job and number of slots, and one line per alternative."""
     runs = [(name, f"p{slots}") for slots in SLOTS for name in JOBS]
     table = Table("zero-time engine", *(f"{name.replace('_', ' ')}, {slots[1:]} slots" for name, slots in runs))
     table.add_row("records/s", *(f"{figures[f'records_per_s_{name}_{slots}']:.0f}" for name, slots in runs))

@@ -1,15 +1,17 @@
-"""Balanced against session-affine placement on a skewed load: most sessions are at home at one of two slots.
+"""Balanced against session placement on a skewed load: most sessions have the same default slot of two.
 
     python -m benchmarks.placement --out results/benchmarks/placement.json
 
-Two jobs of two slots stand ready side by side: in one a session stays at home, in the other a new one goes around an
-overloaded home. One at a time is offered the same conversations at even gaps, in an order that alternates from round to
-round. Latency is a request's creation until its answer was read from Kafka. A figure is written beside the report.
+Two jobs of two slots each are ready side by side. In one, every session goes to its default slot. In the other, a new
+session avoids an overloaded default slot. One job at a time gets the same conversations at even gaps; the order
+alternates from round to round. Latency is the time from a request's creation until its answer was read from Kafka. A
+figure is written beside the report.
 
-The rate is to lie between what one slot takes and what both take, so that slot 0 is overloaded at home and nobody is
-once the load is shared. Both are measured first, each as a backlog: all sessions at home at slot 0, and half of them.
-`slot0_offered_over_one_slot` should be above 1 and `offered_over_both_slots` below; choose `--rate-per-s` by them. An
-overloaded slot's queue grows while the load lasts, so that the ratios of latency hold for a load of this length.
+The rate should be above the throughput of one slot and below that of both. Then slot 0 is overloaded as default slot,
+but no slot is if the load is shared. Both throughputs are measured first, each with a backlog: all sessions have
+default slot 0, or half of them. `slot0_offered_over_one_slot` should be above 1 and `offered_over_both_slots` below;
+choose `--rate-per-s` by them. The queue of an overloaded slot grows while the load lasts, so the ratios of latency hold
+only for a load of this length.
 """
 
 from collections import defaultdict
@@ -41,7 +43,7 @@ PLACEMENTS = (Placement.SESSION, Placement.BALANCED)
 SLOTS = 2
 WARM_SEED = 1 << 42
 CAPACITIES = {"one_slot": (1.0, 1 << 40), "both_slots": (0.5, 1 << 41)}
-"""Skew and seed of the backlogs. Seeds are added to `--seed`: no two loads of one job share a request or a session."""
+"""Skew and seed of the backlogs. Seeds are added to `--seed`, so no two loads of a job share a request or a session."""
 WARM_SESSIONS = 4
 
 Samples = dict[str, list[float]]
@@ -54,7 +56,7 @@ class PlacementEngine(EngineConfig):
 
 
 class PlacementBenchmarkConfig(Config):
-    """What is measured, and how often."""
+    """The loads, and how often they are measured."""
 
     out: Path = Field(
         default=Path("results/benchmarks/placement.json"), description="where the result is written, a figure beside it"
@@ -62,13 +64,13 @@ class PlacementBenchmarkConfig(Config):
     rounds: int = Field(default=4, ge=1, description="measured rounds")
     sessions: int = Field(default=60, ge=1, description="sessions of a round")
     turns: int = Field(default=3, ge=1, description="requests of a session")
-    skew: float = Field(default=0.9, ge=0.5, le=1, description="share of the sessions that are at home at slot 0")
+    skew: float = Field(default=0.9, ge=0.5, le=1, description="share of the sessions whose default slot is 0")
     rate_per_s: float = Field(
-        default=5.0, gt=0, description="requests of all sessions: more than one slot takes, less than two do"
+        default=5.0, gt=0, description="rate of all requests: above the throughput of one slot, below that of two"
     )
     turn_gap_ms: float = Field(default=2000.0, gt=0, description="time between two turns of a session")
     prompt_tokens: int = Field(default=128, ge=1, description="prompt of a session's first turn")
-    turn_tokens: int = Field(default=64, ge=1, description="what each later turn adds to the prompt before it")
+    turn_tokens: int = Field(default=64, ge=1, description="tokens that each later turn adds to the prompt")
     answer_tokens: int = Field(default=16, ge=1, description="length of an answer")
     seed: int = Field(default=0, ge=0, lt=1 << 32, description="of the requests")
     engine: PlacementEngine = PlacementEngine()
@@ -80,9 +82,9 @@ class PlacementBenchmarkConfig(Config):
 
 
 class SkewedSessions:
-    """Sessions that begin at even gaps, their turns `turn_gap_ms` apart; those at home at slot 1 are spread evenly.
+    """Sessions that begin at even gaps, with turns `turn_gap_ms` apart. Sessions of slot 1 are spread evenly.
 
-    The rate is reached once the first session is at its last turn, and kept until the last one begins.
+    The load has its full rate from the last turn of the first session to the beginning of the last session.
     """
 
     def __init__(self, config: PlacementBenchmarkConfig, seed: int) -> None:
@@ -105,7 +107,7 @@ class SkewedSessions:
         user_id = f"user-{self._seed}-{session + 1:06d}"
         session_id = session_at_home(user_id, self._home(session), SLOTS)
         for turn in range(config.turns):
-            # Fewer tokens of one name begin more of it: each prompt begins with the one before.
+            # Fewer tokens of a name are a prefix of more tokens, so each prompt begins with the one before.
             tokens = config.prompt_tokens + turn * config.turn_tokens
             yield TimedRequest(
                 at_ms=1000 * session * config.turns / config.rate_per_s + turn * config.turn_gap_ms,
@@ -123,12 +125,12 @@ class SkewedSessions:
 
 
 def job_of(placement: Placement, engine: EngineConfig) -> JobConfig:
-    """The default job, which batches continuously; queue lengths and chunks travel by the Redis where it runs."""
+    """Return the default job, with continuous batching. Slots share queue lengths and chunks through Redis."""
     return JobConfig(parallelism=SLOTS, engine=engine, placing=PlacementConfig(placement=placement))
 
 
 def check(config: PlacementBenchmarkConfig) -> None:
-    """Raises `UserError` for what would fail or mislead once all has been started."""
+    """Raises `UserError` for options that would fail or mislead after everything has started."""
     if config.engine.is_simulated:
         raise UserError("--engine: placement is compared on a real engine; leave it out")
     if config.out == config.figure:
@@ -141,8 +143,8 @@ def check(config: PlacementBenchmarkConfig) -> None:
     longest = config.prompt_tokens + (config.turns - 1) * config.turn_tokens + config.answer_tokens
     if longest > config.engine.max_model_len:
         raise UserError(
-            f"--turns: the last one's prompt and answer are {longest} tokens, more than --max-model-len, "
-            f"{config.engine.max_model_len}; give fewer or shorter ones"
+            f"--turns: the last one's prompt and answer have {longest} tokens, more than --max-model-len, "
+            f"{config.engine.max_model_len}; give fewer or shorter turns"
         )
 
 
@@ -189,7 +191,7 @@ def measure(config: PlacementBenchmarkConfig, console: Console) -> Report:
 
 
 def offer(job: JobUnderTest, work: Workload, samples: Samples) -> None:
-    """One load to one job; its series are in the order of the load, so that they pair with the other job's.
+    """Send one load to one job. Its series are in the order of the load, so they pair with those of the other job.
 
     Raises `WrongMeasurementError` if a session was answered at more than one slot.
     """
@@ -217,7 +219,7 @@ def split_share(answers: Sequence[ReceivedResponse]) -> float:
 
 
 def figures_of(samples: Mapping[str, Sequence[float]], config: PlacementBenchmarkConfig) -> dict[str, float]:
-    """The flat figures: medians over rounds, with quartiles, of values and ratios taken round by round."""
+    """Figures of the report: medians with quartiles of values and ratios taken round by round."""
     rounds = config.rounds
     of_rounds: dict[Placement, dict[str, Sequence[float]]] = {}
     for placement in PLACEMENTS:
@@ -248,7 +250,7 @@ def figures_of(samples: Mapping[str, Sequence[float]], config: PlacementBenchmar
 
 
 def show(report: Report, console: Console) -> None:
-    """The figures that matter."""
+    """Print the main figures."""
     figures = report.figures
     columns = ("p50_ms", "p95_ms", "requests_per_s", "slot0_share", "token_hit_rate_percent")
     table = Table("", *(name.replace("_", " ") for name in columns))
@@ -258,14 +260,14 @@ def show(report: Report, console: Console) -> None:
     for name in ("session_over_balanced_p95", "session_over_balanced_p50", "balanced_over_session_throughput"):
         console.print(f"{name}: {figures[name]:.2f} ({figures[f'{name}_p25']:.2f} to {figures[f'{name}_p75']:.2f})")
     console.print(
-        f"slot 0 was offered {figures['slot0_offered_over_one_slot']:.2f} of what one slot takes, both together "
-        f"{figures['offered_over_both_slots']:.2f} of what both take; others kept "
+        f"slot 0 was offered {figures['slot0_offered_over_one_slot']:.2f} of one slot's throughput, both together "
+        f"{figures['offered_over_both_slots']:.2f} of the throughput of both; others kept "
         f"{figures['neighbours_busy_percent']:.0f} % of the cores busy"
     )
 
 
 def main() -> None:
-    config = stated(PlacementBenchmarkConfig, "benchmarks.placement", "Balanced against session-affine placement.")
+    config = stated(PlacementBenchmarkConfig, "benchmarks.placement", "Balanced against session placement.")
 
     def draw_and_show(report: Report, console: Console) -> None:
         placement_figure(report, config.figure)

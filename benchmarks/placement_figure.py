@@ -1,4 +1,4 @@
-"""The figure of the placement benchmark: each request's latency over the time of its creation, a panel a placement."""
+"""The figure of the placement benchmark: latency of each request over its creation time, one panel per placement."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def placement_figure(report: Report, path: Path) -> None:
     created_s = np.asarray(report.samples["at_ms"]) / 1000
     placements = list(report.settings["placements"])
     with mpl.rc_context(STYLE):
-        # Without pyplot, which would keep it in the process, and look for a display.
+        # Without pyplot, which would keep the figure in memory and look for a display.
         figure = Figure(figsize=(14, 6.2))
         for letter, placement, axes in zip("ab", placements, figure.subplots(1, 2, sharey=True), strict=True):
             e2e_s = np.asarray(report.samples[f"{placement}_e2e_ms"]) / 1000
@@ -29,7 +29,7 @@ def placement_figure(report: Report, path: Path) -> None:
             axes.scatter(created_s, e2e_s, s=18, lw=0, alpha=0.6, color=colours)
             axes.axhline(p95_s, **P95_LINE)
             axes.set_ylim(bottom=0)
-            # Shared as they are, the axis of the second has no numbers of its own.
+            # The axes are shared, so the second panel would have no numbers.
             axes.tick_params(labelleft=True)
             axes.set_xlabel("created, since the load began (s)")
             axes.set_ylabel("created to answered (s)")
@@ -46,7 +46,7 @@ def placement_figure(report: Report, path: Path) -> None:
 
 
 def caption(report: Report) -> str:
-    """Model, device, workload and rate: what the numbers hold for."""
+    """The conditions for which the numbers hold: model, device, workload and rate."""
     load, figures = report.settings, report.figures
     longest = load["prompt_tokens"] + (load["turns"] - 1) * load["turn_tokens"]
     ramp_s = (load["turns"] - 1) * load["turn_gap_ms"] / 1000
@@ -54,7 +54,7 @@ def caption(report: Report) -> str:
         (
             f"model {report.model['name']}",
             f"device {report.machine['device']}, threads of a slot {report.machine['threads']}",
-            f"{load['sessions']} sessions of {load['turns']} turns, {load['skew']:.0%} at home at slot 0",
+            f"{load['sessions']} sessions of {load['turns']} turns, {load['skew']:.0%} with default slot 0",
             f"rounds {report.rounds}, seed {load['seed']}",
         ),
         (

@@ -1,6 +1,6 @@
-"""Models of random weights in the shapes of real ones, and what a pass of each must compute and read.
+"""Models with random weights in the shapes of real ones, and the least work of their passes.
 
-Needs PyTorch and transformers alone, so that it runs on a bare machine with a GPU.
+Needs only PyTorch and transformers, so it runs on a bare machine with a GPU.
 """
 
 from dataclasses import dataclass
@@ -72,13 +72,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Name in results and configuration of each shape. Those of Qwen2.5 are the published ones (config.json); `default` is
-the model of `inference_service/default_model.py`; `tiny` is for trying this program."""
+"""Name in results and configuration of each shape. The Qwen2.5 shapes are the published ones (config.json). `default`
+is the model of `inference_service/default_model.py`. `tiny` is for trying this program."""
 
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A model of some shape with random weights: what `Runner` needs of a loaded one."""
+    """A model with random weights, with the attributes of a loaded model that `Runner` needs."""
 
     name: str
     model: Any
@@ -94,7 +94,7 @@ class RandomModel:
 
 
 def build(shape: str, device: torch.device, dtype: torch.dtype) -> RandomModel:
-    """Weights are made on the device in their type, so that no second copy needs room; layers are as in the engine."""
+    """Build a model. Weights are made on the device in their dtype, without a second copy; layers are the engine's."""
     name, settings = SHAPES[shape]
     config = Qwen2Config(**settings)
     with torch.device("meta"):
@@ -111,7 +111,7 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> RandomModel:
         for module_name, module in model.named_modules():
             if module_name.endswith("norm"):
                 module.weight.fill_(1.0)
-    # The table of angles is no weight, and was lost with the emptiness it was made in.
+    # The table of rotary angles is not a weight, so it has to be computed again on the device.
     with device:
         model.model.rotary_emb = Qwen2RotaryEmbedding(config)
     model = model.eval().requires_grad_(False)
@@ -121,11 +121,11 @@ def build(shape: str, device: torch.device, dtype: torch.dtype) -> RandomModel:
 
 
 def costs_of(config: Any, dtype: torch.dtype) -> ModelCosts:
-    """What every pass must compute and read, counted from the configuration.
+    """Least work of every pass, derived from the configuration.
 
-    The embedding table is looked up, not multiplied, and only a row for each token is read; where it is the output
-    matrix too, it is read as that. The output matrix is multiplied for the last token of a row alone. Each pair of
-    tokens costs a product with a key and one with a value in every attention head.
+    The embedding table is not multiplied: one row is read per token. If it is also the output matrix, it is read
+    whole. The output matrix is multiplied only for the last token of a row. Each pair of tokens costs one product with
+    a key and one with a value in every attention head.
     """
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head_dim = hidden // config.num_attention_heads
@@ -143,14 +143,14 @@ def costs_of(config: Any, dtype: torch.dtype) -> ModelCosts:
 
 
 def shape_bytes(shape: str, dtype: torch.dtype) -> int:
-    """Size of all weights of a shape, a table that stands apart from the output matrix included."""
+    """Size of all weights of a shape, including an embedding table that is not the output matrix."""
     config = Qwen2Config(**SHAPES[shape][1])
     table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
     return costs_of(config, dtype).weight_bytes + table
 
 
 def make_runner(model: RandomModel, rows: int, max_len: int, chunk_tokens: int) -> Runner:
-    """Our runner over our pool, as a loaded model would make it."""
+    """Return our runner over our pool, as for a loaded model."""
     config = model.config
     head_dim = config.hidden_size // config.num_attention_heads
     shape = ChunkShape(config.num_hidden_layers, config.num_key_value_heads, chunk_tokens, head_dim, model.dtype)

@@ -1,12 +1,12 @@
-"""What a slow Redis costs those that run: the time between their tokens while others begin, with a cache and without.
+"""What a slow Redis costs running requests: the time between their tokens while others begin, with and without a cache.
 
     python -m benchmarks.redis_stall --out results/benchmarks/redis_stall.json
 
-Some requests decode all the time. Every few steps a group of others begins, each with a prompt of its own, and leaves
-after a few tokens. Redis is a real one behind a proxy that delays each of its answers. Three runs make a round: without
-a cache; with a cache, where Redis holds none of the prompts; and where it holds all of them. A gap is the time between
-two tokens of the requests that decode all the time. The engine asks Redis for every prompt, whatever it has learnt of
-the cost: it would soon leave alone a Redis this slow.
+Some requests decode all the time. Every few steps a group of others begins, each with its own prompt, and ends after a
+few tokens. Redis is real, and a proxy delays each of its answers. A round has three runs: without a cache; with a cache
+and no prompt in Redis; with a cache and all prompts in Redis. A gap is the time between two tokens of the requests that
+decode all the time. The engine fetches every prompt from Redis, whatever cost it has learnt; otherwise it would soon
+stop asking a Redis this slow.
 """
 
 import statistics
@@ -44,27 +44,27 @@ from inference_service.model import LoadedModel
 from inference_service.transformers_engine import load_checked_model
 
 RUNS = ("no_cache", "unknown", "known")
-"""The three runs of a round: no cache; Redis holds none of the prompts; Redis holds all of them."""
+"""The three runs of a round: no cache; no prompt in Redis; all prompts in Redis."""
 
 
 class RedisStallConfig(Config):
-    """The load, and how slow Redis is."""
+    """The load, and the delay of Redis."""
 
     out: Path = Field(default=Path("results/benchmarks/redis_stall.json"), description="where the result is written")
     rounds: int = Field(default=5, ge=1, description="measured rounds, after one to warm up")
-    delay_ms: float = Field(default=80.0, ge=0, description="how much later each answer of Redis comes")
+    delay_ms: float = Field(default=80.0, ge=0, description="delay of each answer of Redis")
     running: int = Field(default=8, ge=1, description="requests that decode all the time")
     output_tokens: int = Field(default=384, ge=2, description="tokens of each of their answers")
     group: int = Field(default=8, ge=1, description="requests that begin together")
     group_every_steps: int = Field(default=128, ge=1, description="steps from one group to the next")
-    prompt_tokens: int = Field(default=64, ge=1, description="prompt of each that begins")
-    group_output_tokens: int = Field(default=4, ge=1, description="answer of each that begins")
-    seed: int = Field(default=0, ge=0, description="of the prompts' random tokens")
+    prompt_tokens: int = Field(default=64, ge=1, description="prompt length of a request of a group")
+    group_output_tokens: int = Field(default=4, ge=1, description="answer length of a request of a group")
+    seed: int = Field(default=0, ge=0, description="random seed of the prompts")
     engine: EngineConfig = EngineConfig()
 
 
 class AskingAlways:
-    """A cache that is asked to fetch whatever the engine has learnt."""
+    """A cache that fetches every prompt, whatever cost the engine has learnt."""
 
     def __init__(self, cache: TwoLevelCache) -> None:
         self.cache = cache
@@ -86,7 +86,7 @@ class AskingAlways:
 
 
 class StallProbe:
-    """One model and one Redis; each call is a run with an engine and a cache of its own."""
+    """One model and one Redis. Each call is a run with a new engine and a new cache."""
 
     def __init__(self, model: LoadedModel, config: RedisStallConfig, redis_url: str, slow_url: str) -> None:
         self._model = model
@@ -101,14 +101,14 @@ class StallProbe:
             update={
                 "remote": RemoteConfig(
                     redis_namespace=self.namespace,
-                    # Long enough for both round trips of a fetch behind those of the whole group.
+                    # Long enough for both round trips of a fetch that comes after those of the whole group.
                     remote_deadline_ms=max(1000.0, 4 * config.group * config.delay_ms),
                 )
             }
         )
 
     def round(self, order: Sequence[str]) -> dict[str, list[float]]:
-        """The gaps of each of `RUNS`, in milliseconds; taken in `order`."""
+        """Gaps of each of `RUNS` in milliseconds, measured in `order`."""
         return {name: self._run(name) for name in order}
 
     def _run(self, name: str) -> list[float]:
@@ -131,7 +131,7 @@ class StallProbe:
     def _gaps(
         self, engine: ContinuousEngine, running: Sequence[list[int]], groups: Sequence[Sequence[list[int]]]
     ) -> tuple[list[float], list[Completion]]:
-        """Times between the ends of two steps, from when all of `running` decode until the first of them is done."""
+        """Times between the ends of two steps, from when all `running` requests decode until the first one ends."""
         config = self._config
         for index, prompt in enumerate(running):
             engine.submit(_request(f"running-{index}", prompt, config.output_tokens), self._clock.wall_ms())
@@ -166,7 +166,7 @@ class StallProbe:
         if name == "known" and reused < newcomers:
             raise WrongMeasurementError(f"{reused} of {newcomers} prompts were found in Redis")
         if name != "known" and reused:
-            raise WrongMeasurementError(f"{reused} prompts came from Redis, which should know none")
+            raise WrongMeasurementError(f"{reused} prompts came from Redis, which should have none")
 
     def _fill_redis(self, prompts: Sequence[list[int]]) -> None:
         """Compute the prompts and write them to Redis, without the delay."""
@@ -198,7 +198,7 @@ def p99(values: Sequence[float]) -> float:
 
 
 def figures_of(samples: dict[str, list[float]]) -> dict[str, float]:
-    """Ratios taken round by round: medians with their quartiles."""
+    """Medians and quartiles of ratios taken round by round."""
     without = samples["gap_p99_ms_no_cache"]
     figures = spread("gap_p99_over_no_cache", ratios(samples["gap_p99_ms_unknown"], without))
     figures |= spread("gap_p99_over_no_cache_known", ratios(samples["gap_p99_ms_known"], without))
@@ -215,7 +215,7 @@ def measure(config: RedisStallConfig, console: Console) -> Report:
     if config.engine.max_running < config.running + config.group:
         raise UserError(f"--max-running: give at least {config.running + config.group}, so that a group can begin")
     torch.set_num_threads(config.engine.threads or usable_cores())
-    # The end of a sequence is not awaited: every answer has the length that was asked for.
+    # Without end-of-sequence tokens every answer has the requested length.
     model = replace(load_checked_model(config.engine), eos_token_ids=frozenset())
     samples: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as cleanup:
@@ -227,7 +227,7 @@ def measure(config: RedisStallConfig, console: Console) -> Report:
         where = conditions(model, url)
         neighbours = Neighbours(url)
         with progress(console) as bar:
-            # The first round is run like the others and not counted.
+            # The first round runs like the others and is not counted.
             task = bar.add_task("rounds", total=config.rounds + 1)
             for index in range(config.rounds + 1):
                 shift = index % len(RUNS)
@@ -252,7 +252,7 @@ def measure(config: RedisStallConfig, console: Console) -> Report:
 
 
 def show(report: Report, console: Console) -> None:
-    """The gaps of each run, and the ratios."""
+    """Print the gaps of each run, and the ratios."""
     figures = report.figures
     table = Table("run", "gap p50\nms", "p99\nms", "longest\nms")
     for name in RUNS:
@@ -260,8 +260,8 @@ def show(report: Report, console: Console) -> None:
         table.add_row(name.replace("_", " "), *row)
     console.print(table)
     console.print(
-        f"p99 over that without a cache: {figures['gap_p99_over_no_cache']:.2f} where Redis knows no prompt, "
-        f"{figures['gap_p99_over_no_cache_known']:.2f} where it knows all; others kept "
+        f"p99 over that without a cache: {figures['gap_p99_over_no_cache']:.2f} with no prompt in Redis, "
+        f"{figures['gap_p99_over_no_cache_known']:.2f} with all prompts in Redis; others kept "
         f"{figures['neighbours_busy_percent']:.0f} % of the cores busy"
     )
 
@@ -281,7 +281,7 @@ def main() -> None:
     config = stated(
         RedisStallConfig,
         "benchmarks.redis_stall",
-        "What a slow Redis costs those that run.",
+        "What a slow Redis costs running requests.",
         {"max_running": 2 * RedisStallConfig.model_fields["running"].default},
     )
     carry_out(config, measure, show)

@@ -1,4 +1,4 @@
-"""What every benchmark writes: how it was run, where, with what, each sample, and the figures made of them."""
+"""The report that every benchmark writes: conditions, samples, and figures computed from them."""
 
 import math
 import random
@@ -26,7 +26,7 @@ VERSIONS = ("python", "apache-flink", "torch", "transformers", "redis")
 
 
 class Report(Config):
-    """One benchmark's result. `samples` are the authority; every one of `figures` follows from them."""
+    """One benchmark's result. `samples` are the authority; all `figures` follow from them."""
 
     benchmark: str
     command: str
@@ -38,7 +38,7 @@ class Report(Config):
     settings: dict[str, Any]
     figures: dict[str, float]
     samples: dict[str, list[float]]
-    """Each series in the order of its rounds; values of one position in two series were measured together."""
+    """Each series is in the order of the rounds. Values at the same position of two series were measured together."""
 
     @field_validator("figures")
     @classmethod
@@ -53,12 +53,12 @@ class Report(Config):
 
 
 def conditions(model: LoadedModel, redis_url: str | None) -> dict[str, Any]:
-    """The fields of a `Report` that say where and with what it is made. To be called once threads are set."""
+    """Fields of a `Report` about machine, versions and model. Call it after threads are set."""
     return conditions_of(device_facts(model), model_facts(model), redis_url)
 
 
 def conditions_of(device: dict[str, Any], model: dict[str, Any], redis_url: str | None) -> dict[str, Any]:
-    """`conditions` where the model is in another process, which tells of its device and model."""
+    """`conditions` for a model in another process, which reports its device and model."""
     here = provenance()
     versions: dict[str, str | bool | None] = {name: here.versions[name] for name in VERSIONS if name != "redis"}
     versions["redis-py"] = here.versions["redis"]
@@ -75,13 +75,13 @@ def conditions_of(device: dict[str, Any], model: dict[str, Any], redis_url: str 
 
 
 def _without_folder(argument: str) -> str:
-    """A file of somebody's own by its name alone: where it lies on this machine says nothing on another."""
+    """Replace a path by the file's name: its folder means nothing on another machine."""
     path = Path(argument)
     return argument if path.resolve().is_relative_to(ROOT) or not path.is_file() else path.name
 
 
 def device_facts(model: LoadedModel) -> dict[str, Any]:
-    """What a loaded model runs on in this process."""
+    """Device and threads of a loaded model in this process."""
     device: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(model.device)}
     if model.device.type == "cuda":
         device["gpu"] = torch.cuda.get_device_name(model.device)
@@ -97,9 +97,9 @@ def model_facts(model: LoadedModel) -> dict[str, Any]:
 
 
 class Neighbours:
-    """How busy everything else kept the machine's cores meanwhile: what is above a few percent blurs every time.
+    """Measures how busy other processes keep the cores. More than a few percent distorts every measured time.
 
-    `ours_s` is the CPU time so far of further processes that belong to the measurement.
+    `ours_s` returns the CPU time so far of further processes that belong to the measurement.
     """
 
     def __init__(self, redis_url: str | None = None, ours_s: Callable[[], float] = lambda: 0.0) -> None:
@@ -109,7 +109,7 @@ class Neighbours:
         self._at_begin_s = self._others_s()
 
     def busy_percent(self) -> float:
-        """Share of all cores, since the start, that neither this process, nor Redis, nor `ours_s` used."""
+        """Percent of all cores' time since the start that others than this process, Redis and `ours_s` used."""
         elapsed_s = (time.monotonic() - self._began_s) * (psutil.cpu_count() or 1)
         return max(0.0, 100 * (self._others_s() - self._at_begin_s) / elapsed_s)
 
@@ -127,12 +127,12 @@ class Neighbours:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Pair by pair: what slows the whole machine down for a while falls out of each ratio."""
+    """Return the ratio of each pair, which cancels out slow times of the whole machine."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """`name` is the median; `name_p25` and `name_p75` are the quartiles."""
+    """Return the median as `name`, and the quartiles as `name_p25` and `name_p75`."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {name: statistics.median(values), f"{name}_p25": low, f"{name}_p75": high}
 

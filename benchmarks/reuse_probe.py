@@ -1,4 +1,4 @@
-"""Measures one prompt every way that it can be answered, and checks that each answer came that way."""
+"""Measures one prompt in each way to answer it, and checks that each answer was made in that way."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -29,11 +29,11 @@ TTFTS = ("recompute", "local", "redis")
 
 
 class WrongMeasurementError(Exception):
-    """What was measured is not what its name says."""
+    """A measurement is not what its name says."""
 
 
 class SteadyClock:
-    """Both times from one clock that never jumps and has the finest steps."""
+    """Takes both times from one clock that never jumps and has the finest resolution."""
 
     def wall_ms(self) -> float:
         return time.perf_counter_ns() / 1e6
@@ -43,7 +43,7 @@ class SteadyClock:
 
 
 class ColdCache:
-    """A `KVCache` whose local tier can be emptied: by a new cache in the old one's place."""
+    """A `KVCache` whose local tier can be emptied: a new cache replaces the old one."""
 
     def __init__(self, make: Callable[[], TwoLevelCache]) -> None:
         self._make = make
@@ -51,7 +51,7 @@ class ColdCache:
         self.shape = self.current.shape
 
     def start_cold(self, primer: Sequence[int]) -> None:
-        """A new, empty cache, whose connection is opened by looking up one chunk that Redis has."""
+        """Open a new, empty cache, and open its connection by looking up one chunk that Redis has."""
         self.current.close()
         self.current = self._make()
         with self.current.fetch_and_lookup(primer) as prefix:
@@ -73,12 +73,12 @@ class ColdCache:
 
 
 class ReuseProbe:
-    """One model with one engine for each way of answering, all on the same Redis; each call is one measurement."""
+    """One model with one engine for each way to answer, all on the same Redis. Each call is one measurement."""
 
     def __init__(
         self, model: LoadedModel, config: EngineConfig, redis_url: str, longest_tokens: int, seed: int
     ) -> None:
-        """`longest_tokens`: of any sequence that will be asked for; `seed`: of the prompts' random tokens."""
+        """`longest_tokens` is the length of the longest sequence; `seed` is the random seed of the prompts."""
         self.model = model
         self._config = config
         defaults = CacheConfig()
@@ -86,7 +86,7 @@ class ReuseProbe:
         self.shape = model.chunk_shape(self.chunk_tokens)
         self.settings = defaults.model_copy(
             update={
-                # Room for the longest prompt and the primer; no look-up is cut short by a busy machine.
+                # The cache holds the longest prompt and the primer, and a busy machine cannot cut a lookup short.
                 "sizing": SizingConfig(
                     capacity_chunks=max(longest_tokens // self.chunk_tokens + 2, defaults.sizing.capacity_chunks)
                 ),
@@ -116,10 +116,7 @@ class ReuseProbe:
         self._remote.close()
 
     def ttft_round(self, length: int) -> dict[str, float]:
-        """One new prompt of `length` tokens: in one pass, recomputed, local, Redis, and the floor of the last.
-
-        Milliseconds.
-        """
+        """Milliseconds of one new prompt of `length` tokens: one pass, recomputed, local, Redis, Redis' lower bound."""
         prompt = self._prompt(length)
         self._check(self._complete(self._local, prompt, 1), computed=length)
         self._flush()
@@ -144,7 +141,7 @@ class ReuseProbe:
         return taken | {f"unbroken_ms_{length}": unbroken_ms}
 
     def unique_pair(self, prompt_tokens: int, output_tokens: int, cache_first: bool) -> dict[str, float]:
-        """One whole request of a new prompt, without and with the cache, in the order asked for. Milliseconds."""
+        """Milliseconds of one whole request with a new prompt, without and with the cache, in the given order."""
         prompt = self._prompt(prompt_tokens)
         answers: dict[str, tuple[int, ...]] = {}
         taken: dict[str, float] = {}
@@ -164,11 +161,11 @@ class ReuseProbe:
         return taken
 
     def moved_bytes(self, tokens: int) -> int:
-        """Bytes of the records of all full chunks of so many tokens."""
+        """Bytes of the records of all full chunks of `tokens` tokens."""
         return tokens // self.chunk_tokens * record_bytes(self.shape)
 
     def _floor(self, prompt: list[int]) -> tuple[float, float, int]:
-        """Transfer of the prompt's records, prefill of its last token (both in ms), and the token that it gives."""
+        """Transfer of the prompt's records and prefill of its last token, both in ms, and the token it gives."""
         namespace = self.settings.remote.redis_namespace
         keys = [f"{namespace}:{chunk_hash.hex()}".encode() for chunk_hash in self._keys.of(prompt).hashes]
         transfer_ms = self._raw.read_ms(keys, record_bytes(self.shape))
@@ -180,7 +177,7 @@ class ReuseProbe:
         return transfer_ms, *self._pass(prompt, len(prompt) - 1)
 
     def _pass(self, prompt: list[int], start: int) -> tuple[float, int]:
-        """Time in ms of one pass over the prompt from `start` on, and the token that it gives."""
+        """Time in ms of one pass over the prompt from `start` on, and the token it gives."""
         began_s = time.perf_counter()
         token = int(self._runner.forward([Piece(0, start, prompt[start:])]).argmax())
         return (time.perf_counter() - began_s) * 1000, token
@@ -223,7 +220,7 @@ class ReuseProbe:
 
 
 def held_tokens(prompt_tokens: int, output_tokens: int) -> int:
-    """Tokens whose key/value exist at the end: the last one of an answer is never run through the model."""
+    """Number of tokens with keys and values at the end: an answer's last token never runs through the model."""
     return prompt_tokens + output_tokens - 1
 
 

@@ -1,10 +1,10 @@
-"""What hits cost in memory over time: every sizing policy beside the best fixed capacity in hindsight.
+"""How much memory sizing policies need for their hits, compared with the best fixed capacity in hindsight.
 
     python -m benchmarks.sizing_policies
 
-runs the laboratory's cache manager over made loads in virtual time, without a model. A policy's price is its mean
-capacity over time; beside it stands the smallest fixed capacity, known only in hindsight, that has as many hits, or
-that reaches the target where the policy was given one. No time is measured.
+runs the cache manager over generated loads in virtual time, without a model. A policy's cost is its mean capacity over
+time. It is compared with the smallest fixed capacity, known only in hindsight, that has as many hits, or that reaches
+the policy's target if it has one. No time is measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,18 +34,18 @@ from workloads.block_trace import BlockRequest
 from workloads.config import PhasesConfig, WorkloadConfig
 
 LEAST, GREATEST = 16, 4096
-"""Capacities that policies move within, in chunks."""
+"""Bounds of the policies' capacities, in chunks."""
 PARTS = (0.7, 0.8, 0.9, 0.95)
-"""Targets of MRC, in parts of the hit ratio that an infinite cache has."""
+"""Targets of MRC, over the hit ratio of an infinite cache."""
 PRICES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 BEGINNINGS = (64, 128, 256, 512, 1024)
-"""Capacities that FLUID and FREQUENCY begin with."""
+"""Initial capacities of FLUID and FREQUENCY."""
 COLOURS = {"FLUID": "#d55e00", "FREQUENCY": "#009e73", "MRC, target": "#cc79a7", "MRC, price": "#0072b2"}
 MARKERS = {"FLUID": "s", "FREQUENCY": "D", "MRC, target": "*", "MRC, price": "o"}
 
 
 class StudyConfig(Config):
-    """Compares sizing policies on made loads."""
+    """Compares sizing policies on generated loads."""
 
     seed: int = Field(default=0, ge=0, description="of the loads")
     out: Path = Field(
@@ -55,7 +55,7 @@ class StudyConfig(Config):
 
 @dataclass(frozen=True)
 class Case:
-    """One policy as it was set."""
+    """One policy with its settings."""
 
     policy: str
     setting: str
@@ -99,20 +99,20 @@ def serve(load: Sequence[BlockRequest], sizing: SizingConfig) -> ReplayResult:
 
 
 class Fixed:
-    """Fixed capacities in hindsight; under LRU more chunks never hit less."""
+    """Hit ratios of fixed capacities. Under LRU more chunks never have fewer hits."""
 
     def __init__(self, load: Sequence[BlockRequest]) -> None:
         self._load = load
         self._ratios: dict[int, float] = {}
 
     def ratio(self, capacity: int) -> float:
-        """Prefix hits of all accesses."""
+        """Prefix hits over all accesses."""
         if capacity not in self._ratios:
             self._ratios[capacity] = hit_ratio(serve(self._load, SizingConfig(capacity_chunks=capacity)))
         return self._ratios[capacity]
 
     def smallest(self, ratio: float) -> int:
-        """The least capacity that hits as much, at most `GREATEST`."""
+        """Return the smallest capacity with this hit ratio, at most `GREATEST`."""
         low, high = 1, GREATEST
         while low < high:
             middle = (low + high) // 2
@@ -132,7 +132,7 @@ def hit_ratio(outcome: ReplayResult) -> float:
 
 
 def study(name: str, load: Sequence[BlockRequest], fixed: Fixed) -> Iterator[dict[str, Any]]:
-    """A row for each case."""
+    """Yield one row per case."""
     for case in cases(fixed.ratio(GREATEST)):
         outcome = serve(load, case.sizing)
         best = fixed.smallest(case.target or hit_ratio(outcome))
@@ -151,7 +151,7 @@ def study(name: str, load: Sequence[BlockRequest], fixed: Fixed) -> Iterator[dic
 
 
 def draw(found: pd.DataFrame, fixed: dict[str, Fixed], path: Path) -> None:
-    """Hits over mean capacity: fixed ones as a line, policies as points; above the line is better."""
+    """Draw hits over mean capacity: fixed capacities as a line, policies as points. Above the line is better."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(fixed), figsize=(5.4 * len(fixed), 5.2), squeeze=False)
         for plot, (name, hindsight) in zip(axes[0], fixed.items(), strict=True):

@@ -1,14 +1,14 @@
-"""Whether anything grows: memory of the production job and of its services, under a steady load for long.
+"""Memory of the production job and of its services under a steady load for a long time: does anything grow?
 
     python -m benchmarks.soak --minutes 30 --out results/benchmarks/soak.json
 
-Conversations begin and end all the time, under ids that are never used again: no session grows for ever. Every few
-seconds the resident memory of each slot, Python worker and TaskManager, of JobManager and Kafka is taken, and what
-Redis says that it uses. All samples are in a CSV beside the report; a figure shows them.
+Conversations begin and end all the time, with new ids, so no session grows for ever. Every few seconds the resident
+memory of each slot, Python worker and TaskManager, of JobManager and Kafka is sampled, and the memory that Redis
+reports as used. All samples are in a CSV beside the report, and in a figure.
 
-The slope of a process is that of the least-squares line through its second half, when caches and heaps have filled. Its
-error is the standard error of the fit, too small where samples hang together; the scatter is how far they lie about
-the line. A slope that stays the same over longer runs is a leak.
+The slope of a process is that of the least-squares line through its second half, when caches and heaps are full. Its
+error is the standard error of the fit, which is too small if samples are correlated. The scatter is the deviation of
+the samples from the line. A slope that stays the same in longer runs is a leak.
 """
 
 from collections import defaultdict
@@ -48,7 +48,7 @@ class SoakEngine(EngineConfig):
 
 
 class SoakConfig(Config):
-    """How long, under which load, and where the results go."""
+    """Duration, load, and path of the results."""
 
     out: Path = Field(
         default=Path("results/benchmarks/soak.json"),
@@ -57,7 +57,7 @@ class SoakConfig(Config):
     minutes: float = Field(default=30.0, gt=0, le=10_000, description="how long the load lasts")
     rate: float = Field(default=2.0, gt=0, le=1000, description="requests a second")
     sessions: int = Field(default=8, ge=1, le=100_000, description="conversations at a time")
-    turns: int = Field(default=5, ge=1, le=1000, description="requests of a conversation, after which a new one comes")
+    turns: int = Field(default=5, ge=1, le=1000, description="requests of a conversation; then a new one replaces it")
     sample_every_s: float = Field(default=5.0, gt=0, description="time between two samples")
     parallelism: int = Field(default=2, ge=1, le=128, description="slots")
     seed: int = Field(default=0, ge=0, lt=1 << 32, description="of the load")
@@ -77,7 +77,7 @@ class SoakConfig(Config):
 
 
 def measure(config: SoakConfig, console: Console) -> Report:
-    """Run it. Raises `UserError` where the job ends or a prompt would not fit."""
+    """Run the load. Raises `UserError` if the job ends or a prompt would not fit."""
     load = config.load
     if load.longest_prompt_tokens + load.max_new_tokens > config.engine.max_model_len:
         raise UserError(f"--turns: {config.turns} turns do not fit into --max-model-len; lower it or raise that")
@@ -121,7 +121,7 @@ def measure(config: SoakConfig, console: Console) -> Report:
 def under_load(
     config: SoakConfig, job: JobUnderTest, load: SteadyConversations, ledger: Ledger, console: Console
 ) -> list[str]:
-    """Offer the load until each request has an outcome; what was wrong with that, in a line each."""
+    """Send the load until each request has an outcome; return one line per problem."""
     generator = KafkaLoadGenerator(job.producer, job.job.kafka.requests_topic, load, SystemClock())
     collector = Collector(job.reader, job.job.kafka, ledger)
     with progress(console) as bar, offered(generator, ledger.sent) as sending:
@@ -139,7 +139,7 @@ def under_load(
 
 
 def by_process(samples: Iterable[Sample]) -> tuple[Series, dict[str, str]]:
-    """The samples of each process, and its kind."""
+    """Return the samples of each process, and its kind."""
     series: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
     kinds = {}
     for sample in samples:
@@ -151,7 +151,7 @@ def by_process(samples: Iterable[Sample]) -> tuple[Series, dict[str, str]]:
 
 
 def figures_of(ledger: Ledger, trends: Mapping[str, Trend], series: Series) -> dict[str, float]:
-    """Requests by what became of them, and for each process its memory in the end and how it grew."""
+    """Numbers of requests by outcome, and for each process its memory at the end and its growth."""
     figures = {
         "requests": float(len(ledger.all_sent)),
         "answered": float(len(ledger.responses)),
@@ -171,7 +171,7 @@ def figures_of(ledger: Ledger, trends: Mapping[str, Trend], series: Series) -> d
 
 
 def show(report: Report, console: Console) -> None:
-    """A row a process."""
+    """Print one row per process."""
     figures = report.figures
     table = Table("process", "MiB", "MiB/h", "error", "scatter MiB", box=None, pad_edge=False)
     for name in [name.removesuffix(" MiB") for name in report.samples if name.endswith(" MiB")]:
@@ -185,7 +185,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def main() -> None:
-    config = stated(SoakConfig, "benchmarks.soak", "Whether anything grows under a steady load.")
+    config = stated(SoakConfig, "benchmarks.soak", "Memory under a steady load: does anything grow?")
     carry_out(config, measure, show)
 
 

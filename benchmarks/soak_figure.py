@@ -1,4 +1,4 @@
-"""Memory over time: a panel for each kind of process, with the line that was fitted to the second half."""
+"""Memory over time: one panel per kind of process, with the line fitted to the second half."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from benchmarks.trend import Trend
 from experiments.figures import STYLE
 
 Series = Mapping[str, tuple[list[float], list[float]]]
-"""By process: seconds and MiB."""
+"""Seconds and MiB of each process."""
 PANELS = {
     "Slots": ("slot",),
     "Python workers": ("worker",),
@@ -24,7 +24,7 @@ PANELS = {
 
 
 def soak_figure(series: Series, kinds: Mapping[str, str], trends: Mapping[str, Trend], said: str, path: Path) -> None:
-    """Write it to `path` as PNG; `said` is the line below it."""
+    """Write the figure to `path` as PNG, with the line `said` below it."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(14, 8.4))
         try:

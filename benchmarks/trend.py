@@ -14,13 +14,13 @@ class Trend:
     begin_mib: float
     slope_mib_per_h: float
     error_mib_per_h: float
-    """Standard error of the slope, for samples that scatter independently of each other."""
+    """Standard error of the slope, for independent samples."""
     scatter_mib: float
-    """Standard deviation of the samples about the line."""
+    """Standard deviation of the samples from the line."""
 
     @classmethod
     def of_second_half(cls, seconds: Sequence[float], mib: Sequence[float]) -> "Trend | None":
-        """None where that holds fewer than three samples."""
+        """Fit the line to the second half; none if it has fewer than three samples."""
         half_s = (seconds[0] + seconds[-1]) / 2
         hours = np.array([(at - half_s) / 3600 for at in seconds if at >= half_s])
         values = np.array(mib[len(mib) - len(hours) :])

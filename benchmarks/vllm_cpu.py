@@ -1,13 +1,13 @@
-"""Our engine against vLLM on the same CPU: decode at several numbers of rows, prefill, and a mix.
+"""Our engine against vLLM on the same CPU: decode with several numbers of rows, prefill, and a mix.
 
     python -m benchmarks.vllm_cpu --models default,large --out results/benchmarks/vllm_cpu.json
 
-Both have the same model, prompts, lengths of answers and cores, compute in float32, answer greedily and reuse nothing.
-vLLM runs compiled, with its own defaults, in an environment of its own that the first run installs (6 GB). Each round
-gives each load, of new prompts, first to one and then to the other, in an order that turns from round to round. A ratio
-is taken round by round. The answers of both are compared.
+Both have the same model, prompts, answer lengths and cores. Both compute in float32, answer greedily and reuse nothing.
+vLLM runs compiled, with its defaults, in its own environment, which the first run installs (6 GB). Each round gives
+each load, with new prompts, to one after the other; the order alternates from round to round. Ratios are taken round by
+round. The answers of both are compared.
 
-One model at a time keeps a run short: figures of a model that is not named stay as the file has them.
+To keep a run short, name one model at a time: the file keeps the figures of other models.
 """
 
 import json
@@ -56,7 +56,7 @@ LARGE_SHAPE: dict[str, Any] = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
-    # Wider than the usual 0.02: a model left at that copies its last token for ever.
+    # Wider than the usual 0.02, with which the model would repeat its last token for ever.
     "initializer_range": 0.06,
 }
 """The published shape of SmolLM2-135M, as a Qwen2."""
@@ -64,7 +64,7 @@ LARGE_SHAPE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Requests that are handed over together."""
+    """Requests that are submitted together."""
 
     name: str
     requests: int
@@ -73,7 +73,7 @@ class PromptBatch:
 
     @property
     def tokens(self) -> int:
-        """What the throughput counts: the prompt's tokens where the answer is a single one, else the answers'."""
+        """Tokens that the throughput counts: the prompts' if an answer is a single token, otherwise the answers'."""
         return self.requests * (self.prompt_tokens if self.answer_tokens == 1 else self.answer_tokens)
 
 
@@ -93,7 +93,7 @@ def _names(text: object) -> object:
 
 
 class VllmCpuConfig(Config):
-    """What is measured, and how often."""
+    """The models, and how often they are measured."""
 
     out: Path = Field(default=Path("results/benchmarks/vllm_cpu.json"), description="where the result is written")
     models: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
@@ -102,13 +102,13 @@ class VllmCpuConfig(Config):
     rounds: int = Field(default=5, ge=1, description="measured rounds of all loads, after one to warm up")
     threads: int = Field(default=2, ge=1, description="of either")
     least_equal: float = Field(
-        default=0.9, ge=0, le=1, description="share of answers that must be equal; rounding explains few differences"
+        default=0.9, ge=0, le=1, description="share of answers that must be equal; rounding may change a few"
     )
-    seed: int = Field(default=0, ge=0, description="of the prompts' random tokens")
+    seed: int = Field(default=0, ge=0, description="random seed of the prompts")
 
 
 class OurEngine:
-    """Our engine without a cache; every answer has the length that was asked for."""
+    """Our engine without a cache. Every answer has the requested length."""
 
     def __init__(self, model: LoadedModel, config: EngineConfig) -> None:
         self.model = replace(model, eos_token_ids=frozenset())
@@ -116,7 +116,7 @@ class OurEngine:
         self._engine.warm_up()
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, list[list[int]]]:
-        """Seconds, and the greedy answers of `tokens` tokens to all prompts together."""
+        """Answer all prompts together, greedily, with `tokens` tokens each; return seconds and answers."""
         requests = [
             Request(
                 request_id=str(index),
@@ -138,7 +138,7 @@ class OurEngine:
 
 
 def large_model_path() -> Path:
-    """Folder of the larger model beside the default one's; built there on the first call."""
+    """Return the folder of the larger model, beside that of the default model. The first call builds it."""
     path = default_model_path().with_name(LARGE)
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=path.parent) as made, torch.random.fork_rng(devices=[]):
@@ -152,7 +152,7 @@ def large_model_path() -> Path:
 
 
 def measure(config: VllmCpuConfig, console: Console) -> Report:
-    """Run everything. Raises `UserError`, and `WrongMeasurementError` where the answers of both differ too often."""
+    """Run everything. Raises `UserError`, and `WrongMeasurementError` if answers differ too often."""
     if unknown := sorted(set(config.models) - set(PREFIXES)):
         raise UserError(f"--models: {unknown[0]!r} is not one of {', '.join(PREFIXES)}")
     cores = sorted(os.sched_getaffinity(0))[: config.threads]
@@ -189,12 +189,12 @@ def _measure_one(name: str, cores: Sequence[int], config: VllmCpuConfig, console
             for index in range(config.rounds + 1):
                 for load in LOADS:
                     size = (load.requests, load.prompt_tokens)
-                    # Bytes alone: the byte tokenizer of both models has no other ordinary tokens.
+                    # Bytes only: the byte tokenizer of both models has no other ordinary tokens.
                     prompts = torch.randint(0, 256, size, generator=generator).tolist()
                     taken: dict[str, tuple[float, list[list[int]]]] = {}
                     for side in ("ours", "vllm") if index % 2 else ("vllm", "ours"):
                         contender = ours if side == "ours" else vllm
-                        # The other's threads may still spin: a token outside of the measured time lets them stop.
+                        # The other's threads may still spin. An unmeasured token gives them time to stop.
                         contender.answer(prompts[:1], 1)
                         taken[side] = contender.answer(prompts, load.answer_tokens)
                     bar.advance(task)
@@ -230,7 +230,7 @@ def _measure_one(name: str, cores: Sequence[int], config: VllmCpuConfig, console
 
 
 def _only(report: Report, models: set[str]) -> Report:
-    """The part of a report that is of these models."""
+    """Return the part of a report about these models."""
 
     def kept(name: str) -> bool:
         return ("large" if name.startswith(PREFIXES["large"]) else "default") in models
@@ -245,7 +245,7 @@ def _only(report: Report, models: set[str]) -> Report:
 
 
 def _joined(one: Report, other: Report) -> Report:
-    """Both models' results; conditions are the latter's, commands and times of both."""
+    """Join two reports. Conditions are those of the latter, commands and times those of both."""
     return other.model_copy(
         update={
             "command": "; ".join(dict.fromkeys((*one.command.split("; "), other.command))),
@@ -258,7 +258,7 @@ def _joined(one: Report, other: Report) -> Report:
 
 
 def show(report: Report, console: Console) -> None:
-    """Throughputs and ratios, a line a load."""
+    """Print throughputs and ratios, one line per load."""
     table = Table("load", "ours\ntokens/s", "vLLM\ntokens/s", "ours\n/ vLLM", "quartiles")
     for name in report.model:
         for load in LOADS:

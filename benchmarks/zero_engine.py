@@ -1,10 +1,10 @@
-"""Records a second where the model takes no time: the job, its graph without our functions, and the alternatives.
+"""Records per second if the model takes no time: our job, its graph without our functions, and the alternatives.
 
-All of a load becomes visible at one moment, and its sender is idle by then. The job answers with the simulated engine
-on a device that takes no time. The pass-through job has the same topics, records, keys and graph, with functions that
-only pass records on (`benchmarks/pass_through.py`). Both run side by side and take turns. The consumer loop and Beam
-RunInference are those of `benchmarks/alternatives.py`, with one token in place of `generate`; RunInference is spared
-Kafka.
+A whole load becomes visible at one moment, and its sender is idle by then. The job answers with the simulated engine on
+a device that takes no time. The pass-through job has the same topics, records, keys and graph, with functions that only
+pass records on (`benchmarks/pass_through.py`). Both run side by side and take turns. The consumer loop and Beam
+RunInference are those of `benchmarks/alternatives.py`, but answer one token without `generate`. RunInference works
+without Kafka.
 """
 
 import statistics
@@ -48,15 +48,15 @@ SLOTS = (1, 2)
 OURS = "zero_engine"
 JOBS = {OURS: PIPELINE, "pass_through": PASS_THROUGH}
 ROWS = 256
-"""Rows of the engine, as whoever classifies short records on a GPU would have."""
+"""Rows of the engine: a typical number for classifying short records on a GPU."""
 WARM_UPS = 3
-"""Loads before those that are measured."""
+"""Number of loads before the measured ones."""
 LOOP_BATCH = 500
-"""Records of one poll of the consumer loop: the default of Kafka's consumer."""
+"""Records per poll of the consumer loop: the default of Kafka's consumer."""
 
 
 class ZeroLoads:
-    """Loads of the smallest requests there are, as many for each slot. No two share a request id."""
+    """Loads of the smallest possible requests, equally many per slot. No two loads share a request id."""
 
     def __init__(self, records: int, seed: int) -> None:
         self.records = records
@@ -76,7 +76,7 @@ class ZeroLoads:
 
 
 class ZeroEngine:
-    """Measures one after the other; what it finds is appended to `samples`."""
+    """Measures one system after the other, and appends the results to `samples`."""
 
     def __init__(self, flink: FlinkConfig, found: Services, loads: ZeroLoads, samples: Samples, bar: Progress) -> None:
         self._flink = flink
@@ -86,7 +86,7 @@ class ZeroEngine:
         self._bar = bar
 
     def jobs(self, slots: int, rounds: int, cpu: CpuSeconds) -> dict[str, list[str]]:
-        """Both jobs, round by round in turns; the names of the operators of each, as the samples number them."""
+        """Measure both jobs in turns; return the names of each job's operators, as the samples number them."""
         with ExitStack() as cleanup:
             job = cleanup.enter_context(instant_job(slots))
             jobs = {
@@ -95,7 +95,7 @@ class ZeroEngine:
                 )
                 for name, script in JOBS.items()
             }
-            # Java compiles what runs often: what is measured finds most of that done.
+            # Java compiles code that runs often; most of that is done before the measured loads.
             for _ in range(WARM_UPS):
                 for one in jobs.values():
                     one.drain(self._loads.next(slots))
@@ -112,7 +112,7 @@ class ZeroEngine:
         return {name: list(before[name]) for name in jobs}
 
     def loop(self, rounds: int) -> None:
-        """The consumer loop over Kafka, one process."""
+        """Measure the consumer loop over Kafka, in one process."""
         with self._baseline("consumer_loop") as worker:
             for _ in self._bar.track(range(rounds), description="zero-time consumer loop"):
                 space = in_own_space(JobConfig(), f"bench-zero-loop-{time.time_ns() // 1_000_000}")
@@ -133,7 +133,7 @@ class ZeroEngine:
                 self._samples["records_per_s_loop"].append(drained.records_per_s)
 
     def run_inference(self, rounds: int) -> None:
-        """Beam RunInference in one process, from memory to memory."""
+        """Measure Beam RunInference in one process, from memory to memory."""
         with self._baseline("run_inference") as worker:
             for _ in self._bar.track(range(rounds), description="zero-time RunInference"):
                 requests = [timed.created(0.0) for timed in self._loads.next(1)]
@@ -141,7 +141,7 @@ class ZeroEngine:
                 self._samples["records_per_s_run_inference"].append(len(answers) / took_s)
 
     def _drain(self, name: str, job: JobUnderTest, slots: int, cpu: CpuSeconds) -> float:
-        """One round of one job; the seconds that it took."""
+        """Measure one round of one job; return its seconds."""
         cpu_before = cpu.by_part()
         drained = job.drain(self._loads.next(slots))
         for part, seconds in cpu.by_part().items():
@@ -154,7 +154,7 @@ class ZeroEngine:
 
     @contextmanager
     def _baseline(self, module: str) -> Iterator[Worker]:
-        """A ready process of a baseline that answers without its model."""
+        """Give a ready process of a baseline that answers without its model."""
         with tempfile.TemporaryDirectory(prefix="zero-engine-") as directory:
             log, timeout_s = Path(directory) / f"{module}.log", self._flink.ready_timeout_s
             worker = Worker(module, EngineConfig(threads=1), LOOP_BATCH, log, timeout_s, zero_time=True)
@@ -167,7 +167,7 @@ class ZeroEngine:
 
 @contextmanager
 def instant_job(slots: int) -> Iterator[JobConfig]:
-    """A job whose engine takes no time."""
+    """Give a job whose engine takes no time."""
     with tempfile.TemporaryDirectory(prefix="zero-engine-") as directory:
         profile = Path(directory) / "instant.json"
         profile.write_text(DeviceProfile.instant().model_dump_json())
@@ -177,14 +177,14 @@ def instant_job(slots: int) -> Iterator[JobConfig]:
 
 
 def require_each_once(drained: Drained) -> None:
-    """Raises `UserError` where a request has two answers, so that another one has none."""
+    """Raises `UserError` if a request has two answers, so that another one has none."""
     ids = {Response.model_validate_json(value).request_id for value in drained.values}
     if len(ids) != len(drained.values):
-        raise UserError(f"{OURS}: {len(drained.values)} answers are of {len(ids)} requests; that is a fault")
+        raise UserError(f"{OURS}: {len(drained.values)} answers belong to {len(ids)} requests; this is a bug")
 
 
 def is_one(sample: str) -> bool:
-    """Whether a series of samples is of this part of the benchmark."""
+    """True if a series of samples belongs to this part of the benchmark."""
     return sample.startswith(("records_per_s_", "cpu_s_per_1000_", "operator_"))
 
 

@@ -1,1 +1,1 @@
-"""What an engineer writes today instead of a job of ours: each runs in processes of its own on the same model."""
+"""Common alternatives to our job. Each runs in its own processes on the same model."""

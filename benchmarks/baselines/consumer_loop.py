@@ -1,4 +1,4 @@
-"""The loop that is written first: poll up to a batch of requests, `generate`, produce the answers, poll again."""
+"""The simplest consumer: poll up to a batch of requests, call `generate`, produce the answers, poll again."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ POLL_MS = 50
 
 
 class ConsumerLoop:
-    """One member of a consumer group of fixed partitions; delivery is at least once."""
+    """One consumer with fixed partitions; delivery is at least once."""
 
     def __init__(self, model: LoadedModel, config: WorkerConfig) -> None:
         self._model = model
@@ -29,7 +29,7 @@ class ConsumerLoop:
         self._answer_together(model, [[1] * (8 + row) for row in range(config.batch)], [4] * config.batch)
 
     def prepare(self, order: Order) -> None:
-        """Connect and read to the end of what is there: nothing yet."""
+        """Connect, and check that the topic is empty."""
         self._order = order
         settings = kafka_settings(order.brokers, KafkaAccessConfig())
         self._producer = KafkaProducer(**settings, acks="all")
@@ -42,12 +42,12 @@ class ConsumerLoop:
             max_poll_records=self._batch,
         )
         self._consumer.assign([TopicPartition(order.requests_topic, number) for number in order.partitions])
-        # The first poll finds the group's offsets; had it brought a record, the load would have begun too early.
+        # The first poll finds the group's offsets. If it brought a record, the load would have begun too early.
         if self._consumer.poll(timeout_ms=1000):
             raise RuntimeError(f"{order.requests_topic} is not empty")
 
     def answer(self, stopped: Callable[[], bool]) -> Answers:
-        """The answers go to the responses topic, and nowhere else."""
+        """Write the answers to the responses topic; return none."""
         try:
             while not stopped():
                 polled = self._consumer.poll(timeout_ms=POLL_MS)
@@ -60,7 +60,7 @@ class ConsumerLoop:
         return {}
 
     def close(self) -> None:
-        """Nothing is open between two loads."""
+        """Do nothing: nothing is open between two loads."""
 
     def _answer(self, requests: list[Request]) -> None:
         prompts = [prompt_tokens(request, self._model) for request in requests]

@@ -1,4 +1,4 @@
-"""Ours and each alternative behind one method: the same requests in, time to the last answer and answers out."""
+"""Our job and each alternative behind one interface: the same requests in, time and answers out."""
 
 import json
 import time
@@ -25,7 +25,7 @@ class Taken:
     """One load, answered."""
 
     took_s: float
-    """First hand-over of a request until the last answer."""
+    """Time from sending the first request until the last answer."""
     answers: Answers
 
     @property
@@ -35,12 +35,12 @@ class Taken:
 
 class Contender(Protocol):
     def answer(self, workload: Workload) -> Taken:
-        """Answer `workload`, offered as one backlog. Raises `UserError`."""
+        """Answer `workload` as one backlog. Raises `UserError`."""
         ...
 
 
 class OurJob:
-    """A running job; the last answer counts once a reader of the responses topic has it."""
+    """A running job. Its time ends when a reader of the responses topic has the last answer."""
 
     def __init__(self, job: JobUnderTest) -> None:
         self._job = job
@@ -52,7 +52,7 @@ class OurJob:
 
 
 class InProcess:
-    """A baseline that is given its requests and gives its answers without Kafka: the last one counts when made."""
+    """A baseline without Kafka. Its time ends when the last answer is made."""
 
     def __init__(self, group: WorkerGroup) -> None:
         self._group = group
@@ -64,9 +64,9 @@ class InProcess:
 
 
 class OnKafka:
-    """A baseline that reads and writes the topics of Kafka, with a partition for each of its processes.
+    """A baseline that reads and writes topics of Kafka, with one partition per process.
 
-    Measured as our own jobs are: by the load's own clock and a reader of the responses topic.
+    It is measured as our jobs are: by the load generator's clock and a reader of the responses topic.
     """
 
     def __init__(self, group: WorkerGroup, name: str, brokers: str, idle_timeout_s: float) -> None:
@@ -126,5 +126,5 @@ class OnKafka:
 
 
 def orders_of(requests: Sequence[Request], workers: int) -> list[Order]:
-    """The requests dealt out like cards."""
+    """Deal the requests out to the workers in turn."""
     return [Order(requests=tuple(requests[worker::workers])) for worker in range(workers)]

@@ -1,10 +1,10 @@
-"""`generate` as a model of Apache Beam's RunInference, and where its pipelines leave their answers.
+"""`generate` as a model of Apache Beam's RunInference, and the place for its answers.
 
-Beam makes its own copies of a handler. A module that is not the program's own is imported by them and not copied, so
-that they find here the one model that was loaded before the clock started.
+Beam copies a handler. The copies import a module other than the main program instead of copying it. So they find here
+the one model that was loaded before the clock started.
 """
 
-# Beam publishes types for a part of itself only.
+# Only a part of Beam has types.
 # mypy: disable-error-code="no-untyped-call,type-arg"
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,14 +17,14 @@ from benchmarks.baselines.worker import Answers
 from inference_service.model import LoadedModel
 
 Example = tuple[str, list[int], int]
-"""Request id, prompt, longest answer."""
+"""Request id, prompt, maximum length of the answer."""
 
 models: list[LoadedModel] = []
 answers: Answers = {}
 
 
 class GenerateHandler(ModelHandler):
-    """Beam groups requests up to `batch`; each group is one call of `generate`."""
+    """Calls `generate` once for each group of up to `batch` requests that Beam forms."""
 
     def __init__(self, batch: int, zero_time: bool = False) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class GenerateHandler(ModelHandler):
         return [(request_id, answer) for (request_id, _, _), answer in zip(batch, made, strict=True)]
 
     def batch_elements_kwargs(self) -> Mapping[str, Any]:
-        # Full groups from the first on, instead of Beam's search for a size.
+        # Full groups from the start, instead of Beam's search for a size.
         return {"min_batch_size": self._batch, "max_batch_size": self._batch}
 
 

@@ -1,4 +1,4 @@
-"""The processes of one baseline, side by side, from the benchmark's end of their pipes."""
+"""The processes of one baseline, as the benchmark sees them through their pipes."""
 
 import json
 import queue
@@ -20,12 +20,12 @@ END_TIMEOUT_S = 10.0
 
 
 class Worker:
-    """One process. It is started at once, and ready when `ready` has returned."""
+    """One process. The constructor starts it; it is ready when `ready` returns."""
 
     def __init__(
         self, module: str, engine: EngineConfig, batch: int, log: Path, timeout_s: float, *, zero_time: bool = False
     ) -> None:
-        """`module` of this package; what the process and its libraries have to say is appended to `log`.
+        """Start `module` of this package, and append the output of the process to `log`.
 
         With `zero_time` it answers without its model.
         """
@@ -45,7 +45,7 @@ class Worker:
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
 
     def ready(self) -> dict[str, Any]:
-        """Wait until it has loaded and is warm; what it says of its model."""
+        """Wait until it is loaded and warm; return the facts about its model."""
         facts: dict[str, Any] = self._hear("ready")["facts"]
         return facts
 
@@ -57,20 +57,20 @@ class Worker:
         self._tell(GO)
 
     def stop(self) -> None:
-        """End a load that has no end of its own."""
+        """End a load from topics, which has no end by itself."""
         self._tell(STOP)
 
     def done(self) -> Done:
         return Done.model_validate(self._hear("done")["done"])
 
     def require_alive(self) -> None:
-        """Raises `UserError` with the last thing it said."""
+        """Raises `UserError` with the last line of its log if the process has ended."""
         if self._process.poll() is not None:
             lines = self._log.read_text().strip().splitlines()
-            raise UserError(f"baseline {self._module} has ended: {lines[-1] if lines else 'it said nothing'}")
+            raise UserError(f"baseline {self._module} has ended: {lines[-1] if lines else 'its log is empty'}")
 
     def close(self) -> None:
-        """The end of its orders ends the process."""
+        """Close its input, which ends the process."""
         try:
             self._orders.close()
             self._process.wait(END_TIMEOUT_S)
@@ -115,7 +115,7 @@ class WorkerGroup:
         self.workers = tuple(workers)
 
     def answer(self, orders: Sequence[Order]) -> tuple[float, Answers]:
-        """Seconds from the word to the last answer of all, and the answers; one order for each worker."""
+        """Send one order to each worker; return seconds to the last answer of all, and the answers."""
         for worker, order in zip(self.workers, orders, strict=True):
             worker.prepare(order)
         began_s = time.monotonic()

@@ -1,6 +1,6 @@
 """Apache Beam's RunInference with `generate` as its model, on the runner in this process."""
 
-# Beam publishes types for a part of itself only.
+# Only a part of Beam has types.
 # mypy: disable-error-code="no-untyped-call,attr-defined"
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from inference_service.prompts import prompt_tokens
 
 
 class RunInferencePipeline:
-    """A bounded pipeline for each load; it is built before the clock starts."""
+    """Builds a bounded pipeline for each load, before the clock starts."""
 
     def __init__(self, model: LoadedModel, config: WorkerConfig) -> None:
         generate_handler.models[:] = [model]
@@ -39,10 +39,10 @@ class RunInferencePipeline:
         return dict(generate_handler.answers)
 
     def close(self) -> None:
-        """A bounded pipeline has ended by itself."""
+        """Do nothing: a bounded pipeline ends by itself."""
 
     def _built(self, examples: list[Example]) -> Any:
-        # Without flags of its own Beam would read this process's command line.
+        # Without these flags Beam would read the command line of this process.
         pipeline = beam.Pipeline(runner="DirectRunner", options=PipelineOptions(flags=[]))
         requests = pipeline | beam.Create(examples, reshuffle=False)
         _ = requests | RunInference(self._handler) | beam.Map(collect)

@@ -1,4 +1,4 @@
-"""Continuous batching of `transformers` itself, in process: requests are handed over at once, answers picked up."""
+"""The continuous batching of `transformers`, in process: all requests are added at once, then answers are read."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +16,15 @@ POLL_S = 1.0
 
 
 class TransformersContinuous:
-    """What `generate_batch` does, request by request, so that each has an answer length of its own."""
+    """Does what `generate_batch` does, but request by request, so that each can have its own answer length."""
 
     def __init__(self, model: LoadedModel, config: WorkerConfig) -> None:
         self._model = model
         self._eos_ids = sorted(model.eos_token_ids) or [-1]
         self._prompts: dict[str, tuple[list[int], int]] = {}
         engine = config.engine
-        # Left alone it would take most of the machine's memory. Twice what our own pool of rows has, so that the share
-        # of pages that its scheduler keeps free never holds a request back.
+        # By default it would take most of the machine's memory. It gets twice the size of our pool, so that the share
+        # of pages that its scheduler keeps free never delays a request.
         pages = 2 * config.batch * -(-model.max_len // PAGE_TOKENS)
         self._manager: Any = model.model.init_continuous_batching(
             GenerationConfig(  # type: ignore[no-untyped-call]

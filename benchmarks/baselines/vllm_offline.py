@@ -1,9 +1,9 @@
-"""vLLM in a process of its own environment: it loads a model, and answers each list of prompts that it reads.
+"""vLLM in a process with its own environment: loads a model and answers each list of prompts that it reads.
 
     python vllm_offline.py MODEL MAX_LEN ROWS THREADS
 
-Needs vLLM and nothing of this project. It speaks in JSON lines: `ready` once, with what it runs on; then for each line
-`{"prompts": [[token id, ...], ...], "tokens": n}` the answers of `n` tokens each and the seconds that they took.
+Needs vLLM and nothing of this project. It writes JSON lines: `ready` once, with versions and threads; then, for each
+line `{"prompts": [[token id, ...], ...], "tokens": n}`, the answers of `n` tokens each and their duration in seconds.
 """
 
 import json
@@ -18,7 +18,7 @@ import vllm
 
 def main() -> None:
     model, max_len, rows, threads = sys.argv[1], *map(int, sys.argv[2:5])
-    # Libraries print what they like to stdout; the other side must hear nothing but us.
+    # Libraries print to stdout; the benchmark must read only our lines.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     engine = vllm.LLM(
@@ -28,10 +28,10 @@ def main() -> None:
         max_num_seqs=rows,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
-        # Scheduler, worker and caller in one process, as ours are.
+        # Scheduler, worker and caller are in one process, as in our engine.
         distributed_executor_backend="uni",
     )
-    # Its worker binds one thread to each core that it is given.
+    # Its worker binds one thread to each of its cores.
     if torch.get_num_threads() != threads:
         raise SystemExit(f"vLLM runs with {torch.get_num_threads()} threads instead of {threads}")
     _say(out, ready={"vllm": vllm.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()})

@@ -1,4 +1,4 @@
-"""vLLM's own environment and process, from the benchmark's end of the pipe."""
+"""vLLM's environment and process, as the benchmark sees them through a pipe."""
 
 import fcntl
 import hashlib
@@ -21,9 +21,9 @@ KV_SPACE_GIB = 2
 
 
 def vllm_python() -> Path:
-    """The interpreter of vLLM's environment, which is made first where it is missing or out of date (6 GB).
+    """Return the interpreter of vLLM's environment (6 GB); install it first if it is missing or out of date.
 
-    Raises `UserError` if it cannot be made.
+    Raises `UserError` if it cannot be installed.
     """
     HOME.mkdir(parents=True, exist_ok=True)
     python, stamp = HOME / "venv" / "bin" / "python", HOME / "venv.stamp"
@@ -39,7 +39,7 @@ def vllm_python() -> Path:
         ]
         for command in commands:
             if subprocess.run(command, cwd=ROOT, check=False).returncode:
-                raise UserError("vLLM's environment could not be made; see above")
+                raise UserError("vLLM's environment could not be installed; see above")
         stamp.write_text(wanted)
     return python
 
@@ -48,13 +48,13 @@ class VllmProcess:
     """vLLM with its defaults (compiled) on some cores. Use it as a context manager."""
 
     def __init__(self, model: Path, max_len: int, rows: int, cores: Sequence[int]) -> None:
-        """`rows`: sequences that decode together at most; one thread is bound to each of `cores`."""
+        """`rows` is the maximum number of sequences that decode together. One thread is bound to each of `cores`."""
         python = vllm_python()
         environment = os.environ | {
-            # As vLLM's guide to its CPU backend recommends: Intel's OpenMP, whose threads soon sleep when idle.
+            # vLLM's guide to its CPU backend recommends Intel's OpenMP. Its threads soon sleep when they are idle.
             "LD_PRELOAD": str(python.parents[1] / "lib" / "libiomp5.so"),
             "KMP_BLOCKTIME": "1",
-            # The guide's other advice is an allocator that keeps freed memory: glibc does so with our engine's values.
+            # The guide also recommends an allocator that keeps freed memory. glibc does so with our engine's values.
             "MALLOC_MMAP_THRESHOLD_": str(LARGEST_REUSED_BYTES),
             "MALLOC_TRIM_THRESHOLD_": str(MOST_KEPT_BYTES),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -83,12 +83,12 @@ class VllmProcess:
         return self._process.pid
 
     def ready(self) -> dict[str, Any]:
-        """Wait until it has loaded and compiled (minutes the first time); its versions and threads."""
+        """Wait until it has loaded and compiled (minutes the first time); return its versions and threads."""
         facts: dict[str, Any] = self._hear()["ready"]
         return facts
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, list[list[int]]]:
-        """Seconds, and the greedy answers of `tokens` tokens to all prompts together."""
+        """Answer all prompts together, greedily, with `tokens` tokens each; return seconds and answers."""
         self._orders.write(json.dumps({"prompts": prompts, "tokens": tokens}) + "\n")
         self._orders.flush()
         done = self._hear()
@@ -97,7 +97,7 @@ class VllmProcess:
     def _hear(self) -> dict[str, Any]:
         line = self._said.readline()
         if not line:
-            raise UserError(f"vLLM has ended with status {self._process.wait()}; what it said is in {LOG}")
+            raise UserError(f"vLLM has ended with status {self._process.wait()}; its output is in {LOG}")
         said: dict[str, Any] = json.loads(line)
         return said
 

@@ -1,6 +1,6 @@
-"""One process of a baseline: it loads and warms up, says that it is ready, and answers each load when it is told to.
+"""One process of a baseline: it loads and warms up, reports that it is ready, and answers loads on command.
 
-It speaks in JSON lines: `ready` once; for each order that it reads `prepared`; after `go`, `done` with its answers.
+It writes JSON lines: `ready` once; `prepared` for each order that it reads; after `go`, `done` with its answers.
 """
 
 import json
@@ -30,7 +30,7 @@ Answers = dict[str, list[int]]
 
 
 class Order(Config):
-    """One load: the requests themselves, or the topics that they come by."""
+    """One load: the requests themselves, or the topics from which they are read."""
 
     requests: tuple[Request, ...] = ()
     brokers: str = ""
@@ -41,39 +41,39 @@ class Order(Config):
 
 
 class Done(Config):
-    """What a process says of a load that it has answered."""
+    """The report of a process about a load that it has answered."""
 
     answers: Answers
     ended_s: float
-    """When the last answer was made, on the clock that all processes of a machine share (`time.monotonic`)."""
+    """Time of the last answer, on the clock that all processes of a machine share (`time.monotonic`)."""
 
 
 class Baseline(Protocol):
-    """A way to answer requests. Called from one thread."""
+    """A way to answer requests. One thread calls it."""
 
     def prepare(self, order: Order) -> None:
-        """All that may happen before the clock starts."""
+        """Do all that may happen before the clock starts."""
         ...
 
     def answer(self, stopped: Callable[[], bool]) -> Answers:
-        """Answer the load; one that comes by topics has no end of its own and lasts until `stopped`."""
+        """Answer the load. A load from topics lasts until `stopped` returns true."""
         ...
 
     def close(self) -> None:
-        """End what would keep the process alive."""
+        """End all threads that would keep the process alive."""
         ...
 
 
 class WorkerConfig(Config):
-    """A baseline's process."""
+    """Options of a baseline's process."""
 
-    batch: int = Field(default=8, ge=1, le=1024, description="requests that are answered together, at most")
+    batch: int = Field(default=8, ge=1, le=1024, description="maximum number of requests that are answered together")
     zero_time: bool = Field(default=False, description="answer one token at once, without the model")
     engine: EngineConfig = EngineConfig()
 
 
 def run_worker(name: str, make: Callable[[LoadedModel, WorkerConfig], Baseline]) -> None:
-    """The `main` of a baseline's module: options, model, and then orders until stdin ends."""
+    """Run a baseline's module: read options, load the model, then answer orders until stdin ends."""
     exit_on_user_error(lambda: _run(name, make))
 
 
@@ -81,7 +81,7 @@ def _run(name: str, make: Callable[[LoadedModel, WorkerConfig], Baseline]) -> No
     parser = Parser(prog=f"python -m benchmarks.baselines.{name}", description=__doc__)
     add_options(parser, WorkerConfig)
     config = from_options(WorkerConfig, parser.parse_args())
-    # Libraries print what they like to stdout; the other side must hear nothing but us.
+    # Libraries print to stdout; the benchmark must read only our lines.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as out:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         if config.engine.threads:
@@ -95,9 +95,9 @@ def _run(name: str, make: Callable[[LoadedModel, WorkerConfig], Baseline]) -> No
 
 
 def serve(baseline: Baseline, facts: dict[str, Any], orders: TextIO, out: TextIO) -> None:
-    """Answer order after order until `orders` ends; `facts` are told with the first word."""
+    """Answer one order after the other until `orders` ends. The first line contains `facts`."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    # A thread of its own, so that a word that comes while the baseline works can be seen without waiting for one.
+    # A thread reads the input, so that a command that arrives while the baseline works is seen without blocking.
     threading.Thread(target=_read, args=(orders, lines), daemon=True).start()
     _say(out, "ready", facts=facts)
     while line := lines.get():
@@ -107,7 +107,7 @@ def serve(baseline: Baseline, facts: dict[str, Any], orders: TextIO, out: TextIO
             return
         answers = baseline.answer(lambda: not lines.empty())
         ended_s = time.monotonic()
-        # What has no end of its own has been stopped; the word for that is not the next order.
+        # A load from topics was ended by STOP, which is not the next order.
         if not lines.empty() and lines.get() != STOP:
             return
         _say(out, "done", done=Done(answers=answers, ended_s=ended_s).model_dump())

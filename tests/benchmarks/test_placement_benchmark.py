@@ -76,7 +76,7 @@ def made_report() -> Report:
 
 
 class PlacedJob(MadeJob):
-    """Sessions are at home, or take turns at the slots; `lost` is answered away from its session."""
+    """Answers at the default slots, or at the slots in turn; request `lost` is answered away from its session."""
 
     lost: str | None = None
     later_ms = 0.0
@@ -306,7 +306,7 @@ def test_the_caption_says_what_the_figure_holds_for() -> None:
     for fact in (
         "model made-model",
         "device made-device, threads of a slot 1",
-        "10 sessions of 3 turns, 90% at home at slot 0",
+        "10 sessions of 3 turns, 90% with default slot 0",
         "rounds 2, seed 0",
         "prompts of 128 to 256 tokens, answers of 16",
         "6 requests/s offered, fewer in the first and last 1.4 s",

@@ -101,7 +101,7 @@ def test_a_process_that_ends_is_told_with_its_log(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(vllm_process, "vllm_python", lambda: Path(sys.executable))
     with (
         vllm_process.VllmProcess(tmp_path, 64, 2, [0]) as process,
-        pytest.raises(UserError, match=r"vLLM has ended with status 1; what it said is in .*vllm\.log"),
+        pytest.raises(UserError, match=r"vLLM has ended with status 1; its output is in .*vllm\.log"),
     ):
         process.ready()
     assert "No module named 'vllm'" in (tmp_path / "vllm.log").read_text()
