@@ -1,1 +1,1 @@
-"""Placement, batching and the inference slot as plain classes, and thin Flink functions over them."""
+"""Placement, batching and inference slots as plain classes, with thin Flink functions around them."""

@@ -1,4 +1,4 @@
-"""From a record's bytes to an envelope at its slot, or to a dead letter."""
+"""Decodes a record: it becomes an envelope for a slot, or a dead letter."""
 
 import json
 
@@ -16,18 +16,18 @@ _IDENTIFIER: TypeAdapter[str] = TypeAdapter(Identifier)
 
 
 class Decoder:
-    """Validates a record and places its session."""
+    """Validates records and chooses the slot of each session."""
 
     def __init__(self, placement: PlacementPolicy, clock: Clock, copies: Deduplicator | None = None) -> None:
-        """Without `copies` every request is taken for a new one."""
+        """Without `copies`, copies of requests are not detected."""
         self._placement = placement
         self._clock = clock
         self._copies = copies
 
     def decode(self, raw: bytes | None, position: RecordPosition) -> Envelope | DeadLetter | None:
-        """Never raises for what a record holds: whatever is no request is a dead letter with the reason.
+        """Return the request in its envelope, a dead letter if the record is invalid, or None for a copy of a request.
 
-        None for the copy of a request.
+        Never raises because of the record's content.
         """
         if raw is None:
             return _dead_letter("record: it has no value; send a JSON object", None, position)
@@ -57,7 +57,7 @@ def _dead_letter(reason: str, raw: bytes | None, position: RecordPosition) -> De
 
 
 def _readable_id(raw: bytes | None) -> str | None:
-    """The request id of a record that is no valid request otherwise, so that its sender can tell which it was."""
+    """The id of an invalid request, if it can be read, so that the sender can identify the request."""
     if raw is None or len(raw) > MAX_RECORD_BYTES:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What travels between the operators, and between them and the process of a slot."""
+"""The objects that operators exchange with each other and with the processes of the slots."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class RecordPosition:
     offset: int
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A third of the cost of what a dataclass does by itself: each request crosses to the slot's process and back.
+        # Pickles at a third of the cost of a dataclass's own way. Each request crosses to the slot's process and back.
         return RecordPosition, (self.topic, self.partition, self.offset)
 
 
@@ -32,13 +32,13 @@ Source = RecordPosition
 
 @dataclass(frozen=True)
 class Envelope:
-    """A valid request on its way to its slot. Carries the record's own bytes: they are what state keeps."""
+    """A valid request on its way to its slot. Holds the bytes of the record, which is what Flink's state stores."""
 
     slot: int
     raw: bytes
     position: RecordPosition
     decoded_at_ms: float
-    """Or when it was handed in again after a restart of the job."""
+    """After a restart of the job: when the request was submitted again."""
     attempts: int = 0
     """Number of times that the slot's process died while it worked on the request."""
     created_at_ms: float | None = None
@@ -53,7 +53,7 @@ class Envelope:
         return Request.from_json(self.raw) if self.created_at_ms is None else read_request(self.raw, self.created_at_ms)
 
     def unanswered(self, reason: str) -> "Answer":
-        """What comes of it where no answer can."""
+        """The dead letter of this request."""
         letter = DeadLetter.of(
             self.raw,
             reason=reason,
@@ -68,13 +68,13 @@ class Envelope:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Sent once to each slot when the job starts, so that no request waits for a model to load."""
+    """Sent to each slot once when the job starts, so that requests need not wait for the model to load."""
 
     slot: int
 
 
 class Ready(BaseModel):
-    """What a slot says once its model is loaded and warm."""
+    """The message of a slot whose model is loaded and warm."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -95,30 +95,30 @@ class SlotStats:
 
     engine: EngineStats
     cache: CacheStats | None
-    """None where nothing is cached."""
+    """None if the slot has no cache."""
     resident_bytes: int
-    """Memory of the process; none of its device's."""
+    """Memory of the process, without that of its device."""
 
 
 @dataclass(frozen=True)
-class Queue:
-    """What a slot has been given and has not answered."""
+class QueueState:
+    """Requests that a slot has received and not answered."""
 
     in_flight: int = 0
     waiting: int = 0
-    """Those of them that have not begun."""
+    """Those of `in_flight` that have not begun."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Requests for a slot that enter its engine together and leave together."""
+    """Requests that enter the engine of a slot together and leave it together."""
 
     envelopes: Sequence[Envelope]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of the request that stood at `position`."""
+    """The response or dead letter for the request at `position`."""
 
     position: RecordPosition
     record: WrittenResponse | DeadLetter
@@ -127,5 +127,5 @@ class Answer:
         return Answer, (self.position, self.record)
 
     def leaving(self, at_ms: float) -> "Answer":
-        """The same answer, which leaves at this time (wall time)."""
+        """The same answer with the time at which it leaves (wall time)."""
         return self if isinstance(self.record, DeadLetter) else Answer(self.position, self.record.leaving(at_ms))

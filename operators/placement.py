@@ -1,4 +1,4 @@
-"""Which slot answers a session, and which Flink key leads to that slot."""
+"""Maps sessions to slots, and slots to Flink keys."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -9,15 +9,17 @@ from operators.config import PlacementConfig
 from operators.shared_state.slot_loads import Loads
 
 DETOUR_MS = 100.0
-"""What a session is taken to add to the queue it is sent to, until that slot reports again."""
+"""Assumed load of a session that is sent to another slot than its default, until that slot reports again."""
 
 
 class PlacementPolicy(Protocol):
+    """Chooses the slot of a session."""
+
     def slot_of(self, session_id: str) -> int: ...
 
 
 class SessionAffinity:
-    """A session stays at one slot, where the chunks of its conversation are; sessions spread over all slots."""
+    """Sends each session to its default slot, where the chunks of its conversation are."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
@@ -28,11 +30,11 @@ class SessionAffinity:
 
 
 class BalancedPlacement:
-    """A session begins at default, or at the least loaded slot where default is overloaded, and stays where it began.
+    """Sends a new session to its default slot, or to the least loaded slot if the default one is overloaded.
 
-    A queue is overloaded that is longer than `overload_ms` and than `overload_ratio` times the mean of the others: the
-    bound of consistent hashing with bounded loads (Mirrokni et al., SODA 2018), on waiting time. As long as loads are
-    not known, sessions are at default.
+    The session then stays there. A slot is overloaded if its queue is longer than `overload_ms`, and longer than
+    `overload_ratio` times the mean of the other queues. This is the bound of consistent hashing with bounded loads
+    (Mirrokni et al., SODA 2018), applied to waiting time. While loads are unknown, sessions go to their default slots.
     """
 
     def __init__(self, slots: int, config: PlacementConfig, loads: Loads) -> None:
@@ -42,7 +44,7 @@ class BalancedPlacement:
         self._known: OrderedDict[str, int] = OrderedDict()
         self._read: Mapping[int, float] = {}
         self._queues_ms: dict[int, float] = {}
-        """The queues as last read, with what was sent there since."""
+        """The queues as last read, plus the sessions that were sent there since."""
 
     def slot_of(self, session_id: str) -> int:
         slot = self._known.pop(session_id, None)
@@ -71,10 +73,10 @@ class BalancedPlacement:
 
 
 def key_of_each_slot(assign: Callable[[int], int], slots: int, max_tries: int = 1 << 16) -> tuple[int, ...]:
-    """One integer key for each subtask, so that `keys[i]` is processed by subtask `i`.
+    """Find an integer key for each slot: Flink processes `keys[i]` in subtask `i`.
 
-    Flink hashes keys into key groups, so that keys 0..n-1 do not spread over n subtasks. `assign` is Flink's own rule
-    (key -> subtask index).
+    Flink hashes keys into key groups, so the keys 0..n-1 do not spread evenly over n subtasks. `assign` is Flink's own
+    rule (key -> subtask index). Raises `ValueError` if `max_tries` keys do not suffice.
     """
     keys: dict[int, int] = {}
     for key in range(max_tries):

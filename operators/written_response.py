@@ -1,7 +1,7 @@
-"""A response in the form in which it leaves the slot's process.
+"""The form in which a response crosses from the slot's process to Flink's worker.
 
-The slot's process writes the JSON, since Flink's worker is the busier one of the two: it has all records of its slot
-pass through one interpreter. Only the time at which the answer leaves is not known yet.
+The slot's process writes the JSON because the worker is the busier of the two: all records of the slot pass through its
+one interpreter. Only the time at which the answer leaves the job is added in the worker.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ _UNKNOWN = frozenset({"completed_at_ms", "e2e_ms"})
 
 
 class WrittenResponse(NamedTuple):
-    """The JSON of a response but for the fields of `_UNKNOWN`, and the fields that metrics read. Times in ms."""
+    """The JSON of a response without the fields of `_UNKNOWN`, and the fields that metrics read. Times are in ms."""
 
     head: str
     """The JSON object without its last brace."""
@@ -51,12 +51,12 @@ class WrittenResponse(NamedTuple):
         return self.completed_at_ms - self.created_at_ms
 
     def leaving(self, at_ms: float) -> "WrittenResponse":
-        """The same response, which leaves at this time (wall time)."""
+        """The same response with the time at which it leaves (wall time)."""
         # A third of the cost of `_replace`.
         return WrittenResponse._make((*self[:_COMPLETED], at_ms, *self[_COMPLETED + 1 :]))
 
     def to_json(self) -> str:
-        """The whole response, as `Response.to_json` writes it but for the order of its fields."""
+        """The whole response, like `Response.to_json` with the fields in another order."""
         return f'{self.head},"completed_at_ms":{self.completed_at_ms!r},"e2e_ms":{self.e2e_ms!r}}}'
 
 

@@ -1,1 +1,1 @@
-"""Every request is answered once: copies are dropped, and what earlier attempts of a job answered is found."""
+"""One outcome per request: copies are dropped, and answers of earlier attempts of the job are found."""

@@ -1,8 +1,9 @@
-"""What was answered before a failure, so that it is not asked again.
+"""Finds requests that were answered before a failure, so that the model does not answer them again.
 
-After a restart the job sees again what it read after its last checkpoint, and what was in flight then; some of both has
-been answered meanwhile. The topics of answers tell which: under the id of the request, written after it. They are read
-when the first such request comes, from the time of the oldest on, and never where a job starts on new topics or runs.
+After a restart, the job gets the requests after its last checkpoint again, and those that were in flight then. Some of
+them have an answer already. The job finds it in the topics of responses and dead letters, by the id of the request.
+These topics are read when the first such request comes, starting at the time of the oldest one. They are not read while
+the job runs without failures, nor if it starts on new topics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,17 +19,17 @@ from operators.envelope import Envelope, RecordPosition
 
 @dataclass(frozen=True)
 class UncommittedAnswer:
-    """An answer that could not be seen when it was read."""
+    """An answer that readers of committed records could not see when this log was read."""
 
     record: TopicRecord
     was_open: bool
-    """Its transaction had not ended then; else it was aborted."""
+    """True if its transaction had not ended then, false if it was aborted."""
 
 
 class AnsweredLog:
-    """The answers of the job's earlier attempts. To be made before the attempt reads any request.
+    """The answers of earlier attempts of the job. Must be made before this attempt reads any request.
 
-    Raises what the journal raises.
+    Its methods raise what the journal raises.
     """
 
     def __init__(self, kafka: KafkaConfig, clock_margin_ms: int, journal: Journal) -> None:
@@ -37,21 +38,21 @@ class AnsweredLog:
         self._margin_ms = clock_margin_ms
         self._journal = journal
         self._new_from = journal.ends([kafka.requests_topic])
-        """Where in the requests topic begins what no earlier attempt can have seen."""
+        """By partition of the requests topic, the first offset that no earlier attempt can have seen."""
         self._oldest: dict[Partition, int] = {}
-        """The oldest request of each partition that was looked for."""
+        """By partition, the offset of the oldest request that was looked up."""
         self._covered: dict[Partition, int] = {}
-        """From where on each topic of answers has been read, up to where it ended at first."""
+        """By partition of the answer topics, the first offset that was read. All up to the first known end was."""
         self._visible: set[str] = set()
         self._hidden: dict[str, list[UncommittedAnswer]] = {}
         self.answered = 0
         self.written_again = 0
 
     def look(self, envelope: Envelope) -> Sequence[TopicRecord] | None:
-        """None where the request has no answer: it is to be asked.
+        """Look for the answer to a request. None: there is none, and the request must be sent to the slot.
 
-        Else it is not, and the records are to be written that it returns: the recorded answer where nobody can see it,
-        as its transaction was aborted, and otherwise nothing.
+        Otherwise the request must not be sent. The returned records must be written: this is the answer again if its
+        transaction was aborted, and nothing if it can be read.
         """
         position = envelope.position
         if position.offset >= self._new_from.get(_partition(position), 0):
@@ -68,12 +69,12 @@ class AnsweredLog:
         return None
 
     def _cover(self, position: RecordPosition) -> None:
-        """Read as far back as the answer of the request at `position` may stand."""
+        """Read the answer topics as far back as the answer to the request at `position` can be."""
         partition = _partition(position)
         if position.offset >= self._oldest.get(partition, position.offset + 1):
             return
         self._oldest[partition] = position.offset
-        # In the order of a partition requests are taken to be no older than the margin than those before.
+        # Later records of a partition are assumed to be at most the margin older than earlier ones.
         asked = list(self._journal.read({partition: range(position.offset, position.offset + 1)}, committed=False))
         begins = self._journal.offsets_at(self._topics, asked[0].at_ms - self._margin_ms if asked else 0)
         if not self._covered:
@@ -90,7 +91,7 @@ class AnsweredLog:
         for record in self._journal.read(decided, committed=True):
             gapless_to[record.partition] += record.offset == gapless_to[record.partition]
             self._visible.update(self._answered_by(record))
-        # Without transactions nothing is left; behind each of them is a gap at least.
+        # Without transactions nothing is left to read. With them, each ends with a marker, which is a gap in offsets.
         rest = {place: range(gapless_to[place], span.stop) for place, span in spans.items()}
         for record in self._journal.read(rest, committed=False):
             for request_id in self._answered_by(record) - self._visible:
@@ -98,15 +99,15 @@ class AnsweredLog:
                 self._hidden.setdefault(request_id, []).append(found)
 
     def _is_committed(self, hidden: UncommittedAnswer) -> bool:
-        """Whether it has become visible meanwhile; waits until that is decided."""
+        """True if the answer has been committed since. Waits until its transaction has ended."""
         if not hidden.was_open:
             return False
-        # Nothing of this attempt stands before it, so that whatever is open there ends without this attempt.
+        # This attempt wrote nothing before that offset, so open transactions there end without it.
         partition, offset = hidden.record.partition, hidden.record.offset
         return any(True for _ in self._journal.read({partition: range(offset, offset + 1)}, committed=True))
 
     def _answered_by(self, record: TopicRecord) -> set[str]:
-        """The request that it is an answer to; none for the letter of a record that was no request, and a stranger."""
+        """The id of the request that `record` answers. Empty for dead letters of invalid records."""
         if record.partition.topic == self._kafka.responses_topic:
             return set() if record.key is None else {record.key.decode(errors="replace")}
         try:

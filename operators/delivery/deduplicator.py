@@ -1,7 +1,7 @@
-"""Which requests are copies: a client that does not hear of a record's arrival sends it again.
+"""Detects copies of requests: a client that gets no acknowledgement sends its record again.
 
-Whether a record is one follows from the topic alone, so that it is the same after every restart, at every parallelism:
-what is not known of the time before is read there.
+The topic alone decides which record is a copy, so the result is the same after every restart and at every parallelism.
+After a restart, the earlier records that matter are read from the topic.
 """
 
 from collections import deque
@@ -13,7 +13,7 @@ from operators.envelope import RecordPosition
 
 
 class RecentIds:
-    """The ids among the last so many offsets of one partition; at most that many are in memory."""
+    """The request ids at the last `records` offsets of one partition. At most that many are in memory."""
 
     def __init__(self, records: int) -> None:
         self._records = records
@@ -21,7 +21,7 @@ class RecentIds:
         self._order: deque[tuple[int, str]] = deque()
 
     def seen(self, request_id: str, offset: int) -> bool:
-        """Whether a record of that id stands among the last before `offset`, and from now on one does. In order."""
+        """Add the request at `offset`. True if its id is among the recent ones. Offsets must rise from call to call."""
         while self._order and self._order[0][0] < offset - self._records:
             old, name = self._order.popleft()
             if self._latest[name] == old:
@@ -33,9 +33,9 @@ class RecentIds:
 
 
 class Deduplicator:
-    """Tells of each valid request whether one of the same id is among the `records` before it in its partition.
+    """A request is a copy if one of the same id is among the `records` offsets before it in its partition.
 
-    `committed`: whether requests of aborted transactions are left out, as the job itself never sees them.
+    `committed`: requests of aborted transactions do not count, because the job never sees them.
     """
 
     def __init__(self, records: int, journal: Journal, *, committed: bool = True) -> None:
@@ -46,7 +46,10 @@ class Deduplicator:
         self.dropped = 0
 
     def is_copy(self, request_id: str, position: RecordPosition) -> bool:
-        """To be asked once for each valid request, in the order of its partition. Raises what the journal raises."""
+        """True for a copy. Call it once for each valid request, in the order of the partition.
+
+        Raises what the journal raises.
+        """
         partition = Partition(position.topic, position.partition)
         if partition not in self._recent:
             self._recent[partition] = self._read(partition, position.offset)
@@ -55,10 +58,10 @@ class Deduplicator:
         return copy
 
     def _read(self, partition: Partition, end: int) -> RecentIds:
-        """What was there before this job, or this attempt of it, came to `end`."""
+        """Read the ids in front of `end`, where this attempt of the job begins."""
         recent = RecentIds(self._records)
         before = range(max(0, end - self._records), end)
-        # Nothing before `end` is in an open transaction: a reader of committed records would not have come to `end`.
+        # No transaction is open before `end`, or a reader of committed records could not have reached `end`.
         for record in self._journal.read({partition: before}, committed=self._committed) if before else ():
             if record.value is not None and (request_id := _id_of(record.value)) is not None:
                 recent.seen(request_id, record.offset)

@@ -1,4 +1,4 @@
-"""The topics of a job are its journal: what was asked and what was answered can be read there after any failure."""
+"""The topics of a job are its journal: after any failure, requests and answers can be read there."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,34 +12,37 @@ class Partition(NamedTuple):
 
 @dataclass(frozen=True)
 class TopicRecord:
-    """One record of a topic, as it lies there."""
+    """One record as it is stored in its topic."""
 
     partition: Partition
     offset: int
     key: bytes | None
     value: bytes | None
     at_ms: int
-    """The topic's own time of it: the broker's, or the writer's."""
+    """Timestamp of the record: the broker's or the writer's, as the topic is configured."""
 
 
 class Journal(Protocol):
-    """Reads topics outside any group. Whatever cannot be read in time, or at all, raises."""
+    """Reads topics without a consumer group. Raises if they cannot be read, or not in time."""
 
     def begins(self, topics: Sequence[str]) -> dict[Partition, int]:
-        """The first offset that is still there, of every partition."""
+        """The first offset of every partition that still exists."""
         ...
 
     def ends(self, topics: Sequence[str], *, decided: bool = False) -> dict[Partition, int]:
-        """The offset of the next record of every partition; `decided`: of the first whose transaction has not ended."""
+        """The offset of the next record of every partition.
+
+        `decided`: the offset of the first record whose transaction has not ended.
+        """
         ...
 
     def offsets_at(self, topics: Sequence[str], at_ms: int) -> dict[Partition, int]:
-        """The first offset whose record is of that time or later, of every partition; its end if there is none."""
+        """By partition, the offset of the first record of that time or later, or the end if there is none."""
         ...
 
     def read(self, spans: Mapping[Partition, range], *, committed: bool) -> Iterator[TopicRecord]:
-        """The records of these offsets that are still there, each partition's in order.
+        """The records at these offsets that still exist, in order within each partition.
 
-        `committed`: without those of transactions that were aborted; waits for transactions that have not ended.
+        `committed`: leaves out records of aborted transactions, and waits for transactions that have not ended.
         """
         ...

@@ -1,4 +1,4 @@
-"""The journal in Kafka."""
+"""Reads a job's journal from Kafka."""
 
 import logging
 import time
@@ -12,16 +12,16 @@ from core.kafka_config import KafkaConfig
 from operators.delivery.journal import Partition, TopicRecord
 
 PATIENCE_S = 60.0
-"""Longest that Kafka may give nothing new. Beyond it the operator fails, and Flink restarts it, later and later."""
+"""Maximum time without a new record. After it the operator fails, and Flink restarts the job with rising delays."""
 REQUEST_TIMEOUT_MS = 20_000
 POLL_MS = 500
 
-# It logs each connection and each look at the brokers.
+# At its default level the client logs every connection and every metadata request.
 logging.getLogger("kafka").setLevel(logging.WARNING)
 
 
 class KafkaJournal:
-    """Connects when it is asked for the first time. Raises `TimeoutError`, or what kafka-python raises."""
+    """A `Journal` that connects at its first call. Raises `TimeoutError`, and what kafka-python raises."""
 
     def __init__(self, kafka: KafkaConfig, patience_s: float = PATIENCE_S) -> None:
         self._kafka = kafka
@@ -53,17 +53,17 @@ class KafkaJournal:
         for place in ends:
             partition = Partition(*place)
             consumer.seek(place, max(spans[partition].start, begins[partition]))
-        heard_s = time.monotonic()
+        last_s = time.monotonic()
         while True:
             for place in [place for place, end in ends.items() if consumer.position(place) >= end]:
                 consumer.pause(place)
                 del ends[place]
             if not ends:
                 return
-            if time.monotonic() - heard_s > self._patience_s:
+            if time.monotonic() - last_s > self._patience_s:
                 raise TimeoutError(_late(ends, self._patience_s))
             for place, records in consumer.poll(timeout_ms=POLL_MS).items():
-                heard_s = time.monotonic()
+                last_s = time.monotonic()
                 partition = Partition(*place)
                 for record in records:
                     if record.offset < spans[partition].stop:

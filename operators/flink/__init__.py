@@ -1,1 +1,1 @@
-"""The Flink side of the operators: callbacks are translated, decisions are made elsewhere."""
+"""The Flink functions. They translate callbacks; plain classes elsewhere make the decisions."""

@@ -1,11 +1,10 @@
 """Removes overhead from Beam's worker, the process in which Flink runs Python functions.
 
-- Beam starts a thread for each bundle that samples what the worker is busy with. At the bundle's end it waits until
-  that thread wakes from its sleep: 2 ms after a bundle of no time, up to 10 ms after one of 50. Flink shows nothing of
-  it.
+- For each bundle, Beam starts a thread that samples what the worker does. At the end of the bundle it waits until that
+  thread wakes up: 2 ms after an empty bundle, up to 10 ms after one of 50 ms. Flink does not show these samples.
 - Beam reports all metrics after each bundle, although Flink reads them only every ten seconds.
-- A record passes through a dozen `Row` objects. Each takes 4 us: `Row` sets attributes through Python code, and looks
-  its kind up in an enumeration.
+- A record passes through a dozen `Row` objects. Each takes 4 us, because `Row` sets attributes through Python code, and
+  looks up its kind in an enumeration.
 """
 
 import threading
@@ -34,7 +33,7 @@ def make_lean() -> None:
     """Remove this overhead from all bundles and rows of this process. Idempotent."""
     _Sampler.start, _Sampler.stop = _start_alone, _stop_alone
     _Processor.monitoring_infos = _infos_now_and_then
-    # An object's own way, which takes any name.
+    # The way of any object, which accepts all names.
     _Row.__setattr__ = object.__setattr__
     _Row.__init__, _Row.get_fields_by_names, _Row.__eq__ = _init_of_values, _fields_of, _equal_of_values
     coder_impl_fast.RowKind = _KINDS.__getitem__
@@ -47,7 +46,7 @@ def _start_alone(sampler: Any) -> None:
 
 
 def _stop_alone(sampler: Any) -> None:
-    if not getattr(sampler, "alone", False):  # its bundle began before
+    if not getattr(sampler, "alone", False):  # its bundle began before the change
         _stop(sampler)
         return
     _track(None)
@@ -56,7 +55,7 @@ def _stop_alone(sampler: Any) -> None:
 
 
 def _track(sampler: Any) -> None:
-    """User metrics are found by it."""
+    """Make `sampler` the one by which Beam finds user metrics."""
     tracker: Any = statesampler.set_current_tracker
     tracker(sampler)
 

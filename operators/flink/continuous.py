@@ -1,4 +1,4 @@
-"""Continuous batching: requests enter the running batch at every step, and each answer leaves by itself."""
+"""Continuous batching: requests join the running batch at any step, and each answer leaves as soon as it is there."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,17 +15,16 @@ from operators.flink.slot_function import END_OF_INPUT, SlotFunction
 from operators.slots.pump import Pump
 
 POLL_S = 0.025
-"""Longest wait for an answer while the stream stands still: a request that comes meanwhile waits as long."""
+"""Maximum wait for an answer. It blocks the stream, so a request that comes meanwhile waits too."""
 FULL_POLL_S = 0.1
-"""The same where every row is taken: one that comes cannot begin before another has finished, which ends the wait."""
+"""The same while all rows are taken: a new request cannot begin before an answer is there, which ends the wait."""
 
 
 class ContinuousFunction(SlotFunction):
-    """Envelopes of one slot in; each response out as soon as it is there, dead letters and the ready record aside.
+    """Takes envelopes of one slot, and emits each response when it is there. Dead letters leave by a side output.
 
-    What is in flight is in Flink's state as well, so that a restart loses nothing: it is asked again. Answers leave
-    under the key that their request came with, as state belongs to a key: after a restart at another parallelism a
-    subtask may hold several.
+    Requests in flight are in Flink's state too. After a restart they are submitted again. An answer leaves under the
+    key of its request, because state belongs to a key. After a change of parallelism a subtask may have several keys.
     """
 
     def _open(self, runtime_context: RuntimeContext) -> None:
@@ -36,7 +35,7 @@ class ContinuousFunction(SlotFunction):
             MapStateDescriptor("in-flight", Types.STRING(), STORED)
         )
         self._watched: dict[int, int] = {}
-        """By key, when the timer rings that looks for its answers next."""
+        """By key, the time of the next timer that collects its answers."""
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
         yield from self._restore(ctx)
@@ -51,18 +50,18 @@ class ContinuousFunction(SlotFunction):
             while self._pump.outstanding(key):
                 yield from self._leave(ctx, POLL_S)
             return
-        # Timers ring in the order of their times: a spare one leaves the next look to the timer that is set for it.
+        # Timers fire in the order of their times. A recovery timer does not replace the one for the next look.
         if self._watched.get(key, timestamp) <= timestamp:
             self._watched.pop(key, None)
         if not self._pump.outstanding(key):
             return
-        # An answer under another key, as there may be after a restart, would not end the wait.
+        # Only requests of this key count: an answer under another key would not end the wait.
         full = self._pump.outstanding(key) >= self._config.engine.max_running
-        # An answer that comes while this waits leaves at once. Fewer looks leave more of the cores to engines.
+        # An answer that comes during this wait leaves at once. Fewer looks leave more CPU time to the engines.
         yield from self._leave(ctx, FULL_POLL_S if full else POLL_S)
 
     def _leave(self, ctx: KeyedProcessFunction.Context, timeout_s: float) -> Iterator[Any]:
-        """What has finished under the current key; as long as more is in flight there, a timer looks again."""
+        """Emit the answers of the current key, and set a timer for the next look if more requests are in flight."""
         key = ctx.get_current_key()
         for envelope in self._pump.retried(key):
             self._in_flight.put(_ticket(envelope.position), to_state(envelope))
@@ -75,13 +74,13 @@ class ContinuousFunction(SlotFunction):
             ctx.timer_service().register_processing_time_timer(self._watched[key])
 
     def _submit(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        # The only wait: it holds the stream, and with it Kafka, while the slot has all that it may have.
-        while not self._pump.wait_for_room(POLL_S):
+        # Back pressure: this blocks the stream, and the Kafka source, while the slot has `max_in_flight` requests.
+        while not self._pump.wait_for_capacity(POLL_S):
             yield from self._leave(ctx, 0.0)
         self._pump.submit(ctx.get_current_key(), envelope)
 
     def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        """After a restart, what was in flight and has not been answered is asked again, before anything newer."""
+        """After a restart, submit the unanswered requests in state again, before any newer request."""
         key = ctx.get_current_key()
         if key in self._restored:
             return

@@ -1,4 +1,4 @@
-"""Decode: what comes from Kafka to envelopes, dead letters and calls to warm up."""
+"""The decode operator: turns Kafka records into envelopes and dead letters."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -24,7 +24,7 @@ from operators.shared_state.slot_loads import LoadReader, SharedLoads
 
 
 class DecodeFunction(ProcessFunction):
-    """Rows of `(value, partition, offset)` in; envelopes and calls to warm up out, dead letters to the side."""
+    """Takes rows of `(value, partition, offset)`. Emits envelopes and warm-ups; dead letters leave by a side output."""
 
     def __init__(
         self, config: JobConfig, keys: Sequence[int], make_journal: Callable[[KafkaConfig], KafkaJournal] = KafkaJournal
@@ -33,7 +33,7 @@ class DecodeFunction(ProcessFunction):
         self._keys = keys
         self._make_journal = make_journal
         self._opened = ExitStack()
-        """Closed in the reverse order. Flink closes what it could not open, too."""
+        """Closed in reverse order. Flink also closes a function whose `open` failed."""
         self._errors = UserErrors()
 
     def open(self, runtime_context: RuntimeContext) -> None:

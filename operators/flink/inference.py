@@ -1,4 +1,4 @@
-"""The inference operator of either kind of batching."""
+"""Chooses the inference operator for a configuration."""
 
 from pyflink.datastream import KeyedProcessFunction
 

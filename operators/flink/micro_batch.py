@@ -1,4 +1,4 @@
-"""Micro-batches: requests wait for their group, which the engine answers as a whole."""
+"""Micro-batches: requests wait until their batch is complete, and the engine answers it as a whole."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from operators.shared_state.slot_loads import LoadReporter, SharedLoads
 
 
 class MicroBatchFunction(SlotFunction):
-    """Envelopes of one slot in; responses out, dead letters and the ready record to the side.
+    """Takes envelopes of one slot, and emits responses. Dead letters leave by a side output.
 
-    What waits for its batch is in Flink's state as well as in memory, so that a restart loses nothing.
+    Requests that wait for their batch are in Flink's state as well as in memory, so a restart loses none.
     """
 
     def _open(self, runtime_context: RuntimeContext) -> None:
@@ -33,7 +33,7 @@ class MicroBatchFunction(SlotFunction):
         self._batchers: defaultdict[int, MicroBatcher[Envelope]] = defaultdict(
             lambda: MicroBatcher(batching.batch_size, batching.max_wait_ms)
         )
-        """By key: a batch leaves under the key whose state holds its requests."""
+        """By key, because a batch leaves under the key whose state holds its requests."""
         self._pending: ListState = runtime_context.get_list_state(ListStateDescriptor("pending", STORED))
 
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
@@ -45,12 +45,12 @@ class MicroBatchFunction(SlotFunction):
         yield from self._restore(ctx)
         batcher = self._batchers[ctx.get_current_key()]
         at_end = timestamp == END_OF_INPUT
-        # Flink's timers count a delay: should the wall clock be set back meanwhile, the timer is right.
+        # Flink's timers run by a delay. If the wall clock was set back meanwhile, the timer is right.
         batch = batcher.flush() if at_end else batcher.expire(max(self._clock.wall_ms(), timestamp))
         yield from self._answer(batch)
 
     def _restore(self, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        """After a restart, what waited in state joins the batch again, before anything newer."""
+        """After a restart, add the requests in state to the batch again, before any newer request."""
         if ctx.get_current_key() in self._restored:
             return
         self._restored.add(ctx.get_current_key())
@@ -69,7 +69,7 @@ class MicroBatchFunction(SlotFunction):
             return
         self._pending.add(to_state(envelope))
         if first and batcher.due_ms is not None:
-            # One millisecond later, as a timer is whole milliseconds and must not come too early.
+            # Timers have whole milliseconds. One more, so that it does not fire too early.
             ctx.timer_service().register_processing_time_timer(int(batcher.due_ms) + 1)
 
     def _answer(self, batch: list[Envelope]) -> Iterator[Any]:

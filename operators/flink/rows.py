@@ -1,4 +1,4 @@
-"""The rows that enter and leave the operators: strings `key` and `value`, for the topic that their stream leads to."""
+"""The rows that operators exchange, and those that they write to topics (strings `key` and `value`)."""
 
 import pickle
 from typing import Any
@@ -13,15 +13,15 @@ from operators.envelope_state import from_plain, to_state
 
 KEY_VALUE = Types.ROW_NAMED(["key", "value"], [Types.STRING(), Types.STRING()])
 STORED = Types.PRIMITIVE_ARRAY(Types.BYTE())
-"""In state: an envelope as `to_state` packs it."""
+"""The type of envelopes in state, as `to_state` packs them."""
 KEYED = Types.ROW_NAMED(["key", "element"], [Types.INT(), STORED])
-"""On the way to inference: the key that leads to the slot, and an element as `element_row` packs it."""
+"""Rows from decode to inference: the key that leads to the slot, and an element as `element_row` packs it."""
 DEAD_LETTERS = OutputTag("dead-letters", KEY_VALUE)
 READY = OutputTag("ready", KEY_VALUE)
 USER_ERRORS = OutputTag("user-errors", Types.STRING())
-"""Lines of which each ends the job: `pipelines.user_errors`."""
+"""Each line on this output ends the job: see `pipelines.user_errors`."""
 WARM_UP = -1
-"""The partition of a row that calls a slot to warm up; the slot stands in place of the offset."""
+"""The partition of a row that warms a slot up. The index of the slot is in place of the offset."""
 
 
 def element_row(key: int, element: Envelope | WarmUp) -> Row:
@@ -29,7 +29,7 @@ def element_row(key: int, element: Envelope | WarmUp) -> Row:
 
 
 def element_of(packed: bytes) -> Envelope | WarmUp:
-    """What `element_row` packed."""
+    """Unpack what `element_row` packed."""
     plain = pickle.loads(packed)
     return WarmUp(plain) if isinstance(plain, int) else from_plain(plain)
 
@@ -47,6 +47,6 @@ def dead_letter_row(letter: DeadLetter) -> Row:
 
 
 def written_row(record: TopicRecord, dead_letters_topic: str) -> Any:
-    """What was written before, byte for byte."""
+    """A record that was written before, byte for byte."""
     row = Row((record.key or b"").decode(), (record.value or b"").decode())
     return (DEAD_LETTERS, row) if record.partition.topic == dead_letters_topic else row

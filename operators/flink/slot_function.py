@@ -1,4 +1,4 @@
-"""What both ways to batch share: the slot, what was answered before a restart, spare timers, and the ready record."""
+"""The base of both inference operators: the slot, recovery after a restart, and the ready record."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -23,21 +23,23 @@ from operators.metrics.slot_metrics import SlotMetrics, slot_metrics
 from operators.slots.supervisor import Supervisor
 
 END_OF_INPUT = 2**63 - 1
-"""Event time that comes when a bounded input ends and on drain, where pending processing-time timers are dropped."""
+"""Event time at the end of a bounded input, and on drain, where Flink drops pending processing-time timers."""
 RECOVERY_TIMER_MS = 1000
-"""From its first element on a key has a timer at each of the next two of these intervals. The later one has just been
-set: it is on its way to Java, and in no checkpoint that is taken meanwhile. Without the other, what is in flight would
-wait after a restart until another request comes. Where nothing is, they open the function after a restart all the same,
-and so load the model."""
+"""Interval of the recovery timers. From its first element on, a key always has timers at the next two intervals.
+
+A checkpoint does not contain a timer that has just been set, because it is still on its way to Java. With a single
+timer, requests in flight could wait after a restart until another request comes. The timers also open the function
+after a restart, which loads the model, even if nothing is in flight.
+"""
 FAR_TIMER_MS = 60_000
-"""The same further ahead, for a worker that stands still until both spare ones are over. Their successors are on their
-way when it goes on."""
+"""Interval of two further timers, for a worker that is suspended until both nearer timers are past. Their successors
+are on their way to Java when it resumes."""
 
 
 class SlotFunction(KeyedProcessFunction):
-    """What both ways to batch share: the slot, what was answered before a restart, and the ready record.
+    """The base of both inference operators: the slot, recovery after a restart, and the ready record.
 
-    Slot, clock and journal are made where the function is opened, which is in another process.
+    Slot, clock and journal are made when the function is opened, which happens in another process.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class SlotFunction(KeyedProcessFunction):
         self._make_clock = make_clock
         self._make_journal = make_journal
         self._opened = ExitStack()
-        """Closed in the reverse order. Flink closes what it could not open, too."""
+        """Closed in reverse order. Flink also closes a function whose `open` failed."""
         self._errors = UserErrors()
 
     def open(self, runtime_context: RuntimeContext) -> None:
@@ -62,7 +64,7 @@ class SlotFunction(KeyedProcessFunction):
     def _open(self, runtime_context: RuntimeContext) -> None:
         make_lean()
         self._clock = self._make_clock()
-        # First of all: what comes to the topic from now on has been seen by nobody.
+        # This must come first: no earlier attempt has seen what comes to the topic from now on.
         journal = self._opened.enter_context(closing(self._make_journal(self._config.kafka)))
         self._answered = AnsweredLog(self._config.kafka, self._config.delivery.clock_margin_ms, journal)
         index = runtime_context.get_index_of_this_subtask()
@@ -76,7 +78,7 @@ class SlotFunction(KeyedProcessFunction):
         self._restored: set[int] = set()
         self._said_ready = False
         self._recovery_intervals: dict[int, int] = {}
-        """The interval of `RECOVERY_TIMER_MS` that a key's spare timers were set in last."""
+        """By key, the interval of `RECOVERY_TIMER_MS` in which its recovery timers were last set."""
         self._opened_ms = self._clock.wall_ms()
 
     def close(self) -> None:
@@ -97,7 +99,7 @@ class SlotFunction(KeyedProcessFunction):
         yield from self._take_in(self._since_opened(value), ctx) if again is None else again
 
     def _say_ready(self) -> Iterator[Any]:
-        """Whatever came first has opened this function, and so has loaded the model."""
+        """Emit the ready record once. The first element or timer has opened this function, which loads the model."""
         if not self._said_ready:
             self._said_ready = True
             ready = self._slot.ready
@@ -121,7 +123,7 @@ class SlotFunction(KeyedProcessFunction):
         ctx.timer_service().register_event_time_timer(END_OF_INPUT)
 
     def _answered_before(self, envelope: Envelope) -> list[Any] | None:
-        """None where no earlier attempt of the job has answered it; else what is to be written again, if anything."""
+        """None if no earlier attempt of the job has answered it. Otherwise the rows to write again, maybe none."""
         again = self._answered.look(envelope)
         if again is None:
             return None
@@ -129,9 +131,10 @@ class SlotFunction(KeyedProcessFunction):
         return [written_row(record, self._config.kafka.dead_letters_topic) for record in again]
 
     def _since_opened(self, envelope: Envelope) -> Envelope:
-        """As of this attempt: the time in which the job was down, or loaded its models, counts for no time-out.
+        """The same envelope, decoded no earlier than this attempt began.
 
-        A checkpoint holds requests of before in this operator's state and, under back pressure, on their way to it.
+        So the time in which the job was down, or loaded its models, does not count for time-outs. Earlier requests come
+        from this operator's state and, under back pressure, from records in flight in a checkpoint.
         """
         if envelope.decoded_at_ms >= self._opened_ms:
             return envelope
@@ -139,15 +142,15 @@ class SlotFunction(KeyedProcessFunction):
 
     @abstractmethod
     def _take_in(self, envelope: Envelope, ctx: KeyedProcessFunction.Context) -> Iterator[Any]:
-        """Take a request in; what may leave with that."""
+        """Take a request in, and emit the answers that are there."""
 
     @abstractmethod
     def _look(self, timestamp: int, ctx: KeyedProcessFunction.OnTimerContext) -> Iterator[Any]:
-        """What may leave as a timer rings, a spare one included."""
+        """A timer fires, maybe a recovery timer: emit the answers that are there."""
 
 
 def _show(metrics: SlotMetrics, runtime_context: RuntimeContext) -> None:
-    """Put the gauges into Flink's own metrics; there are none where they are switched off."""
+    """Register the gauges with Flink's own metrics, unless these are switched off."""
     group = runtime_context.get_metrics_group()
     if group is not None:
         for name, read in metrics.flink_gauges().items():

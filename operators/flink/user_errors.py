@@ -1,4 +1,4 @@
-"""A `UserError` of a function leaves as a line that ends the job: see `pipelines.user_errors`."""
+"""Turns a `UserError` of a function into a line that ends the job: see `pipelines.user_errors`."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class UserErrors:
-    """The user errors of one function. The first one is all that leaves the function from then on."""
+    """The user errors of one function. After the first one, the function emits nothing but its line."""
 
     def __init__(self) -> None:
         self._error: UserError | None = None
@@ -20,14 +20,14 @@ class UserErrors:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Run `open`, where nothing can leave yet: its error leaves with the first element or timer."""
+        """Wraps `open`, which cannot emit. Its error leaves with the first element or timer."""
         try:
             yield
         except UserError as error:
             self._error = error
 
     def told(self, call: Callable[[], Iterable[Any]]) -> Iterator[Any]:
-        """What `call` yields. In place of a user error, its line to the side output."""
+        """Yield what `call` yields. A user error is replaced by its line for the side output."""
         if self._error is None:
             try:
                 yield from call()

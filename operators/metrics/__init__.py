@@ -1,1 +1,1 @@
-"""What a slot counts and measures, for Prometheus and for Flink."""
+"""Metrics of a slot, for Prometheus and for Flink."""

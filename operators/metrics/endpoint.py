@@ -1,4 +1,4 @@
-"""Where Prometheus reads the metrics of a slot: by Flink's worker, which lives while the slot's process hangs."""
+"""Serves a slot's metrics to Prometheus, from Flink's worker, which lives on while the slot's process hangs."""
 
 import logging
 import threading
@@ -8,11 +8,11 @@ from prometheus_client import CollectorRegistry, start_http_server
 logger = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-"""Time between two tries where the port is taken, as it may be for a moment when a job is restarted."""
+"""Time between two attempts while the port is taken, as it can be for a moment after a restart of the job."""
 
 
 class MetricsEndpoint:
-    """Serves a registry at a port as soon as that is free. One that is taken is told of, and no fault of the job."""
+    """Serves a registry at a port as soon as the port is free. A port that is taken is logged, and fails nothing."""
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
         self._host = host

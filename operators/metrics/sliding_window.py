@@ -1,4 +1,4 @@
-"""The latest of a stream of numbers, for percentiles of what happens now."""
+"""Percentiles of the latest values of a stream."""
 
 from collections import deque
 
@@ -8,14 +8,14 @@ from core.clock import Clock
 
 SPAN_MS = 300_000.0
 MOST = 2048
-"""Values that are kept: the latest, where more come within the span."""
+"""Maximum number of values that are kept. Beyond it, the oldest are dropped."""
 PERCENTS = (50, 95, 99)
 _FRESH_MS = 1000.0
-"""Percentiles are computed no more often than this."""
+"""Minimum time between two computations of percentiles."""
 
 
 class SlidingWindow:
-    """The values of the last `SPAN_MS`, of which no more than `MOST`. Any thread may read."""
+    """The values of the last `SPAN_MS`, at most `MOST` of them. Any thread may read."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -28,7 +28,7 @@ class SlidingWindow:
         self._values.append((now_ms, value))
 
     def percentile(self, percent: int) -> float:
-        """One of `PERCENTS`, by linear interpolation; not a number where there is no value."""
+        """The percentile `percent` (one of `PERCENTS`), by linear interpolation. NaN without values."""
         now_ms = self._clock.monotonic_ms()
         if now_ms >= self._due_ms:
             self._due_ms = now_ms + _FRESH_MS

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from core.clock import Clock, SystemClock
 from core.records import DeadLetter, FinishReason
-from operators.envelope import Queue, SlotStats
+from operators.envelope import QueueState, SlotStats
 from operators.metrics.sliding_window import PERCENTS, SlidingWindow
 from operators.metrics.tally import CountTally, TimeTally
 from operators.written_response import WrittenResponse
@@ -24,15 +24,15 @@ LONG_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 6
 SHORT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 IN_FLINK = ("slot_up", "in_flight_requests", "waiting_requests", "e2e_p95_seconds")
-"""The gauges that Flink shows too. PyFlink sends each with every bundle, which costs 40 us of the worker's time: all of
-them took as long as a bundle of ten records."""
+"""The gauges that Flink shows too. PyFlink sends each with every bundle, which costs 40 us of the worker's time. All
+gauges together took as long as a bundle of ten records."""
 _ENGINE_FAILED = ("cache failed", "prefill failed", "decode failed", "answer failed")
-"""How the reasons of requests begin that a pass, or what goes with it, failed for."""
+"""How the reason of a dead letter begins if a step of the engine failed."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """A time of each answered request: a histogram, and percentiles of the latest."""
+    """A duration of each answered request, shown as a histogram, and as percentiles of the latest requests."""
 
     name: str
     help: str
@@ -50,7 +50,7 @@ LATENCIES = (
 
 @dataclass(frozen=True)
 class ProcessCounter:
-    """A count of the slot's process."""
+    """A counter of the slot's process."""
 
     name: str
     help: str
@@ -66,10 +66,10 @@ def _of_engine(field: str) -> Callable[[SlotStats], float]:
     return lambda stats: getattr(stats.engine, field)
 
 
-_ENGINE_TOKENS = "Tokens that the engine worked on, those of unanswered requests included"
+_ENGINE_TOKENS = "Tokens that the engine processed, including those of unanswered requests"
 _ERRORS = "Passes that failed, and requests whose chunks could not be kept"
-_HITS = "Chunks that a look-up found"
-_FAULTS = "Look-ups and writes that Redis failed: by errors, late answers, damaged records"
+_HITS = "Chunks that a lookup found"
+_FAULTS = "Failed lookups and writes in Redis: errors, time-outs, damaged records"
 PROCESS_COUNTERS = (
     *(
         ProcessCounter("engine_tokens", _ENGINE_TOKENS, _of_engine(f"{kind}_tokens"), (("kind", kind),))
@@ -100,7 +100,7 @@ PROCESS_COUNTERS = (
 class SlotMetrics:
     """The metrics of one slot, in a registry of Prometheus of their own. Any thread may call and read.
 
-    `duplicates`, `retries` and `restarts` are counters for whoever does that which they count.
+    `duplicates`, `retries` and `restarts` are counters; the caller increments them.
     """
 
     def __init__(self, slot: int, clock: Clock) -> None:
@@ -109,11 +109,11 @@ class SlotMetrics:
         self._clock = clock
         self._stats: SlotStats | None = None
         self._serves = False
-        self._heard_ms = clock.monotonic_ms()
+        self._updated_ms = clock.monotonic_ms()
         self._decode_rows = 0.0
-        self.queue: Callable[[], Queue] = Queue
+        self.queue: Callable[[], QueueState] = QueueState
         self.waiting_since_ms: Callable[[], float | None] = lambda: None
-        """When the first of those that wait was decoded. Both are set by whoever has the requests."""
+        """Time at which the oldest waiting request was decoded. The supervisor sets both."""
 
         self._requests = self._tally("requests", "Answered requests", "finish_reason", FinishReason)
         self._letters = self._counter("dead_letters", "Requests that became dead letters", "stage", "cause")
@@ -123,10 +123,10 @@ class SlotMetrics:
         self._output_tokens = self._tally("output_tokens", "Tokens of answers")
         self.restarts = self._counter("slot_restarts", "Restarts of the slot's process").labels(self._slot)
         self.retries = self._counter(
-            "retried_requests", "Requests that were asked again, as the process died with them"
+            "retried_requests", "Requests that were retried after the process died with them"
         ).labels(self._slot)
         self.duplicates = self._counter(
-            "skipped_duplicates", "Requests that had been answered before and were not asked again"
+            "skipped_duplicates", "Requests that had been answered before and were skipped"
         ).labels(self._slot)
         self._process_counters = self._made_process_counters()
         self._times = [self._histogram(latency) for latency in LATENCIES]
@@ -136,7 +136,7 @@ class SlotMetrics:
             gauge.labels(self._slot).set_function(read)
 
     def flink_gauges(self) -> dict[str, Callable[[], int]]:
-        """`IN_FLINK` in the whole numbers that Flink takes: milliseconds for seconds, 0 where nothing is known."""
+        """The gauges of `IN_FLINK` as integers, which Flink requires: seconds as milliseconds, 0 for unknown values."""
         found: dict[str, Callable[[], int]] = {}
         for name, _, read in self._gauges():
             if name not in IN_FLINK:
@@ -147,7 +147,7 @@ class SlotMetrics:
         return found
 
     def answered(self, record: WrittenResponse | DeadLetter) -> None:
-        """An answer or a dead letter leaves. One thread at a time may call for answers."""
+        """Count an answer or a dead letter that leaves. Only one thread at a time may pass answers."""
         if isinstance(record, DeadLetter):
             self._letters.labels(self._slot, record.stage, cause_of(record)).inc()
             return
@@ -159,51 +159,51 @@ class SlotMetrics:
         now_ms = self._clock.monotonic_ms()
         for latency, times, window in zip(LATENCIES, self._times, self._windows, strict=True):
             if (took_ms := latency.read_ms(record)) is not None:
-                # It is negative where the client's clock is ahead, and Prometheus takes a sum that falls for a restart.
+                # Negative if the client's clock is ahead. Prometheus would take a falling sum for a restart.
                 took_s = max(0.0, took_ms) / 1e3
                 times.add(took_s)
                 window.add(took_s, now_ms)
 
     def set_ready(self, serves: bool) -> None:
-        """Whether there is a process that is ready. A new one's counts begin with nothing."""
+        """A process is ready, or is not any more. The counters of a new process begin at 0."""
         self._serves = serves
-        self._heard_ms = self._clock.monotonic_ms()
+        self._updated_ms = self._clock.monotonic_ms()
         if not serves:
             self._stats = None
             self._decode_rows = 0.0
 
     def update(self, stats: SlotStats) -> None:
-        """What the slot's process says of itself."""
+        """Take over the statistics of a heartbeat."""
         before, self._stats = self._stats, stats
         for one, counter in zip(PROCESS_COUNTERS, self._process_counters, strict=True):
             counter.inc(one.read(stats) - (0 if before is None else one.read(before)))
-        self._heard_ms = self._clock.monotonic_ms()
+        self._updated_ms = self._clock.monotonic_ms()
         passes, tokens = stats.engine.decode_passes, stats.engine.decoded_tokens
         if before is not None:
             passes, tokens = passes - before.engine.decode_passes, tokens - before.engine.decoded_tokens
         self._decode_rows = tokens / passes if passes else 0.0
 
     def _gauges(self) -> Iterator[tuple[str, str, Callable[[], float]]]:
-        """Name, text and value of each."""
-        yield "slot_up", "1 where the slot's process is ready, 0 while it loads or is replaced", lambda: self._serves
-        yield "slot_silence_seconds", "Since the slot's process last gave a sign of life", self._silence_s
+        """Name, text and value of each gauge."""
+        yield "slot_up", "1 while the slot's process is ready, 0 while it loads or is replaced", lambda: self._serves
+        yield "slot_silence_seconds", "Time since the last heartbeat of the slot's process", self._silence_s
         yield "slot_resident_bytes", "Memory of the slot's process", self._now(lambda stats: stats.resident_bytes)
         yield "in_flight_requests", "Requests that the slot has not answered", lambda: self.queue().in_flight
-        yield "waiting_requests", "Those of them that have not begun", lambda: self.queue().waiting
-        yield "oldest_wait_seconds", "Since the first of those was decoded", self._oldest_wait_s
+        yield "waiting_requests", "In-flight requests that have not begun", lambda: self.queue().waiting
+        yield "oldest_wait_seconds", "Time since the oldest waiting request was decoded", self._oldest_wait_s
         for field, text in (
-            ("prefilling", "Requests whose prompt is computed in part"),
+            ("prefilling", "Requests whose prompt is partly computed"),
             ("running", "Requests that decode"),
         ):
             yield f"{field}_requests", text, self._now(_of_engine(field))
         yield (
             "decode_rows",
-            "Requests that decoded together, mean since the last sign of life",
+            "Mean number of requests that decoded together since the last heartbeat",
             lambda: self._decode_rows,
         )
         for name, field, text in (
-            ("cache_capacity_chunks", "capacity_chunks", "What the local tier may hold"),
-            ("cache_used_chunks", "used_chunks", "What the local tier holds"),
+            ("cache_capacity_chunks", "capacity_chunks", "Capacity of the local tier"),
+            ("cache_used_chunks", "used_chunks", "Chunks in the local tier"),
             ("cache_local_bytes", "local_bytes", "Tensors in the local tier"),
             ("cache_fetched_bytes", "fetched_bytes", "Tensors from Redis that wait for their request to begin"),
             ("cache_write_queue_bytes", "queued_bytes", "Tensors that wait to be written to Redis"),
@@ -218,7 +218,7 @@ class SlotMetrics:
         return lambda: math.nan if self._stats is None else read(self._stats)
 
     def _silence_s(self) -> float:
-        return (self._clock.monotonic_ms() - self._heard_ms) / 1e3
+        return (self._clock.monotonic_ms() - self._updated_ms) / 1e3
 
     def _oldest_wait_s(self) -> float:
         since_ms = self.waiting_since_ms()
@@ -228,7 +228,7 @@ class SlotMetrics:
         return Counter(name, text, ["slot", *labels], namespace=PREFIX, registry=self.registry)
 
     def _tally(self, name: str, text: str, label: str = "", values: Iterable[str] = ("",)) -> dict[str, int]:
-        """The counts of a tally, by the values of its label."""
+        """The counts of a new tally, by the values of its label."""
         made = CountTally(f"{PREFIX}_{name}", text, self._slot, label, values)
         self.registry.register(made)
         return made.counts
@@ -255,12 +255,12 @@ def _whole(read: Callable[[], float], factor: int) -> int:
 
 @cache
 def slot_metrics(slot: int) -> SlotMetrics:
-    """Those of a slot that all operators of its worker share."""
+    """The metrics of a slot, shared by all operators in its worker."""
     return SlotMetrics(slot, SystemClock())
 
 
 def cause_of(letter: DeadLetter) -> str:
-    """A word for why there is no answer, where the reason is a sentence."""
+    """The cause of a dead letter in one word, for metrics."""
     if letter.stage == "decode":
         return "invalid"
     if letter.reason.startswith("timeout"):

@@ -1,7 +1,7 @@
 """Prometheus counters and histograms for the hot path. One thread writes them; any thread may read them.
 
-The library's own metrics take a lock at each step: they were a tenth of the work of Flink's worker per request. These
-classes keep plain numbers and build the library's metric families when Prometheus scrapes.
+The library's own metrics take a lock at each update, which was a tenth of the work of Flink's worker per request. These
+classes keep plain numbers, and build the library's metric families when Prometheus scrapes.
 """
 
 from bisect import bisect_left
@@ -14,7 +14,7 @@ from prometheus_client.utils import floatToGoString
 
 
 class CountTally(Collector):
-    """A counter for each value of a label beside the slot, or without one."""
+    """A counter for each value of a label, or a single counter. The slot is a label too."""
 
     def __init__(self, name: str, text: str, slot: str, label: str = "", values: Iterable[str] = ("",)) -> None:
         self.counts = dict.fromkeys(values, 0)
@@ -30,10 +30,10 @@ class CountTally(Collector):
 
 
 class TimeTally(Collector):
-    """A histogram of times."""
+    """A histogram of durations."""
 
     def __init__(self, name: str, text: str, slot: str, bounds_s: Sequence[float]) -> None:
-        """`bounds_s`: the buckets' upper bounds, in rising order; a last one has none."""
+        """`bounds_s`: upper bounds of the buckets, in rising order. A last bucket has no bound."""
         self._name, self._text = name, text
         self._slot = slot
         self._bounds_s = bounds_s
@@ -41,7 +41,7 @@ class TimeTally(Collector):
         self._sum_s = 0.0
 
     def add(self, time_s: float) -> None:
-        """A time that is not negative."""
+        """Add a duration, at least 0."""
         self._counts[bisect_left(self._bounds_s, time_s)] += 1
         self._sum_s += time_s
 

@@ -1,1 +1,1 @@
-"""What slots tell each other, through Redis: how long their queues are, and what another chunk would gain them."""
+"""State that the slots of a job share in Redis: queue lengths, and the gain of more cache chunks."""

@@ -1,8 +1,8 @@
-"""One budget of chunks for the local tiers of all slots of a job, which are processes, maybe on several hosts.
+"""Divides one budget of chunks among the local tiers of all slots of a job, which may run on several hosts.
 
-Each slot tells the others by way of Redis what more chunks would gain there, reads what they have told, and computes
-the same shares as they do: nobody decides for another. What they read may be a moment apart, so who grows says so first
-and then looks whether all that has been said fits: shares never add up to more than the budget.
+Each slot writes to Redis what more chunks would gain there, and reads the reports of the others. All slots compute the
+same shares from the same reports, without a coordinator. Since they may read at different moments, a slot that wants to
+grow first writes its new size, and then checks that all written sizes fit. Shares never add up to more than the budget.
 """
 
 import math
@@ -22,12 +22,12 @@ from operators.shared_state.periodic import Periodic
 from operators.shared_state.slot_loads import TIMEOUT_S
 
 STALE_MS = 3000
-"""A slot that has said nothing for this long has lost its share."""
+"""A slot without a report for this long loses its share."""
 _REPORT = TypeAdapter(SlotReport)
 
 
 class SharedReports:
-    """Reports by slot, in Redis, under a name that no other job has."""
+    """The slots' reports, in Redis. `name` must be unique to the job."""
 
     def __init__(self, redis_url: str, name: str, slots: int, access: RedisAccessConfig = FROM_ENVIRONMENT) -> None:
         self._redis = Redis.from_url(
@@ -39,7 +39,7 @@ class SharedReports:
         self._redis.set(self._keys[slot], _REPORT.dump_json(report), px=STALE_MS)
 
     def read(self) -> dict[int, SlotReport]:
-        """Reports of the slots that have reported lately, by slot. Raises `ValueError` for an invalid report."""
+        """By slot, the reports of the last `STALE_MS`. Raises `ValueError` for an invalid report."""
         values: Any = self._redis.mget(self._keys)
         return {slot: _REPORT.validate_json(value) for slot, value in enumerate(values) if value is not None}
 
@@ -48,14 +48,14 @@ class SharedReports:
 
 
 class BudgetShare:
-    """A slot's share, kept by a thread of its own; `cache.sizing.budgeted.Shares`.
+    """A slot's share of the budget, updated by a thread of its own. Implements `cache.sizing.budgeted.Shares`.
 
-    It is the least until what the others say is known, as they may hold all the rest, and an even part of the budget
-    where nothing has been for `STALE_MS`.
+    Until the reports of the other slots are known, they may hold all the rest, so the share is the minimum. If reports
+    cannot be read for `STALE_MS`, it is an even part of the budget.
     """
 
     def __init__(self, budget: Budget, slot: int, shared: SharedReports | None, clock: Clock) -> None:
-        """Without `shared` the slot is the only one."""
+        """`shared` is None if the job has only this slot."""
         self._budget = budget
         self._slot = slot
         self._shared = shared
@@ -67,7 +67,7 @@ class BudgetShare:
 
     @classmethod
     def of(cls, config: JobConfig, slot: int, clock: Clock) -> "BudgetShare | None":
-        """The slot's share of the job's budget; none where each slot sizes itself."""
+        """The slot's share of the job's budget. None if each slot sizes its own cache."""
         sizing, remote = config.cache.sizing, config.cache.remote
         if sizing.budget_chunks is None or not sizing.shares_budget:
             return None
@@ -87,7 +87,7 @@ class BudgetShare:
         self._report = report
 
     def close(self) -> None:
-        """End the thread. The others have the share once the last report is stale."""
+        """End the thread. The other slots get the share once the last report is stale."""
         if self._periodic is not None:
             self._periodic.close()
         if self._shared is not None:
@@ -97,7 +97,7 @@ class BudgetShare:
         report = self._report
         if report is None:
             return
-        # What was granted is taken at the next look-up: it counts as held.
+        # The cache takes a granted share at its next lookup. Until then it counts as held.
         held = max(report.capacity_chunks, self.granted_chunks)
         try:
             reports = self._exchange(shared, replace(report, capacity_chunks=held))

@@ -1,4 +1,4 @@
-"""Work that is done every so often by a thread of its own, and that Redis may fail."""
+"""Repeats work that may fail because of Redis, in a thread of its own."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ EVERY_S = 0.1
 
 
 class Periodic:
-    """Calls `work` every so often until it is closed. A Redis that fails is told of once, and tried again."""
+    """Calls `work` every `EVERY_S` until it is closed. Logs the first of several failures in a row, and goes on."""
 
     def __init__(self, name: str, work: Callable[[], None]) -> None:
         self._work = work

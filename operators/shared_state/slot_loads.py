@@ -1,7 +1,7 @@
-"""How long each slot's queue is, told to those who place sessions.
+"""Shares the queue lengths of slots with the decode operators, which place sessions.
 
-It goes by way of Redis, as a job's slots may be on several hosts and Flink's streams lead nowhere backwards. Whatever
-fails on the way leaves a slot's length unknown, and sessions at home.
+The lengths go through Redis because slots may be on several hosts, and Flink's streams do not flow backwards. If Redis
+fails, the lengths are unknown, and sessions go to their default slots.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +16,12 @@ from operators.config import JobConfig, Placement
 from operators.shared_state.periodic import Periodic
 
 STALE_MS = 2000
-"""What a slot has said is forgotten after this."""
+"""Lifetime of a slot's report."""
 TIMEOUT_S = 0.5
 
 
 class SharedLoads:
-    """Queue lengths in ms by slot, in Redis, under a name that no other job has."""
+    """Queue lengths in ms by slot, in Redis. `name` must be unique to the job."""
 
     def __init__(self, redis_url: str, name: str, slots: int, access: RedisAccessConfig = FROM_ENVIRONMENT) -> None:
         self._redis = Redis.from_url(
@@ -31,7 +31,7 @@ class SharedLoads:
 
     @classmethod
     def of(cls, config: JobConfig) -> "SharedLoads | None":
-        """The job's shared; none where sessions stay at home anyway, or without Redis to carry their chunks along."""
+        """The shared loads of the job. None if sessions stay at their default slots, or there is no Redis."""
         remote = config.cache.remote
         if config.placing.placement is not Placement.BALANCED or remote.redis_url is None or config.parallelism == 1:
             return None
@@ -42,7 +42,7 @@ class SharedLoads:
         self._redis.set(self._keys[slot], f"{queue_ms:.0f}", px=STALE_MS)
 
     def read(self) -> dict[int, float]:
-        """Queueing times in ms of the slots that have reported lately, by slot."""
+        """Queueing times in ms by slot, of the slots that reported within `STALE_MS`."""
         values: Any = self._redis.mget(self._keys)
         return {slot: float(value) for slot, value in enumerate(values) if value is not None}
 
@@ -51,16 +51,16 @@ class SharedLoads:
 
 
 class Loads(Protocol):
-    """What is known of the slots' queues."""
+    """The known queue lengths of slots."""
 
     @property
     def queues_ms(self) -> Mapping[int, float]:
-        """A new mapping whenever something new is known."""
+        """By slot. Every update makes a new mapping."""
         ...
 
 
 class LoadReader:
-    """The shared as it was read last, by a thread of its own."""
+    """The loads as its thread read them last."""
 
     def __init__(self, shared: SharedLoads) -> None:
         self._shared = shared
@@ -80,7 +80,7 @@ class LoadReader:
 
 
 class LoadReporter:
-    """Writes what `queue_ms` says of one slot to the shared, by a thread of its own."""
+    """Writes the result of `queue_ms` for one slot, in a thread of its own."""
 
     def __init__(self, shared: SharedLoads, slot: int, queue_ms: Callable[[], float]) -> None:
         self._shared = shared

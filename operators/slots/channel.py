@@ -1,4 +1,4 @@
-"""The way between Flink's worker and the process of a slot."""
+"""The connection between Flink's worker and the process of a slot."""
 
 import pickle
 import select
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class ChannelClosedError(EOFError):
-    """The other side has ended."""
+    """The other end of the channel is closed."""
 
 
 class Channel:
@@ -16,8 +16,8 @@ class Channel:
 
     Raises `ChannelClosedError` once the other end is closed.
 
-    It does what `Connection.send`, `recv` and `poll` do, at a fifth of their cost for small messages: those make a
-    pickler in Python for each message, and a selector for each look.
+    For small messages, this costs a fifth of `Connection.send`, `recv` and `poll`, which make a pickler in Python for
+    each message, and a selector for each poll.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -41,7 +41,7 @@ class Channel:
             raise ChannelClosedError from error
 
     def poll(self, timeout_s: float) -> bool:
-        """Whether something has come, or the other side has ended, within `timeout_s`."""
+        """Wait for up to `timeout_s`. True if a message has arrived, or the other end is closed."""
         return bool(self._poll.poll(timeout_s * 1000))
 
     def close(self) -> None:

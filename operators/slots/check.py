@@ -1,4 +1,4 @@
-"""What no slot could start with, told where the job is submitted; loads no library that computes."""
+"""Checks of a configuration when a job is submitted. Imports neither PyTorch nor transformers."""
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -14,19 +14,19 @@ _REDIS_TIMEOUT_S = 2.0
 
 
 def check_before_start(config: JobConfig) -> None:
-    """Raises `UserError`. `operators.job_files` checks the path of the model."""
+    """Raise `UserError` for a configuration that no slot can start with. `operators.job_files` checks the model."""
     if config.engine.profile is not None:
         DeviceProfile.read(config.engine.profile)
     if config.cache.remote.redis_url is not None:
         _check_redis(config.cache.remote.redis_url, config.cache.remote)
     elif config.cache.sizing.budget_chunks is not None and config.parallelism > 1:
-        raise UserError("--budget-chunks: slots share it by way of Redis; add --redis-url, or leave it out")
+        raise UserError("--budget-chunks: slots share it through Redis; add --redis-url, or leave it out")
 
 
 def _check_redis(url: str, remote: RemoteConfig) -> None:
-    """Raises `UserError` for a URL that is none, and for a Redis in cluster mode.
+    """Raise `UserError` for an invalid URL, and for a Redis in cluster mode.
 
-    A Redis that is away, or that this host may not ask, is no error: slots work without it and try again.
+    A Redis that cannot be reached from this host is not an error: slots work without it, and try again.
     """
     address = RedisAddress.parse(url)
     try:

@@ -1,7 +1,7 @@
-"""A slot in a process of its own, as Flink's worker sees it.
+"""Runs a slot in a process of its own. This module is the side of Flink's worker.
 
-The engine and the threads of Flink's worker would otherwise take turns at one interpreter lock, and each poll of the
-stream would hold up a step of the engine. What takes the engine down leaves the worker alive.
+In one process, the engine and the threads of the worker would share an interpreter lock, and each poll of the stream
+would delay a step of the engine. Besides, the worker survives whatever kills the engine.
 """
 
 import logging
@@ -27,12 +27,12 @@ from operators.slots.channel import Channel
 
 SERVER = "operators.slots.server"
 END_TIMEOUT_S = 10.0
-"""Longest that a step, or a micro-batch, may take to end once nobody waits for it any more."""
+"""Maximum time for the process to finish its step or micro-batch once it is told to end."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """The first thing that the process is told."""
+    """The first message to the process."""
 
     config: JobConfig
     slot: int
@@ -41,28 +41,28 @@ class Start:
 
 @dataclass(frozen=True)
 class Refused:
-    """The slot cannot be made of what the user gave."""
+    """The slot cannot be made with the user's configuration."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Broken:
-    """The slot raised an error that is no single request's."""
+    """The slot raised an error that does not belong to a single request."""
 
     traceback: str
 
 
 @dataclass(frozen=True)
 class Began:
-    """The engine is about to begin with the requests that stand at `positions`."""
+    """The engine is about to begin with the requests at `positions`."""
 
     positions: Sequence[RecordPosition]
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """The process lives: between two passes, or idle."""
+    """The process is alive: between two passes, or idle."""
 
     stats: SlotStats
 
@@ -79,15 +79,15 @@ class SlotDiedError(RuntimeError):
 
 
 class SlotProcess:
-    """Starts the process. It loads its slot, says so by `Ready`, and then answers what it is sent.
+    """Starts the process, which loads its slot, sends `Ready`, and then answers requests.
 
-    One thread hears; any may send, kill or end.
+    One thread may receive. Any thread may send, kill or end.
     """
 
     def __init__(self, config: JobConfig, slot: int) -> None:
-        """Does not wait for the process. Raises `SlotDiedError` where there can be none."""
+        """Does not wait for the process. Raises `SlotDiedError` if it cannot be started."""
         self._socket, theirs = socket.socketpair()
-        # Should it stop in the midst of a message, nobody may wait for the rest of it for ever.
+        # If the process stops in the middle of a message, the reader must not wait for the rest for ever.
         longest = struct.pack("@ll", int(config.supervision.engine_timeout_s) + 1, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, longest)
         self._channel = Channel(Connection(os.dup(self._socket.fileno())))
@@ -98,7 +98,7 @@ class SlotProcess:
                     [sys.executable, "-m", SERVER, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    # Flink puts what was submitted with the job on the path of its worker only.
+                    # Files that were submitted with the job are on the path of Flink's worker only.
                     env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
                 )
             except OSError as error:
@@ -110,49 +110,47 @@ class SlotProcess:
         self._outbox.put(Start(config, slot, logging.getLogger().getEffectiveLevel()))
 
     def send(self, order: Envelope | MicroBatch) -> None:
-        """Hand over a request that may enter and leave by itself, or a closed group. Never waits.
-
-        What comes of it is heard: should the process end, nothing does.
-        """
+        """Send a request or a micro-batch. Neither waits nor raises: `receive` raises once the process has ended."""
         self._outbox.put(order)
 
     def receive(self, timeout_s: float) -> SlotMessage | None:
-        """What it says next, within `timeout_s`. Its log records go to this process's log.
+        """Return the next message, or None after `timeout_s`. Log records of the process go to this process's log.
 
-        Raises `UserError` where the slot cannot be made of what the user gave, `SlotDiedError` once it has ended.
+        Raises `UserError` if the slot cannot be made with the user's configuration, and `SlotDiedError` once the
+        process has ended.
         """
         until_s = time.monotonic() + timeout_s
         while True:
             try:
                 if not self._channel.poll(max(0.0, until_s - time.monotonic())):
                     return None
-                said = self._channel.receive()
+                message = self._channel.receive()
             except (EOFError, OSError):
                 raise self._died() from None
-            if isinstance(said, Refused):
-                raise UserError(said.reason)
-            if isinstance(said, Broken):
-                raise SlotDiedError(f"failed: {said.traceback.strip().splitlines()[-1]}", said.traceback)
-            if not isinstance(said, logging.LogRecord):
-                found: SlotMessage = said
+            if isinstance(message, Refused):
+                raise UserError(message.reason)
+            if isinstance(message, Broken):
+                raise SlotDiedError(f"failed: {message.traceback.strip().splitlines()[-1]}", message.traceback)
+            if not isinstance(message, logging.LogRecord):
+                found: SlotMessage = message
                 return found
-            logging.getLogger(said.name).handle(said)
+            logging.getLogger(message.name).handle(message)
 
     def kill(self) -> None:
-        """End it at once, whatever it does."""
+        """Kill the process at once."""
         self._process.kill()
 
     def end(self) -> None:
-        """End the process: who hears is told that it has died."""
+        """End the process. `receive` then raises `SlotDiedError`."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
         if not self._has_ended():
             self._process.kill()
-            # A process that waits for a device's driver in the kernel may outlive even that.
+            # A process that waits for a device driver in the kernel can survive even this.
             self._has_ended()
 
     def close(self) -> None:
-        """End it, and close the way to it: nobody may send or receive meanwhile."""
+        """End the process and close the channel. No other thread may send or receive meanwhile."""
         self.end()
         self._outbox.put(None)
         self._sender.join()
@@ -160,7 +158,7 @@ class SlotProcess:
         self._socket.close()
 
     def _write(self) -> None:
-        """Send `Start`, and then whatever has come meanwhile as a list of orders."""
+        """Send `Start`, then the orders in the outbox, as many at a time as there are."""
         with suppress(EOFError):
             self._channel.send(self._outbox.get())
             while True:
@@ -172,14 +170,14 @@ class SlotProcess:
                 self._channel.send(orders)
 
     def _has_ended(self) -> bool:
-        """Whether it has, within `END_TIMEOUT_S`."""
+        """Wait for up to `END_TIMEOUT_S`. True if the process has ended."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_TIMEOUT_S)
         return self._process.returncode is not None
 
     def _died(self) -> SlotDiedError:
         if not self._has_ended():
-            return SlotDiedError("does not speak any more")
+            return SlotDiedError("does not answer any more")
         status = self._process.returncode
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
         return SlotDiedError(f"was ended {how}")

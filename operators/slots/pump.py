@@ -1,7 +1,10 @@
-"""Continuous batching beside a stream: the slot's process steps while requests come and go here.
+"""Connects a Flink function to a slot for continuous batching.
 
-The stream's side hands requests in without waiting and takes out what has finished. The process takes in what has come
-between two steps, so that a request joins the running batch one step after its arrival.
+The function submits requests without waiting for answers, and collects answers when they are there. The slot's process
+takes in new requests between two steps, so a request joins the running batch one step after its arrival.
+
+This stands beside the supervisor, and not in it: keeping the answers of Flink's keys apart and limiting the requests in
+flight are independent of how a slot survives the death of its process, and micro-batches need only the latter.
 """
 
 import threading
@@ -15,48 +18,48 @@ from operators.slots.retry_tracker import Retry
 
 
 class Serving(Protocol):
-    """A slot that steps by itself; another thread may receive than sends."""
+    """A slot that answers requests by itself. One thread may send, and another may receive."""
 
     def send(self, order: Envelope) -> None: ...
 
     def receive(self) -> list[Answer | Retry]:
-        """What has finished or is asked again; waits for it, and raises once the slot has ended."""
+        """Wait for answers and retries, and return them. Raises once the slot has ended."""
         ...
 
     def end(self) -> None:
-        """End the slot, soon."""
+        """End the slot soon."""
         ...
 
 
 class Pump:
-    """Keeps a slot's owners apart: each takes out only what it has handed in.
+    """Submits requests of several owners (Flink keys) to one slot, and collects each owner's answers separately.
 
-    All calls come from one thread. If the slot fails, every call raises `RuntimeError`.
+    All calls must come from one thread. If the slot fails, every call raises `RuntimeError`.
     """
 
     def __init__(self, slot: Serving, max_in_flight: int, clock: Clock, rows: int = 1) -> None:
-        """`rows`: sequences that the slot runs together. It has at least as many requests while there are some."""
+        """`rows`: number of sequences that the slot runs together. Waiting requests fill at least these rows."""
         self._slot = slot
         self._max_in_flight = max_in_flight
-        # Room for one request at a time would make the stream and the slot wait for each other at each request.
+        # Resuming after each single answer would make the stream and the slot wait for each other at every request.
         self._resume_at = max_in_flight - max(1, (max_in_flight - rows) // 2)
         self._is_full = False
         self._clock = clock
         self._changed = threading.Condition()
         self._awaited: Callable[[], object] = lambda: False
-        """What the stream's side waits for. It is not woken for anything else: each wake-up costs a thread switch."""
+        """What the calling thread waits for. It is woken for nothing else, since a wake-up costs a thread switch."""
         self._finished: dict[int, list[Answer]] = defaultdict(list)
         self._retried: dict[int, dict[RecordPosition, Envelope]] = defaultdict(dict)
         self._owners: dict[RecordPosition, int] = {}
         """Owner of each request in the slot."""
         self._outstanding: dict[int, int] = defaultdict(int)
-        """For each owner, what it has handed in and not taken out."""
+        """By owner, the number of requests whose answers it has not collected."""
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._receive, name="answers", daemon=True)
         self._thread.start()
 
     def submit(self, owner: int, envelope: Envelope) -> None:
-        """Hand a request in; does not wait for the engine."""
+        """Submit a request. Does not wait for the engine."""
         with self._changed:
             self._require_alive()
             self._owners[envelope.position] = owner
@@ -65,18 +68,18 @@ class Pump:
 
     @property
     def in_flight(self) -> int:
-        """Requests of all owners that the slot has not answered yet."""
+        """Number of requests of all owners that the slot has not answered."""
         return len(self._owners)
 
     def outstanding(self, owner: int) -> int:
-        """Requests of `owner` that it has not taken out yet."""
+        """Number of requests of `owner` whose answers it has not collected."""
         return self._outstanding[owner]
 
-    def wait_for_room(self, timeout_s: float) -> bool:
-        """Whether there is room for one more request, within `timeout_s`.
+    def wait_for_capacity(self, timeout_s: float) -> bool:
+        """Return true as soon as another request may be submitted, or false after `timeout_s`.
 
-        Once the slot is full, this waits until half of the queued requests are answered. After `timeout_s`, room for
-        one is enough: a slow slot would otherwise hold the stream, and its checkpoints, for seconds.
+        Once the slot is full, this waits until half of the queued requests are answered. After `timeout_s`, capacity
+        for one request is enough: otherwise a slow slot would block the stream, and its checkpoints, for seconds.
         """
         if self._is_full or self.in_flight >= self._max_in_flight:
             with self._changed:
@@ -86,7 +89,7 @@ class Pump:
         return not self._is_full
 
     def take(self, owner: int, timeout_s: float = 0.0) -> list[Answer]:
-        """What has finished of `owner`'s and leaves now; waits for a first one up to `timeout_s`."""
+        """Collect the answers of `owner`. Waits for the first one for up to `timeout_s`."""
         if timeout_s <= 0 and owner not in self._finished:
             self._require_alive()
             return []
@@ -110,7 +113,7 @@ class Pump:
             return list(self._retried.pop(owner).values())
 
     def close(self) -> None:
-        """End the slot after the step it is in. What is unanswered stays so."""
+        """End the slot after its current step. Requests without an answer get none."""
         self._slot.end()
         self._thread.join()
 
@@ -126,7 +129,7 @@ class Pump:
                             self._retried[self._owners[one.envelope.position]][one.envelope.position] = one.envelope
                     if self._awaited():
                         self._changed.notify_all()
-        except BaseException as error:  # it is raised again where the stream calls
+        except BaseException as error:  # raised again in the calling thread
             with self._changed:
                 self._error = error
                 self._changed.notify_all()

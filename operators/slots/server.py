@@ -1,6 +1,6 @@
-"""The process of a slot: loads it, takes in what comes between two steps of its engine, sends out what has finished.
+"""The process of a slot: loads the slot, takes in requests between two steps of its engine, and sends answers.
 
-`operators.slots.process` starts it, with the number of the socket that they speak by. It ends when the other side does.
+`operators.slots.process` starts it with the number of the socket between the two. It ends when the other side ends.
 """
 
 import ctypes
@@ -26,13 +26,13 @@ from operators.slots.process import Began, Broken, Heartbeat, Refused, Start
 from operators.slots.slot import InferenceSlot
 
 PR_SET_PDEATHSIG = 1
-"""Option of Linux' `prctl`: the signal that a process gets when its parent ends."""
+"""Option of Linux's `prctl`: the signal that a process gets when its parent ends."""
 HEARTBEAT_S = 0.5
-"""Time between two signs of life."""
+"""Time between two heartbeats."""
 
 
 class ChannelLogHandler(QueueHandler):
-    """Hands log records to the worker, whose log is Flink's."""
+    """Sends log records to the worker, whose log is Flink's."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__(queue=channel)  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ class ChannelLogHandler(QueueHandler):
 
 
 class HeartbeatSender:
-    """Tells the worker that the process lives, and what its slot does, as often as `HEARTBEAT_S` allows."""
+    """Sends the worker heartbeats with the statistics of the slot, at most one every `HEARTBEAT_S`."""
 
     def __init__(self, channel: Channel, clock: Clock) -> None:
         self._channel = channel
@@ -57,7 +57,7 @@ class HeartbeatSender:
 
 
 def serve(channel: Channel, slot: InferenceSlot, heartbeat: HeartbeatSender) -> None:
-    """Answer what comes, until `ChannelClosedError` is raised."""
+    """Answer requests until `ChannelClosedError` is raised."""
     while True:
         heartbeat.beat(slot)
         if channel.poll(0.0 if slot.unfinished else HEARTBEAT_S):
@@ -73,7 +73,7 @@ def serve(channel: Channel, slot: InferenceSlot, heartbeat: HeartbeatSender) -> 
 def run(channel: Channel) -> None:
     start: Start = channel.receive()
     to_worker = ChannelLogHandler(channel)
-    # Whatever else is logged elsewhere.
+    # The handler's own level holds even if --slot-logging lowers that of the loggers.
     to_worker.setLevel(start.log_level)
     # The worker's log adds level and name.
     logging.basicConfig(level=start.log_level, format="%(message)s", handlers=[to_worker])
@@ -94,7 +94,7 @@ def run(channel: Channel) -> None:
             channel.send(Refused(str(error)))
             return
         opened.enter_context(closing(slot))
-        # Nothing of what is loaded by now becomes garbage: collections need not look at it again.
+        # Nothing that is loaded by now becomes garbage: collections need not look at it again.
         gc.collect()
         gc.freeze()
         _report(opened, start.config, slot)
@@ -103,28 +103,31 @@ def run(channel: Channel) -> None:
 
 
 def configure_logging(path: Path) -> None:
-    """As the JSON file at `path` says, beside what goes to the worker. Raises `UserError` where it is not valid."""
+    """Apply the logging configuration in the JSON file at `path`. Records go to the worker as well.
+
+    Raises `UserError` if the file is not valid.
+    """
     try:
         stated = {"version": 1, "disable_existing_loggers": False} | json.loads(path.read_bytes())
         logging.config.dictConfig(stated)
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(f"{error}: {error.__cause__ or ''}".split()).rstrip(": ")
         raise UserError(
-            f"--slot-logging: {path} is no configuration for Python's logging ({reason}); mend it"
+            f"--slot-logging: {path} is not a configuration for Python's logging ({reason}); correct it"
         ) from None
 
 
 def _report(opened: ExitStack, config: JobConfig, slot: InferenceSlot) -> None:
-    """Tell those who place sessions what waits before the engine. Micro-batches wait before the slot instead."""
+    """Report the engine's queue for placement. Micro-batches queue in front of the slot and are reported there."""
     shared = SharedLoads.of(config) if config.batching.batching is Batching.CONTINUOUS else None
     if shared is not None:
         opened.enter_context(closing(LoadReporter(shared, slot.index, lambda: slot.queue_ms)))
 
 
 def end_with_worker() -> None:
-    """Be killed as soon as the worker has ended, also in the midst of a load, or of a pass that hangs.
+    """Ask the kernel to kill this process as soon as the worker ends, even during a load, or a pass that hangs.
 
-    Else it would keep the device's memory from whoever comes next.
+    Otherwise this process would hold the device's memory, which its successor needs.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -132,7 +135,7 @@ def end_with_worker() -> None:
 
 def main() -> None:
     end_with_worker()
-    # A person's Ctrl-C is for the worker, whose end is this process's end.
+    # Ctrl-C in a terminal is for the worker. This process ends with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(Connection(int(sys.argv[1])))
     try:

@@ -1,8 +1,8 @@
-"""Keeps a slot's process alive: one that dies or hangs is replaced, and what it had is asked again.
+"""Replaces a slot's process that dies or hangs, and retries its requests.
 
-A death is no failure of the job, which would load every model again and ask for all that is in flight: requests stay
-with `RetryTracker`, which finds the one that processes die of. Only deaths in a row, without an answer between them,
-fail the slot, so that Flink's own restart strategy takes over.
+The death of a process does not fail the job: a restart of the job would load every model again, and repeat all requests
+in flight. `RetryTracker` keeps the requests and finds the one that kills processes. The slot fails only after several
+deaths in a row without an answer between them. Then Flink's restart strategy takes over.
 """
 
 import logging
@@ -16,7 +16,7 @@ from typing import Protocol
 from core.clock import Clock
 from core.records import DeadLetter
 from operators.config import Batching, JobConfig
-from operators.envelope import Answer, Envelope, MicroBatch, Queue, Ready
+from operators.envelope import Answer, Envelope, MicroBatch, QueueState, Ready
 from operators.metrics.slot_metrics import SlotMetrics
 from operators.slots.process import Began, Heartbeat, SlotDiedError, SlotMessage, SlotProcess
 from operators.slots.retry_tracker import Retry, RetryTracker
@@ -24,18 +24,18 @@ from operators.slots.retry_tracker import Retry, RetryTracker
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.25
-"""Longest wait for what the process says before time-outs are looked at."""
+"""Maximum wait for a message of the process before time-outs are checked."""
 FIRST_BACKOFF_S = 1.0
 MOST_BACKOFF_S = 30.0
 
 
 def backoff_s(deaths: int) -> float:
-    """How long to wait after so many deaths in a row: after the first not at all, then twice as long each time."""
+    """Delay before the next start after this many deaths in a row: none after the first, then doubling each time."""
     return 0.0 if deaths < 2 else min(MOST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(deaths - 2, 16))
 
 
 class Process(Protocol):
-    """A slot's process, as `operators.slots.process` describes it."""
+    """A slot's process: see `operators.slots.process.SlotProcess`."""
 
     def send(self, order: Envelope | MicroBatch) -> None: ...
 
@@ -49,9 +49,10 @@ class Process(Protocol):
 
 
 class Supervisor:
-    """A slot that outlives its processes. Waits until the first one is ready; one thread may send, one receive.
+    """A slot that survives the death of its process. One thread may send, and one may receive.
 
-    Raises `UserError` where no slot can be made of what the user gave, `SlotDiedError` once it has given up.
+    The constructor waits until the first process is ready. Raises `UserError` if the slot cannot be made with the
+    user's configuration, and `SlotDiedError` once it has given up.
     """
 
     def __init__(
@@ -69,13 +70,13 @@ class Supervisor:
         self._requests = RetryTracker(config.supervision.max_attempts, config.engine.request_timeout_ms)
         self._metrics = metrics
         self._changing = threading.Lock()
-        """Held while what is in custody or the process changes."""
+        """Held while `_requests` or `_process` changes."""
         self._process: Process | None = None
         self._serves = False
-        """Whether the process is ready to be sent to."""
+        """True while the process is ready for requests."""
         self._heard_ms = 0.0
         self._deaths = 0
-        """Since a process last answered."""
+        """Number of deaths since the last answer."""
         self._ended = threading.Event()
         self._ready: Future[Ready] = Future()
         self._came: SimpleQueue[list[Answer | Retry] | BaseException] = SimpleQueue()
@@ -89,11 +90,11 @@ class Supervisor:
             raise
 
     def send(self, order: Envelope) -> None:
-        """Take a request in. Never waits for the process."""
+        """Submit a request. Never waits for the process."""
         self._take([order])
 
     def receive(self) -> list[Answer | Retry]:
-        """What has finished or is asked again, as soon as there is something."""
+        """Wait for answers and retries, and return them."""
         came = self._came.get()
         if isinstance(came, BaseException):
             self._came.put(came)
@@ -101,7 +102,7 @@ class Supervisor:
         return came
 
     def answer(self, batch: Sequence[Envelope]) -> list[Answer]:
-        """Answer a closed group, in the order in which its requests finish."""
+        """Answer a micro-batch. The answers are in the order in which their requests finish."""
         self._take(batch)
         answers: list[Answer] = []
         while len(answers) < len(batch):
@@ -109,7 +110,7 @@ class Supervisor:
         return answers
 
     def end(self) -> None:
-        """End the process for good: who receives is told that it has died."""
+        """End the process for good. `receive` then raises `SlotDiedError`."""
         self._ended.set()
         with self._changing:
             process = self._process
@@ -127,7 +128,7 @@ class Supervisor:
             self._give()
 
     def _give(self) -> None:
-        """Send what the process may have now."""
+        """Send the requests that the process may have now."""
         if self._process is None or not self._serves:
             return
         envelopes = self._requests.give()
@@ -140,7 +141,7 @@ class Supervisor:
             while True:
                 if came := [*self._next(), *self._expired()]:
                     self._came.put(came)
-        except BaseException as error:  # it is raised again where the stream calls
+        except BaseException as error:  # raised again in the thread that calls `receive`
             if self._process is not None:
                 self._process.close()
             if not self._ready.done():
@@ -148,7 +149,7 @@ class Supervisor:
             self._came.put(error)
 
     def _next(self) -> list[Answer | Retry]:
-        """What comes of the next thing that happens; for a moment nothing may."""
+        """Wait for the next message or death, for `LOOK_S` at most, and return what results from it."""
         try:
             if self._process is None:
                 self._replace()
@@ -164,7 +165,7 @@ class Supervisor:
         self._heard_ms = self._clock.monotonic_ms()
         with self._changing:
             self._process = process
-        # Whoever has ended the slot meanwhile has found no process to end.
+        # A call of `end` in the meantime found no process to end.
         if self._ended.is_set():
             process.end()
 
@@ -205,7 +206,7 @@ class Supervisor:
         return []
 
     def _bury(self, death: SlotDiedError) -> list[Answer | Retry]:
-        """What becomes of what the process had; the next one is started after that."""
+        """Return the requests of the dead process as retries and dead letters."""
         with self._changing:
             process, self._process, self._serves = self._process, None, False
             came = self._requests.lost(death.how)
@@ -220,10 +221,10 @@ class Supervisor:
         self._metrics.restarts.inc()
         self._metrics.retries.inc(sum(isinstance(one, Retry) for one in came))
         delay_s = backoff_s(self._deaths)
-        logger.warning("in the midst of %d requests %s\nAnother one starts in %g s", len(came), death, delay_s)
+        logger.warning("with %d requests running, %s\nThe next process starts in %g s", len(came), death, delay_s)
         return came
 
-    def _queue(self) -> Queue:
+    def _queue(self) -> QueueState:
         with self._changing:
             return self._requests.queue
 

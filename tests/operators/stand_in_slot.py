@@ -207,17 +207,17 @@ def no_waits() -> Iterator[list[float]]:
     Who waits for room gets it: the slot answers the oldest.
     """
     waits: list[float] = []
-    take, wait_for_room = Pump.take, Pump.wait_for_room
+    take, wait_for_capacity = Pump.take, Pump.wait_for_capacity
 
     def take_at_once(pump: Pump, owner: int, timeout_s: float = 0.0) -> list[Answer]:
         waits.append(timeout_s)
         pump._slot.settle()  # type: ignore[attr-defined]
         return take(pump, owner)
 
-    def make_room(pump: Pump, timeout_s: float) -> bool:
-        if not wait_for_room(pump, 0.0):
+    def make_capacity(pump: Pump, timeout_s: float) -> bool:
+        if not wait_for_capacity(pump, 0.0):
             pump._slot.let_go(pump._slot.running[0])  # type: ignore[attr-defined]
-        return wait_for_room(pump, 0.0)
+        return wait_for_capacity(pump, 0.0)
 
-    with mock.patch.object(Pump, "take", take_at_once), mock.patch.object(Pump, "wait_for_room", make_room):
+    with mock.patch.object(Pump, "take", take_at_once), mock.patch.object(Pump, "wait_for_capacity", make_capacity):
         yield waits

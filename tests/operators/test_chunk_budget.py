@@ -196,7 +196,7 @@ def test_a_slot_has_a_share_where_there_is_a_budget(config: JobConfig, granted: 
 
 
 def test_a_budget_that_cannot_be_is_refused_before_the_start() -> None:
-    with pytest.raises(UserError, match="--budget-chunks: slots share it by way of Redis; add --redis-url"):
+    with pytest.raises(UserError, match="--budget-chunks: slots share it through Redis; add --redis-url"):
         check_before_start(job(redis_url=None))
     with pytest.raises(ValueError, match="budget_chunks is below min_capacity_chunks of all slots"):
         job(budget_chunks=63)

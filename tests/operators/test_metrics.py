@@ -22,7 +22,7 @@ from core.records import DeadLetter, FinishReason
 from inference_service.completion import timed_out
 from inference_service.stats import EngineStats
 from operators.config import JobConfig, MetricsConfig
-from operators.envelope import Queue, SlotStats
+from operators.envelope import QueueState, SlotStats
 from operators.metrics import endpoint as metrics_endpoint
 from operators.metrics.endpoint import MetricsEndpoint
 from operators.metrics.sliding_window import MOST, SPAN_MS, SlidingWindow
@@ -194,7 +194,7 @@ def test_how_many_decode_together_is_of_the_time_since_the_last_sign_of_life(met
 def test_the_queue_is_what_has_not_begun(metrics: SlotMetrics, clock: ManualClock) -> None:
     made = RetryTracker(3, 0.0)
     metrics.queue, metrics.waiting_since_ms = lambda: made.queue, lambda: made.waiting_since_ms
-    assert (made.queue, made.waiting_since_ms) == (Queue(0, 0), None)
+    assert (made.queue, made.waiting_since_ms) == (QueueState(0, 0), None)
     assert samples(metrics)["oldest_wait_seconds"] == 0
     for number, decoded_at_ms in ((1, 400.0), (2, 600.0), (3, 800.0)):
         made.take(replace(envelope(number), decoded_at_ms=decoded_at_ms))
@@ -208,7 +208,7 @@ def test_the_queue_is_what_has_not_begun(metrics: SlotMetrics, clock: ManualCloc
 def test_flink_has_some_of_the_gauges_in_whole_numbers(metrics: SlotMetrics) -> None:
     metrics.update(stats(running=4, decode_passes=2, decoded_tokens=5))
     metrics.answered(response(e2e_ms=212.4))
-    metrics.queue = lambda: Queue(4, 3)
+    metrics.queue = lambda: QueueState(4, 3)
     gauges = {name: read() for name, read in metrics.flink_gauges().items()}
     assert {type(value) for value in gauges.values()} == {int}
     assert (gauges["infertuner_in_flight_requests"], gauges["infertuner_waiting_requests"]) == (4, 3)

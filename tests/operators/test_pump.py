@@ -71,28 +71,28 @@ def test_a_request_reaches_the_slot_at_once_while_others_run(pump: Pump, slot: G
 
 
 def test_there_is_no_room_at_the_cap_until_one_is_done(pump: Pump, slot: GatedSlot) -> None:
-    assert pump.wait_for_room(0.0)
+    assert pump.wait_for_capacity(0.0)
     hand_in(pump, 1, 2, 3)
-    assert not pump.wait_for_room(0.01)
+    assert not pump.wait_for_capacity(0.01)
     slot.let_go(3)
     # Room is made when one is answered, not when its answer is taken out.
-    assert pump.wait_for_room(WAIT_S)
+    assert pump.wait_for_capacity(WAIT_S)
     hand_in(pump, 4)
-    assert not pump.wait_for_room(0.0)
+    assert not pump.wait_for_capacity(0.0)
 
 
 def test_a_slow_slot_has_room_for_one_after_the_wait_for_more(slot: GatedSlot, clock: ManualClock) -> None:
     pump = Pump(slot, max_in_flight=9, clock=clock, rows=1)
     hand_in(pump, *range(9))
-    assert not pump.wait_for_room(0.01)
+    assert not pump.wait_for_capacity(0.01)
     slot.let_go(3)
     assert taken(pump, 1) == [3]
     # Four would have to be done for the wait to end early.
-    assert pump.wait_for_room(0.01)
+    assert pump.wait_for_capacity(0.01)
     hand_in(pump, 9)
-    assert not pump.wait_for_room(0.01)
+    assert not pump.wait_for_capacity(0.01)
     slot.let_go(4, 5, 6, 7)
-    assert pump.wait_for_room(WAIT_S)
+    assert pump.wait_for_capacity(WAIT_S)
     pump.close()
 
 
@@ -102,7 +102,7 @@ def test_in_flight_is_what_is_unanswered_and_outstanding_what_is_not_taken_out(p
     hand_in(pump, 3, owner=2)
     assert (pump.in_flight, pump.outstanding(1), pump.outstanding(2)) == (3, 2, 1)
     slot.let_go(2)
-    assert pump.wait_for_room(WAIT_S)
+    assert pump.wait_for_capacity(WAIT_S)
     assert (pump.in_flight, pump.outstanding(1), pump.outstanding(2)) == (2, 2, 1)
     assert taken(pump, 1) == [2]
     assert (pump.in_flight, pump.outstanding(1), pump.outstanding(2)) == (2, 1, 1)
@@ -122,7 +122,7 @@ def test_an_answer_bears_the_time_at_which_it_is_taken_out(pump: Pump, slot: Gat
     slot.responses = {1: finished, 2: finished}
     hand_in(pump, 1, 2, 3)
     slot.let_go(1)
-    assert pump.wait_for_room(WAIT_S)
+    assert pump.wait_for_capacity(WAIT_S)
     clock.advance(250.0)
     (first,) = pump.take(1)
     assert first.position == RecordPosition("t", 0, 1)
@@ -143,7 +143,7 @@ def test_a_slot_that_fails_is_told_to_every_caller(pump: Pump, slot: GatedSlot) 
     with pytest.raises(RuntimeError, match="device lost"):
         hand_in(pump, 2)
     with pytest.raises(RuntimeError, match="device lost"):
-        pump.wait_for_room(WAIT_S)
+        pump.wait_for_capacity(WAIT_S)
     assert slot.sent == [1]
 
 
@@ -152,7 +152,7 @@ def test_who_waits_at_the_cap_is_told_that_the_slot_failed(pump: Pump, slot: Gat
     failing = threading.Timer(0.05, slot.fail, [OSError("device lost")])
     failing.start()
     with pytest.raises(RuntimeError, match="device lost"):
-        pump.wait_for_room(WAIT_S)
+        pump.wait_for_capacity(WAIT_S)
     failing.join()
 
 

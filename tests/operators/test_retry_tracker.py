@@ -78,7 +78,11 @@ def test_who_it_dies_of_again_is_given_up_and_says_how() -> None:
         made.give()
         made.began([at(1)])
         ends.append(outcome(made.lost(how)))
-    assert ends == [{1: 1}, {1: 2}, {1: "the slot's process died 3 times in the midst of it: was ended by SIGKILL"}]
+    assert ends == [
+        {1: 1},
+        {1: 2},
+        {1: "the slot's process died 3 times while it worked on this request: was ended by SIGKILL"},
+    ]
     assert len(made) == 0
     assert made.give() == []
     assert poison.attempts == 0
@@ -89,7 +93,7 @@ def test_a_single_attempt_is_the_only_one() -> None:
     taken(made, 1)
     made.give()
     made.began([at(1)])
-    assert outcome(made.lost("hung")) == {1: "the slot's process died once in the midst of it: hung"}
+    assert outcome(made.lost("hung")) == {1: "the slot's process died once while it worked on this request: hung"}
 
 
 def test_a_prompt_that_kills_before_it_has_begun_is_found_too() -> None:

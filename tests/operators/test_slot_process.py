@@ -325,7 +325,7 @@ def test_a_process_that_stops_in_the_midst_of_a_word_is_not_waited_for(
         time.sleep(0.01)
     os.kill(process._process.pid, signal.SIGSTOP)
     monkeypatch.setattr(slot_process, "END_TIMEOUT_S", 0.1)
-    with pytest.raises(SlotDiedError, match="does not speak any more"):
+    with pytest.raises(SlotDiedError, match="does not answer any more"):
         process.answers()
 
 

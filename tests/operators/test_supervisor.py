@@ -152,7 +152,7 @@ def test_only_who_the_process_dies_of_is_not_answered(start: Start, poison: str,
     assert sorted(found.responses) == [0, 1, 3, 4, 5]
     (number, refused), *_ = found.letters.items()
     assert number == 2
-    assert refused.reason == f"the slot's process died 2 times in the midst of it: {how}"
+    assert refused.reason == f"the slot's process died 2 times while it worked on this request: {how}"
     assert (refused.stage, refused.raw, refused.request_id) == ("inference", requests[2].raw, "r2")
     assert max(found.retries.values(), default=1) == 1
     # It serves on.
