@@ -1,4 +1,4 @@
-"""A circuit breaker: after failures in a row it leaves a service alone, then lets one probe through."""
+"""A circuit breaker: after several failures in a row it blocks calls to a service, and later lets one probe through."""
 
 import threading
 
@@ -6,9 +6,9 @@ from core.clock import Clock
 
 
 class CircuitBreaker:
-    """Closed until `failures` failures in a row; open for `open_ms`; then half-open: one probe decides.
+    """Closed until `failures` failures in a row, then open for `open_ms`, then half-open: one probe decides.
 
-    Every `try_acquire` that returns true is followed by exactly one `success` or `failure`. Thread-safe.
+    Each `try_acquire` that returns true must be followed by exactly one `success` or `failure`. Thread-safe.
     """
 
     def __init__(self, failures: int, open_ms: float, clock: Clock) -> None:
@@ -23,14 +23,14 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether a call would be refused outright; false once a probe is due. Changes nothing."""
+        """True if a call would be refused now. False once a probe is due. Does not change the state."""
         with self._lock:
             if self._retired:
                 return True
             return self._opened_at_ms is not None and (self._probing or not self._probe_due(self._opened_at_ms))
 
     def try_acquire(self) -> bool:
-        """Whether the caller may try the service now."""
+        """True if the caller may call the service now."""
         with self._lock:
             if self._retired:
                 return False
@@ -42,14 +42,14 @@ class CircuitBreaker:
             return True
 
     def success(self) -> None:
-        """The service answered: closed, and the failures are forgotten."""
+        """The service answered. Closes the breaker and resets the failures."""
         with self._lock:
             self._failures = 0
             self._opened_at_ms = None
             self._probing = False
 
     def failure(self) -> bool:
-        """The service failed; whether this opened the breaker, or kept it open after a probe."""
+        """The service failed. True if this opened the breaker, or kept it open after a probe."""
         with self._lock:
             self._failures += 1
             if self._failures < self._failures_to_open and not self._probing:
@@ -59,7 +59,7 @@ class CircuitBreaker:
             return True
 
     def retire(self) -> None:
-        """Leave the service alone for good: it can never serve."""
+        """Refuse all calls from now on: the service cannot be used at all."""
         with self._lock:
             self._retired = True
 

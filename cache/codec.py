@@ -1,4 +1,4 @@
-"""The record that one chunk is in Redis: a header of 128 bytes, then its payload (`cache.payload`).
+"""The record of a chunk in Redis: a header of 128 bytes, then the payload (`cache.payload`).
 
 | offset | bytes | field                                                        |
 |--------|-------|--------------------------------------------------------------|
@@ -14,10 +14,10 @@
 | 108    | 1     | codec of the payload: 0 raw, 1 int8                          |
 | 109    | 3     | zero                                                         |
 | 112    | 16    | seal of the 112 bytes before and of the payload: xxh3-128,   |
-|        |       | or HMAC-SHA256-128 where the job has a key (`cache.seal`)    |
+|        |       | or HMAC-SHA256-128 if the job has a key (`cache.seal`)       |
 
-All numbers are little-endian. The reader knows what it asked for, so every field has one right value; nothing in a
-record decides how much is allocated. Payloads are compared and moved as bytes, so NaN payloads survive.
+All numbers are little-endian. The reader knows which chunk it asked for, so each field has exactly one valid value. No
+field decides how much memory is allocated. Payloads are compared and moved as bytes.
 """
 
 import hmac
@@ -33,7 +33,7 @@ from cache.seal import CHECKSUM, Seal
 MAGIC = b"INFTKVC\x00"
 VERSION = 1
 HEADER_BYTES = 128
-"""A multiple of 64, so that the payload of an aligned record is aligned as well."""
+"""A multiple of 64, so that the payload of an aligned record is aligned too."""
 
 _FIELDS = struct.Struct("<8sHBBIQ5I32s32sB3x")
 _DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -54,7 +54,7 @@ def encode_header(
     *,
     seal: Seal = CHECKSUM,
 ) -> bytes:
-    """The header that stands before `payload`, which `codec` made of a chunk of `shape`."""
+    """The header for `payload`, which `codec` made from a chunk of `shape`."""
     fields = _expected_fields(shape, fingerprint, chunk_hash, codec)
     return fields + seal.of(fields, payload)
 
@@ -62,7 +62,7 @@ def encode_header(
 def check_header(
     header: Buffer, shape: ChunkShape, fingerprint: bytes, chunk_hash: bytes, codec: RemoteCodec = RemoteCodec.RAW
 ) -> None:
-    """Raise `RecordError`, naming the field, unless `header` announces exactly the chunk that was asked for."""
+    """Raise `RecordError` with the name of the field unless `header` is that of the requested chunk."""
     if len(header) != HEADER_BYTES:
         raise RecordError(f"header of {len(header)} bytes")
     fields = bytes(header[: _FIELDS.size])
@@ -72,8 +72,8 @@ def check_header(
 
 
 def check_payload(header: Buffer, payload: Buffer, seal: Seal = CHECKSUM) -> None:
-    """Raise `RecordError` unless the seal in `header` is that of header and `payload`."""
-    # In constant time: how much of a guess was right must not show.
+    """Raise `RecordError` unless the seal in `header` matches header and `payload`."""
+    # In constant time, so that timing does not reveal how much of a forged seal is right.
     if not hmac.compare_digest(seal.of(header[: _FIELDS.size], payload), bytes(header[_FIELDS.size :])):
         raise RecordError("checksum does not match" if seal.key_name is None else "it was not made with our key")
 
@@ -87,7 +87,7 @@ def encode(
     *,
     seal: Seal = CHECKSUM,
 ) -> bytes:
-    """The whole record of `chunk` (contiguous, of `shape`, on the CPU) as one string; copies the payload.
+    """The whole record of `chunk` (contiguous, of `shape`, on the CPU) as one byte string. Copies the payload.
 
     Raises `UnfitChunkError` for a chunk that `codec` cannot hold.
     """
@@ -104,9 +104,9 @@ def decode(
     *,
     seal: Seal = CHECKSUM,
 ) -> torch.Tensor:
-    """The tensor of `shape` inside `record`; a view of it where that is raw. Raises `RecordError` for any other chunk.
+    """The tensor of `shape` in `record`. For the raw codec it is a view of `record`.
 
-    Writing to the view is writing to `record`; over `bytes`, which are read-only, it is not allowed.
+    A view of `bytes` must not be written to. Raises `RecordError` for any other chunk.
     """
     if len(record) != record_bytes(shape, codec):
         raise RecordError(f"record of {len(record)} bytes instead of {record_bytes(shape, codec)}")

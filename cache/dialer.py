@@ -1,11 +1,11 @@
-"""Opens the look-up's connection in a thread of its own, because name resolution obeys no deadline."""
+"""Opens the connection for lookups in a thread of its own, because name resolution has no time-out."""
 
 import threading
 
 from cache.redis_wire import Deadline, RedisAddress, RedisConnection
 
 _DIAL_TIMEOUT_MS = 2000.0
-"""Timeout of one connection attempt. It outlives the look-up that started it; the next look-up uses its result."""
+"""Time-out of one connection attempt. It can outlast its lookup. Then the next lookup uses the connection."""
 
 
 class _Attempt:
@@ -19,7 +19,7 @@ class _Attempt:
         threading.Thread(target=self._dial, name="cache-dialer", daemon=True).start()
 
     def abandon(self) -> None:
-        """Close what the attempt has opened or will open."""
+        """Close the connection that the attempt has opened or will open."""
         with self._lock:
             self._abandoned = True
             if self.connection is not None:
@@ -28,7 +28,7 @@ class _Attempt:
     def _dial(self) -> None:
         try:
             connection = RedisConnection.open(self._address, Deadline(_DIAL_TIMEOUT_MS))
-        except Exception as error:  # Handed to the thread that asked, which knows what to do with each kind.
+        except Exception as error:  # Raised again in the thread that called `connect`.
             self.error = error
         else:
             with self._lock:
@@ -39,14 +39,14 @@ class _Attempt:
 
 
 class Dialer:
-    """At most one attempt at a time; for one caller's thread."""
+    """Makes at most one attempt at a time. For use by one thread."""
 
     def __init__(self, address: RedisAddress) -> None:
         self._address = address
         self._attempt: _Attempt | None = None
 
     def connect(self, deadline: Deadline) -> RedisConnection:
-        """A fresh connection, maybe one begun by an earlier call. Raises `TimeoutError` or the attempt's own error."""
+        """A new connection, maybe from an attempt of an earlier call. Raises `TimeoutError`, or the attempt's error."""
         attempt = self._attempt or _Attempt(self._address)
         self._attempt = attempt
         if not attempt.done.wait(deadline.remaining_s()):

@@ -1,8 +1,8 @@
-"""Keys: which chunk of which prompt, under which model, for which tenant.
+"""Keys of chunks. A key depends on the model, the tenant, and all tokens up to the end of the chunk.
 
-`h0 = sha256(length-prefixed, tagged fields)` and `h(i) = sha256(h(i-1) || tokens of chunk i as little-endian u32)`, so
-that a key names a chunk together with everything before it, which is what its key/value tensors depend on. Only
-content goes in: the same keys come out of every process, whatever its PYTHONHASHSEED.
+`h0 = sha256(length-prefixed, tagged fields)` and `h(i) = sha256(h(i-1) || tokens of chunk i as little-endian u32)`. A
+key thus names a chunk together with everything before it, on which its key/value tensors depend. Keys depend on content
+only: every process computes the same keys, whatever its PYTHONHASHSEED.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from cache.config import RemoteCodec
 from cache.protocol import ChunkShape, ModelIdentity
 
 SCHEMA_VERSION = 1
-"""Part of every key; a new meaning of keys or tensors takes a new number, and old entries are never found."""
+"""Part of every key. A new meaning of keys or tensors needs a new number. Old entries are then never found."""
 
 TOKEN_BYTES = 4
 
@@ -32,7 +32,7 @@ class PromptKeys:
 
 
 class KeySchema:
-    """Makes the keys of one model's chunks under one codec and seal. Pure: calls change nothing."""
+    """Makes the keys of one model's chunks for one codec and seal. Calls change nothing."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class KeySchema:
         return root.digest()
 
     def of(self, token_ids: Sequence[int], salt: str = "") -> PromptKeys:
-        """The keys of the full chunks of `token_ids`; a rest shorter than a chunk has none.
+        """The keys of the full chunks of `token_ids`. A rest that is shorter than a chunk has no key.
 
         Raises `OverflowError` for an id outside `[0, 2**32)`, which no tokenizer produces.
         """
@@ -84,15 +84,15 @@ def _fields(
         "settings": identity.settings,
         "adapter": identity.adapter,
         "dtype": str(shape.dtype),
-        # The payload is raw memory; a machine of the other byte order must not find it.
+        # The payload is raw memory, so a machine of the other byte order must not find it.
         "byteorder": sys.byteorder,
     }
     if codec is not RemoteCodec.RAW:
-        # Whatever was computed after an approximate chunk is approximate as well: all of it is kept apart from the keys
-        # of those who want exact chunks, which are what they were before there were codecs.
+        # Chunks that were computed after an approximate chunk are approximate too. They must have other keys than exact
+        # chunks. Keys of exact chunks have no codec field, so they are the same as before there were codecs.
         texts["codec"] = codec.value
     if seal_key_name is not None:
-        # Those with another key, or none, would take a chunk that is sealed with this one for damaged and delete it.
+        # Jobs with another secret key, or none, would take these chunks for damaged, and delete them.
         texts["seal"] = seal_key_name
     for tag, number in numbers.items():
         yield _tagged(tag, struct.pack("<Q", number))
@@ -101,7 +101,7 @@ def _fields(
 
 
 def _tagged(tag: str, value: bytes) -> bytes:
-    # Lengths before both: without them ("ab", "c") and ("a", "bc") would be one key.
+    # With lengths in front of both, since otherwise ("ab", "c") and ("a", "bc") would be the same key.
     name = tag.encode("ascii")
     return struct.pack("<II", len(name), len(value)) + name + value
 

@@ -1,4 +1,4 @@
-"""The local tier: real tensors in the operator's process, counted in chunks of one size."""
+"""The local tier: tensors in the memory of the slot's process. All chunks have the same size."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +16,11 @@ class _Entry:
 
 
 class LocalTier:
-    """Chunks by key, at most `capacity_chunks` of them; the eviction policy says which leaves for another.
+    """Chunks by key, at most `capacity_chunks` of them. The eviction policy chooses which chunk makes room for another.
 
-    Chunks are immutable once they are in. A pinned chunk never leaves. Room is taken by `reserve` before a chunk's
-    memory is filled, so that what is in flight counts as well. After a shrink pinned chunks may stand above the
-    capacity; they leave as they are unpinned. Not thread-safe: it belongs to the engine's thread.
+    Stored chunks are immutable. A pinned chunk is never evicted. `reserve` takes room before the memory of a chunk is
+    filled, so chunks in flight count too. After a shrink, pinned chunks may exceed the capacity. They are evicted when
+    they are unpinned. Not thread-safe: the tier belongs to the engine's thread.
     """
 
     def __init__(self, capacity_chunks: int, chunk_bytes: int, eviction: EvictionPolicy) -> None:
@@ -43,7 +43,7 @@ class LocalTier:
 
     @property
     def used_chunks(self) -> int:
-        """Chunks that are in, and those that room is reserved for."""
+        """Number of stored chunks, and of those with reserved room."""
         return len(self._entries) + self._in_flight
 
     @property
@@ -52,11 +52,11 @@ class LocalTier:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of tensors that are in or in flight."""
+        """Bytes of tensors that are stored or in flight."""
         return self.used_chunks * self._chunk_bytes
 
     def pin(self, key: bytes) -> torch.Tensor | None:
-        """The chunk, kept in place until as many `unpin` as `pin`; `None` if it is not here."""
+        """Return the chunk and keep it until `unpin` is called as often as `pin`. None if it is not stored."""
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -64,7 +64,7 @@ class LocalTier:
         return entry.chunk
 
     def unpin(self, key: bytes) -> None:
-        """Undo one `pin`. A chunk that stood above the capacity may leave now."""
+        """Undo one `pin`. A chunk above the capacity may be evicted now."""
         entry = self._entries[key]
         if entry.pins == 0:
             raise RuntimeError("a chunk was unpinned more often than pinned")
@@ -72,15 +72,15 @@ class LocalTier:
         self._evict_down_to(self.capacity_chunks)
 
     def request(self, keys: Sequence[bytes]) -> None:
-        """A prompt asks for its chunks, first to last: one use of each, whether it is here or may come."""
+        """A prompt asks for its chunks, first to last. This counts as one use of each, stored or not."""
         self._eviction.on_request(keys)
 
     def arrange(self, keys: Sequence[bytes]) -> None:
-        """These chunks, which are here, are a prompt's, first to last: the last is to leave first."""
+        """These stored chunks belong to one prompt, first to last. The last is to be evicted first."""
         self._eviction.arrange(keys)
 
     def resize(self, capacity_chunks: int) -> None:
-        """Set the capacity. Growing evicts nothing; shrinking evicts down to it, pinned chunks excepted."""
+        """Set the capacity. Shrinking evicts chunks down to it, except pinned ones."""
         if capacity_chunks != self.capacity_chunks:
             self.capacity_chunks = capacity_chunks
             self._eviction.on_resize(capacity_chunks)
@@ -88,10 +88,10 @@ class LocalTier:
 
     @contextmanager
     def reserve(self, key: bytes) -> Iterator["Reservation | None"]:
-        """Room for the chunk `key`, which is not here, while its memory is filled.
+        """Reserve room for the chunk `key`, which is not stored, while its memory is filled.
 
-        `None` if everything here is pinned or in flight, or is worth more by the eviction policy. Room that is not
-        used by `commit` before the block ends, in whatever way, is given back.
+        `None` if all stored chunks are pinned or in flight, or the eviction policy values them more. Unless `commit` is
+        called, the room is free again at the end of the block.
         """
         if not self._make_room(key):
             yield None
@@ -105,7 +105,7 @@ class LocalTier:
                 self._in_flight -= 1
 
     def put(self, key: bytes, chunk: torch.Tensor) -> bool:
-        """Keep a finished chunk; false if there is no room for it, or none may be made."""
+        """Store a finished chunk. False if there is no room for it."""
         with self.reserve(key) as reservation:
             if reservation is None:
                 return False
@@ -137,7 +137,7 @@ class LocalTier:
 
 
 class Reservation:
-    """Room for one chunk in a `LocalTier`."""
+    """Reserved room for one chunk in a `LocalTier`."""
 
     def __init__(self, tier: LocalTier, key: bytes) -> None:
         self._tier = tier
@@ -145,6 +145,6 @@ class Reservation:
         self.committed = False
 
     def commit(self, chunk: torch.Tensor) -> None:
-        """Make `chunk` visible, which must not be in the tier."""
+        """Store `chunk`, which must not be in the tier yet."""
         self._tier._insert(self._key, chunk)
         self.committed = True

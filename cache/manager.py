@@ -1,4 +1,4 @@
-"""The two-level cache: the local tier first, Redis for the rest of the prefix."""
+"""The two-level cache: the local tier first, then Redis for the rest of the prefix."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +54,7 @@ class PinnedPrefix:
         self.release()
 
     def release(self) -> None:
-        """Let the chunks go: `chunks` is empty from now on. Idempotent."""
+        """Unpin the chunks. `chunks` is empty from now on. Idempotent."""
         if self._on_release is not None:
             self._on_release()
             self._on_release = None
@@ -64,10 +64,10 @@ class PinnedPrefix:
 def open_cache(
     config: CacheConfig, shape: ChunkShape, identity: ModelIdentity, clock: Clock, shares: Shares | None = None
 ) -> "TwoLevelCache":
-    """A cache as `config` describes it, empty; without `redis_url` it has a local tier only. Does not wait for Redis.
+    """Make an empty cache. Without `redis_url` it has a local tier only. Does not wait for Redis.
 
-    `shares`: the budget that it shares with other slots, for the strategy MRC.
-    Raises `UserError` for a `redis_url` that is none and for secrets that this host cannot read, and `ValueError` if
+    `shares`: the share of a budget that several slots divide, for the strategy MRC.
+    Raises `UserError` for an invalid `redis_url` and for secrets that this host cannot read, and `ValueError` if
     `shape` has another chunk size.
     """
     if shape.chunk_tokens != config.chunk_tokens:
@@ -129,14 +129,14 @@ class TwoLevelCache:
         try:
             keys = self._keys.of(token_ids, salt)
         except Exception:
-            logger.exception("the keys of a prompt could not be made; nothing is fetched for it")
+            logger.exception("cannot compute the keys of a prompt; nothing is fetched for it")
             return None
         if all(key in self._local for key in keys.hashes):
             return None
         return self._fetcher.begin(keys, prefill_ms_per_token, priority)
 
     def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> PinnedPrefix:
-        """See `cache.protocol.KVCache`. Chunks that came from Redis move into the local tier where there is room."""
+        """See `cache.protocol.KVCache`. Chunks from Redis are stored in the local tier if there is room."""
         self._lookups += 1
         pinned: list[bytes] = []
         try:
@@ -149,8 +149,8 @@ class TwoLevelCache:
             self._chunks_looked_up += len(keys.hashes)
             found = self._pin_prefix(keys.hashes, fetched, pinned)
         except Exception:
-            # A fault of a policy, say. The engine computes the prompt.
-            logger.exception("a look-up failed; nothing is reused")
+            # For example an error in a policy. The engine then computes the prompt.
+            logger.exception("a lookup failed; nothing is reused")
             self._unpin_all(pinned)
             return PinnedPrefix([], [], self._local.capacity_chunks, self._local.used_chunks, lambda: None)
         outside = len(found) - len(pinned)
@@ -169,16 +169,16 @@ class TwoLevelCache:
     def fetch_and_lookup(
         self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None
     ) -> PinnedPrefix:
-        """`prefetch`, wait for Redis and `lookup`, for callers that have nothing else to do meanwhile."""
+        """`prefetch`, wait for Redis, then `lookup`: for callers that can wait."""
         prefetch = self.prefetch(token_ids, salt, prefill_ms_per_token)
         if prefetch is not None:
             prefetch.finish()
         return self.lookup(token_ids, salt, prefetch)
 
     def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:
-        """See `cache.protocol.KVCache`. Chunks that the local tier does not take go to Redis alone, if there is one.
+        """See `cache.protocol.KVCache`. Chunks without room in the local tier go to Redis only.
 
-        A chunk that the local tier has already, but Redis is not known to, is queued without being read again.
+        A chunk that is in the local tier, but not known to be in Redis, is queued without being copied again.
         """
         keys = self._keys.of(token_ids, salt)
         stored = 0
@@ -188,7 +188,7 @@ class TwoLevelCache:
                 if key not in self._local:
                     stored += self._keep(keys.fingerprint, index, key, read_chunk)
                 chunk = self._local.pin(key)
-                # What is pinned is not evicted: a prompt never makes room for its end at the cost of its beginning.
+                # Pinned chunks are not evicted, so a prompt does not lose its beginning to make room for its end.
                 if chunk is not None:
                     pinned.append(key)
                     self._write_behind(keys.fingerprint, key, chunk)
@@ -203,7 +203,7 @@ class TwoLevelCache:
         return stored
 
     def flush(self, timeout_s: float = 5.0) -> bool:
-        """Write out what is queued for Redis; whether that was done in time."""
+        """Write the queued chunks to Redis. True if that was done in time."""
         return self._remote is None or self._remote.writes.flush(timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -244,9 +244,9 @@ class TwoLevelCache:
     def _pin_prefix(
         self, hashes: Sequence[bytes], fetched: Mapping[bytes, torch.Tensor], pinned: list[bytes]
     ) -> list[tuple[torch.Tensor, Tier]]:
-        """The chunks of the longest prefix. Those that the local tier holds in the end are pinned, and in `pinned`."""
+        """The chunks of the longest prefix. Pins those in the local tier, and adds their keys to `pinned`."""
         self._local.request(hashes)
-        # Pinned before anything is promoted, which may evict.
+        # Pin first: storing fetched chunks may evict others.
         resident: dict[bytes, torch.Tensor] = {}
         for key in hashes:
             if (chunk := self._local.pin(key)) is not None:
@@ -258,7 +258,7 @@ class TwoLevelCache:
             self._local.unpin(pinned.pop())
         if reused < len(prefix):
             for key, (chunk, tier) in zip(hashes, prefix, strict=False):
-                # Pinned at once, so that a later chunk of the prompt does not take its room.
+                # Pin at once, so that a later chunk of the prompt does not evict it.
                 if tier == "remote" and self._local.put(key, chunk):
                     self._local.pin(key)
                     pinned.append(key)
@@ -270,7 +270,7 @@ class TwoLevelCache:
     def _keep(
         self, fingerprint: bytes, index: int, key: bytes, read_chunk: Callable[[int, torch.Tensor], None]
     ) -> bool:
-        """Read one chunk and keep it in the local tier or, if that does not take it, for Redis; whether it was kept."""
+        """Copy one chunk to the local tier or, without room there, to the queue for Redis. True if it was kept."""
         with self._local.reserve(key) as reservation:
             if reservation is not None:
                 reservation.commit(self._filled(index, read_chunk))
@@ -294,19 +294,19 @@ class TwoLevelCache:
         self._unpin_all(pinned)
 
     def _unpin_all(self, keys: Sequence[bytes]) -> None:
-        """Unpin each, whatever happens at one of them. Never raises."""
-        # From the last on: where the tier has shrunk meanwhile, a prompt's last chunks are the first to leave.
+        """Unpin all keys, even if one of them fails. Never raises."""
+        # Last first: if the tier has shrunk meanwhile, the last chunks of a prompt are evicted first.
         for key in reversed(keys):
             try:
                 self._local.unpin(key)
             except Exception:
-                logger.exception("a chunk that is not needed any more could not be evicted")
+                logger.exception("cannot evict a chunk that is not needed any more")
 
 
 def _prefix(
     hashes: Sequence[bytes], resident: Mapping[bytes, torch.Tensor], fetched: Mapping[bytes, torch.Tensor]
 ) -> list[tuple[torch.Tensor, Tier]]:
-    """The chunks from the first on, each from where it is, up to the first that is nowhere."""
+    """The chunks from the first on, with their tiers, up to the first one that is in neither."""
     prefix: list[tuple[torch.Tensor, Tier]] = []
     for key in hashes:
         if key in resident:

@@ -1,13 +1,13 @@
-"""What a record holds of a chunk: its tensor as it is, or rounded to eight bits with a scale for each slice.
+"""The payload of a record: the tensor of a chunk, either raw or rounded to eight bits with a scale per slice.
 
 `int8` is symmetric: `code = round(x / scale)` and `x' = code * scale`, with `scale = max |x| / 127` over a slice. Keys
-have a scale for each channel, as few of their channels are far larger than the others; values, which have no such
-channels, one for each token (KIVI, Liu et al., ICML 2024). A slice never reaches beyond its chunk, layer and head.
+have a scale per channel, because a few of their channels are far larger than the others. Values have no such channels,
+and have a scale per token (KIVI, Liu et al., ICML 2024). A slice never reaches beyond its chunk, layer and head.
 
-What was decoded encodes to the same bytes again, so that a chunk that is written afresh after it was read does not
-drift, however often it goes around. A scale has 16 significant bits: its product with a code of 7 is exact in float32,
-and the greatest one gives back the scale. A 16-bit dtype rounds the product by a 512th at most, which is a quarter of a
-scale, where it takes half of one to change a code.
+A decoded chunk encodes to the same bytes again, so a chunk does not drift, however often it is read and written. A
+scale has 16 significant bits. Its product with a code of 7 bits is exact in float32, and the greatest product gives
+back the scale. A 16-bit dtype rounds a product by at most one 512th, which is a quarter of a scale. Only an error of
+half a scale could change a code.
 """
 
 import math
@@ -24,42 +24,42 @@ Buffer = bytes | bytearray | memoryview
 _SCALE_BYTES = 4
 _GREATEST_CODE = 127
 _LEAST_SCALE = 2.0**-126
-"""The least normal float32: nothing is divided by zero, and zeros stay zeros."""
+"""The smallest normal float32. It avoids divisions by zero, and zeros stay zeros."""
 _KEPT_SCALE_BITS = -0x100
-"""All bits of a float32 but the last 8 of its 24 significant ones."""
+"""Mask that clears the last 8 of the 24 significant bits of a float32."""
 _REDUCED_AXIS = (2, 3)
 """Axis of `[layers, kv_heads, tokens, head_dim]` that shares a scale: tokens for keys, channels for values."""
 
 
 class RecordError(Exception):
-    """The bytes are not the record that was asked for: damaged, truncated, foreign or of another version."""
+    """The bytes are not the requested record, but damaged, truncated, foreign or of another version."""
 
 
 class UnfitChunkError(ValueError):
-    """The chunk holds what the codec has no code for."""
+    """The chunk has values that the codec cannot encode."""
 
 
 class Payload(Protocol):
-    """One way to lay out the chunks of one shape. For one thread: `memory` may be the same each time."""
+    """A layout for chunks of one shape. For one thread only: `memory` may return the same memory each time."""
 
     size_bytes: int
     """The exact size of every payload."""
 
     def pack(self, chunk: torch.Tensor) -> memoryview:
-        """The payload of a contiguous CPU tensor; may be its own memory. Raises `UnfitChunkError`."""
+        """The payload of a contiguous CPU tensor. It may share the tensor's memory. Raises `UnfitChunkError`."""
         ...
 
     def memory(self) -> torch.Tensor:
-        """`size_bytes` of uint8 for a payload to arrive in."""
+        """A uint8 tensor of `size_bytes` into which a payload can be read."""
         ...
 
     def unpack(self, memory: torch.Tensor) -> torch.Tensor:
-        """The chunk in `memory`; may be a view of it. Raises `RecordError` where no `pack` has made that."""
+        """The chunk in `memory`. It may be a view. Raises `RecordError` if `pack` cannot have made this payload."""
         ...
 
 
 class RawPayload:
-    """The tensor as it is, without a copy in either direction. Values that are not finite are refused."""
+    """The raw tensor, without a copy in either direction. Refuses values that are not finite."""
 
     def __init__(self, shape: ChunkShape) -> None:
         self._shape = shape
@@ -93,7 +93,7 @@ class Int8Payload:
         self._greatest_scale = torch.finfo(shape.dtype).max / _GREATEST_CODE
         self.size_bytes = payload_bytes(shape, RemoteCodec.INT8)
         self._memory = torch.empty(self.size_bytes, dtype=torch.uint8)
-        # Kept, as fresh memory of this size costs more than the arithmetic in it.
+        # Reused, because allocating this memory takes longer than the arithmetic.
         self._rescaled = torch.empty((shape.layers, *shape.size[2:]), dtype=torch.float32)
 
     def pack(self, chunk: torch.Tensor) -> memoryview:
@@ -103,7 +103,7 @@ class Int8Payload:
             exact = chunk[:, part]
             torch.amax(self._rescaled.copy_(exact).abs_(), _REDUCED_AXIS[part], keepdim=True, out=scales)
             scales.div_(_GREATEST_CODE).clamp_(min=_LEAST_SCALE)
-            # Rounded down, so that no product of a code and a scale is greater than what the dtype can hold.
+            # Rounded down, so that no product of a code and a scale exceeds the range of the dtype.
             scales.view(torch.int32).bitwise_and_(_KEPT_SCALE_BITS)
             codes[:, part] = torch.div(exact, scales, out=self._rescaled).round_()
         if not bool(all_scales.isfinite().all()):
@@ -116,7 +116,7 @@ class Int8Payload:
     def unpack(self, memory: torch.Tensor) -> torch.Tensor:
         all_scales, codes = self._parts(memory)
         least, greatest = torch.aminmax(all_scales)
-        # False for NaN, which both of them are where one scale is.
+        # Also false for NaN: both results are NaN if any scale is.
         if not (least.item() > 0 and greatest.item() <= self._greatest_scale):
             raise RecordError("a scale is not a positive number of the chunk's dtype")
         if codes.amin().item() < -_GREATEST_CODE:
@@ -127,12 +127,12 @@ class Int8Payload:
         return chunk
 
     def _parts(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All scales, `[count]`, and the codes, of the chunk's size; views of `memory`."""
+        """All scales, `[count]`, and the codes, in the shape of the chunk. Both are views of `memory`."""
         end = _SCALE_BYTES * sum(self._scale_counts)
         return memory[:end].view(torch.float32), memory[end:].view(torch.int8).view(self._shape.size)
 
     def _by_part(self, scales: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Those of the keys and those of the values, each in the shape that its part is multiplied by."""
+        """The scales of the keys and those of the values, in shapes that broadcast over their parts of a chunk."""
         keys = self._scale_counts[0]
         parts = scales[:keys], scales[keys:]
         return [part.view(size) for part, size in zip(parts, self._scale_sizes, strict=True)]
@@ -151,7 +151,7 @@ def make_payload(codec: RemoteCodec, shape: ChunkShape) -> Payload:
 
 
 def _scale_sizes(shape: ChunkShape) -> Sequence[tuple[int, int, int, int]]:
-    """Shapes of the scales of keys and of values; 1 for the axis that shares a scale."""
+    """Shapes of the scales of keys and values, with size 1 on the axis that shares a scale."""
     layers, _, heads, tokens, dim = shape.size
     return (layers, heads, 1, dim), (layers, heads, tokens, 1)
 
@@ -159,7 +159,7 @@ def _scale_sizes(shape: ChunkShape) -> Sequence[tuple[int, int, int, int]]:
 def _is_finite(chunk: torch.Tensor) -> bool:
     """True if the chunk holds neither NaN nor infinity, in one pass over it."""
     least, greatest = torch.aminmax(chunk)
-    # Both are NaN where one value is.
+    # Both are NaN if any value is.
     return math.isfinite(least.item()) and math.isfinite(greatest.item())
 
 

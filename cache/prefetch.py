@@ -1,7 +1,7 @@
 """Fetches chunks from Redis while their requests wait in the engine's queue.
 
-One thread asks Redis for one prompt after the other, in the order of the queue. The engine's thread only takes what has
-come. Chunks that have come and are not taken yet, and those that are being read, are bounded in bytes.
+One thread fetches one prompt after the other, in the order of the queue. The engine's thread takes the chunks that have
+arrived. The bytes of chunks that have not been taken yet, and of those that are being read, are limited.
 """
 
 import heapq
@@ -21,7 +21,7 @@ from cache.torch_threads import use_one_thread
 logger = logging.getLogger(__name__)
 
 _JOIN_S = 1.0
-"""How long `close` waits for the thread to end."""
+"""Maximum time for which `close` waits for the thread."""
 
 
 class Reader(Protocol):
@@ -44,15 +44,15 @@ class QueuedFetch:
     _prefill_ms_per_token: float | None
     _fetcher: "Fetcher"
     _due_s: float
-    """Monotonic time after which no request waits for it any more."""
+    """Monotonic time after which requests no longer wait for this fetch."""
     _finished: threading.Event = field(default_factory=threading.Event)
     _taken: bool = False
-    """Taken or cancelled: chunks that come later are dropped."""
+    """True once it is taken or cancelled. Chunks that arrive later are dropped."""
     _landed: list[bytes] = field(default_factory=list)
 
     @property
     def ready(self) -> bool:
-        """Whether all has come that will, or the deadline has passed."""
+        """True once the fetch has ended, or the deadline has passed."""
         return self._finished.is_set() or time.monotonic() >= self._due_s
 
     def wait(self, timeout_s: float) -> None:
@@ -60,15 +60,15 @@ class QueuedFetch:
         self._finished.wait(max(0.0, min(timeout_s, self._due_s - time.monotonic())))
 
     def finish(self) -> None:
-        """Wait until the fetch has ended, however many others are before it."""
+        """Wait until the fetch has ended, even after the deadline."""
         self._finished.wait()
 
     def take(self) -> dict[bytes, torch.Tensor]:
-        """The chunks that have come, by key; the fetch ends with that. Nothing the second time."""
+        """Take the chunks that have arrived, by key, and end the fetch. Empty the second time."""
         return self._fetcher.take(self)
 
     def cancel(self) -> None:
-        """Drop what has come and what still comes. Idempotent."""
+        """Drop the chunks that have arrived and those that still will. Idempotent."""
         self.take()
 
 
@@ -76,7 +76,7 @@ class QueuedFetch:
 class _Landed:
     chunk: torch.Tensor
     holders: int = 1
-    """Prefetches that will take it: prompts with a common prefix share its chunks."""
+    """Number of prefetches that will take it. Prompts with a common prefix share chunks."""
 
 
 class Fetcher:
@@ -91,9 +91,9 @@ class Fetcher:
         limit_bytes: int,
         deadline_ms: float,
     ) -> None:
-        """`is_resident` tells whether the local tier holds a chunk; the fetcher's thread calls it.
+        """`is_resident` is true for chunks in the local tier. The fetcher's thread calls it.
 
-        `limit_bytes`: of chunks that have come or are being read, all prefetches together.
+        `limit_bytes`: maximum bytes of chunks that have arrived or are being read, for all prefetches together.
         """
         self._read = read
         self._is_resident = is_resident
@@ -106,19 +106,19 @@ class Fetcher:
         self._queue: list[tuple[int, int, QueuedFetch]] = []
         self._landed: dict[bytes, _Landed] = {}
         self._reserved = 0
-        """Chunks of the fetch under way that have not come yet."""
+        """Chunks of the current fetch that have not arrived yet."""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="cache-prefetch", daemon=True)
         self._thread.start()
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of chunks that have come or are being read; at most the limit."""
+        """Bytes of chunks that have arrived or are being read. At most the limit."""
         with self._changed:
             return (len(self._landed) + self._reserved) * self._chunk_bytes
 
     def begin(self, keys: PromptKeys, prefill_ms_per_token: float | None, priority: int) -> QueuedFetch:
-        """Queue a fetch; a higher `priority` goes first, then who came first."""
+        """Queue a fetch. Fetches run in the order of falling `priority`, then of arrival."""
         prefetch = QueuedFetch(keys, prefill_ms_per_token, self, time.monotonic() + self._deadline_s)
         with self._changed:
             if self._closing:
@@ -138,7 +138,7 @@ class Fetcher:
         return chunks
 
     def close(self) -> None:
-        """End the thread. What has come stays until it is taken or cancelled. Idempotent."""
+        """End the thread. Chunks that have arrived stay until they are taken or cancelled. Idempotent."""
         with self._changed:
             self._closing = True
             waiting, self._queue = self._queue, []
@@ -161,15 +161,15 @@ class Fetcher:
             try:
                 if missing:
                     self._fetch(prefetch, missing)
-            except Exception:  # whatever it is, later prompts are to be fetched
-                logger.exception("chunks could not be fetched from Redis")
+            except Exception:  # later prompts must still be fetched
+                logger.exception("cannot fetch chunks from Redis")
             finally:
                 with self._changed:
                     self._reserved = 0
                 prefetch._finished.set()
 
     def _next(self) -> tuple[QueuedFetch, list[bytes]] | None:
-        """Wait for a prefetch and for room for its chunks; what to ask Redis for. `None`: the end."""
+        """Wait for a prefetch, and for room for its chunks. Return both it and the keys to fetch. `None`: closed."""
         with self._changed:
             while not self._closing:
                 while self._queue and self._queue[0][2]._taken:
@@ -187,7 +187,7 @@ class Fetcher:
         return None
 
     def _share(self, prefetch: QueuedFetch, lacking: list[bytes]) -> None:
-        """Hold those of its chunks that have come for others."""
+        """Add the chunks that have already arrived for other prefetches."""
         for key in lacking:
             if key in self._landed:
                 self._landed[key].holders += 1

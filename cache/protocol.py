@@ -1,7 +1,7 @@
-"""What an engine may ask of a cache, and the shape of what passes between them.
+"""The interface between an engine and a cache.
 
-The engine knows nothing of tiers, Redis or policies; the cache knows nothing of models. Between them pass token ids,
-chunks (tensors of one fixed shape) and a `CachedPrefix`, which keeps the chunks in place while they are copied.
+The engine does not know tiers, Redis or policies. The cache does not know models. They exchange token ids, chunks
+(tensors of one fixed shape) and a `CachedPrefix`, which keeps the chunks in place while they are copied.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,15 +34,15 @@ class ChunkShape:
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Everything that must be equal for two processes to share chunks; the root of every key.
+    """Everything that must be equal for two processes to share chunks. It is part of every key.
 
-    All fields are content digests or values, never names that other weights could carry too.
+    All fields are digests of content, or values. None is a name, which other weights could have too.
     """
 
     weights_digest: str
     tokenizer_digest: str
     settings: str
-    """What else decides what the weights compute (rope type and base, activation, norms), as one canonical string."""
+    """Other settings that affect what the weights compute (rope, activation, norms), as one canonical string."""
     adapter: str = ""
 
 
@@ -50,21 +50,21 @@ Tier = Literal["local", "remote"]
 
 
 class CachedPrefix(Protocol):
-    """The reusable prefix of one prompt. While it is held its chunks are neither evicted nor overwritten."""
+    """The reusable prefix of one prompt. Until `release`, its chunks are neither evicted nor overwritten."""
 
     chunks: Sequence[torch.Tensor]
-    """`chunks[i]` holds tokens `[i * chunk_tokens, (i + 1) * chunk_tokens)`: a contiguous prefix, on the CPU, not to be
-    written to. Copy them, then call `release`."""
+    """`chunks[i]` holds tokens `[i * chunk_tokens, (i + 1) * chunk_tokens)`, on the CPU. They must not be written to:
+    copy them, then call `release`."""
     tiers: Sequence[Tier]
-    """For each of `chunks`, the tier it was found in."""
+    """For each of `chunks`, the tier in which it was found."""
     local_chunks: int
-    """How many of `chunks` the local tier held."""
+    """How many of `chunks` were in the local tier."""
     remote_chunks: int
     """How many of `chunks` came from Redis."""
     capacity_chunks: int
-    """What the local tier might hold when this look-up was made."""
+    """Capacity of the local tier at the time of the lookup."""
     used_chunks: int
-    """What the local tier held when this look-up was made."""
+    """Chunks in the local tier at the time of the lookup."""
 
     def __enter__(self) -> Self: ...
 
@@ -73,16 +73,16 @@ class CachedPrefix(Protocol):
     ) -> None: ...
 
     def release(self) -> None:
-        """Let the chunks go. Idempotent."""
+        """Unpin the chunks. Idempotent."""
         ...
 
 
 class Prefetch(Protocol):
-    """Chunks of one prompt on their way from Redis. Give it to `KVCache.lookup`, or `cancel` it."""
+    """A fetch of one prompt's chunks from Redis. Pass it to `KVCache.lookup`, or `cancel` it."""
 
     @property
     def ready(self) -> bool:
-        """Whether to look up now: all has come that will, or the deadline since `KVCache.prefetch` has passed."""
+        """True once the fetch has ended, or the deadline since `KVCache.prefetch` has passed: look up now."""
         ...
 
     def wait(self, timeout_s: float) -> None:
@@ -90,40 +90,42 @@ class Prefetch(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Drop what has come and what still comes. Idempotent."""
+        """Drop the chunks that have arrived and those that still will. Idempotent."""
         ...
 
 
 class KVCache(Protocol):
-    """A cache of full chunks of one model. Neither `prefetch` nor `lookup` raises: any fault is a shorter prefix."""
+    """A cache of full chunks of one model. `prefetch` and `lookup` never raise: a fault means a shorter prefix."""
 
     shape: ChunkShape
 
     def prefetch(
         self, token_ids: Sequence[int], salt: str = "", prefill_ms_per_token: float | None = None, priority: int = 0
     ) -> Prefetch | None:
-        """Begin to fetch from Redis what the local tier lacks of `token_ids`; does not block. `None`: nothing to fetch.
+        """Begin to fetch the chunks of `token_ids` that the local tier lacks from Redis. Does not block.
 
-        `prefill_ms_per_token` is what the engine has measured; Redis is asked only where its transfer is predicted to
-        be cheaper. A higher `priority` is fetched first, then what was asked for first.
+        `None`: there is nothing to fetch. `prefill_ms_per_token` is the engine's measurement: Redis is asked only if a
+        transfer is predicted to be faster than the prefill. Prompts are fetched in the order of falling `priority`,
+        then in the order of the calls.
         """
         ...
 
     def lookup(self, token_ids: Sequence[int], salt: str = "", prefetch: Prefetch | None = None) -> CachedPrefix:
-        """The longest cached prefix of `token_ids`, in full chunks; may reach the very end of the prompt.
+        """The longest cached prefix of `token_ids`, in full chunks. It may cover the whole prompt.
 
-        Takes what `prefetch`, of the same prompt and salt, has brought by now and ends it. Does not wait for Redis.
+        Uses the chunks that `prefetch` (of the same prompt and salt) has fetched so far, and ends it. Does not wait for
+        Redis.
         """
         ...
 
     def store(self, token_ids: Sequence[int], read_chunk: Callable[[int, torch.Tensor], None], salt: str = "") -> int:
-        """Keep the full chunks of `token_ids` that the local tier lacks; the number newly kept.
+        """Store the full chunks of `token_ids` that the local tier lacks. Return how many were stored.
 
-        `read_chunk(i, out)` copies chunk `i` into `out` (of `shape`) and keeps no reference to it. If it raises,
-        nothing of that chunk is visible afterwards and the error passes on.
+        `read_chunk(i, out)` must copy chunk `i` into `out` (of `shape`), and must not keep a reference to it. If it
+        raises, that chunk is not stored, and the error is raised here.
         """
         ...
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write out what is queued, as far as `timeout_s` allows, and end the background thread."""
+        """Write the queued chunks, as far as `timeout_s` allows, and end the background threads."""
         ...

@@ -1,8 +1,8 @@
-"""Redis' protocol (RESP2), as much as the remote tier needs, under deadlines that hold.
+"""A client for the part of Redis's protocol (RESP2) that the remote tier needs, with a deadline for each call.
 
-redis-py's socket timeout starts again at every `recv`, so a server that drips bytes holds a reader for ever, and a
-pipeline that is cut short yields nothing of what had come. Here every call takes a `Deadline` for the whole of it,
-values come one by one, and each is received into the memory it stays in.
+In redis-py, the socket time-out starts again at every `recv`: a server that sends single bytes can block a reader for
+ever. Besides, an interrupted pipeline returns none of the values that have arrived. Here each call has one `Deadline`,
+values are read one by one, and each is received directly into its final memory.
 """
 
 import contextlib
@@ -23,34 +23,34 @@ from core.redis_config import RedisAccessConfig
 
 _LINE_BUFFER_BYTES = 4096
 _MOST_PIECES = 512
-"""In one system call; Linux takes 1,024."""
+"""Maximum number of pieces per system call. The limit of Linux is 1,024."""
 _LONGEST_LINE_BYTES = 1024
 
 
 class WireError(Exception):
-    """The connection ended, or what came is not the protocol: the connection is of no use any more."""
+    """The connection ended, or the protocol was violated. The connection cannot be used any more."""
 
 
 class ReplyError(Exception):
-    """Redis answered with an error; the connection is still in step."""
+    """Redis answered with an error. The connection can still be used."""
 
 
 class ClusterModeError(ReplyError):
-    """Redis is a node of a cluster, and the key is another node's."""
+    """Redis is a node of a cluster, and the key belongs to another node."""
 
 
 _CLUSTER_REPLIES = ("MOVED ", "ASK ", "CLUSTERDOWN", "CROSSSLOT")
-"""How errors begin that only a Redis in cluster mode gives."""
+"""How error replies begin that only a Redis in cluster mode sends."""
 
 
 class Deadline:
-    """A point in real time until which everything together must be done."""
+    """A point in real time by which an operation must end."""
 
     def __init__(self, timeout_ms: float) -> None:
         self._at_s = time.monotonic() + timeout_ms / 1000.0
 
     def remaining_s(self) -> float:
-        """Seconds left, above zero. Raises `TimeoutError` when there are none."""
+        """Seconds left, above 0. Raises `TimeoutError` if there are none."""
         left_s = self._at_s - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("the deadline has passed")
@@ -59,7 +59,7 @@ class Deadline:
 
 @dataclass(frozen=True)
 class RedisAddress:
-    """Where Redis is and who asks; its text, and so every log line, leaves the user out."""
+    """Address and credentials of a Redis. Its text, and so log lines, have no credentials."""
 
     host: str
     port: int
@@ -71,18 +71,20 @@ class RedisAddress:
 
     @classmethod
     def of(cls, url: str, access: RedisAccessConfig) -> Self:
-        """From `redis://host[:port][/db]`, `rediss://...[?ssl_ca_certs=file]` or `unix://path`, and who asks.
+        """From `redis://host[:port][/db]`, `rediss://...[?ssl_ca_certs=file]` or `unix://path`, with credentials.
 
-        Raises `UserError` for another URL, and for credentials that this host cannot read.
+        Raises `UserError` for any other URL, and for credentials that this host cannot read.
         """
         return replace(cls.parse(url), asks_as=credentials("redis", access.redis_credentials_file))
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Where alone: of no host in particular. Raises `UserError` naming `redis_url`, without the URL."""
+        """The address without credentials. Raises `UserError` that names `redis_url`, but does not show the URL."""
         try:
             options: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
-            options.get("host", "localhost").encode("idna")  # What name resolution would stumble over later.
+            options.get("host", "localhost").encode(
+                "idna"
+            )  # Fails here for names that resolution could not encode later.
         except ValueError:
             raise UserError("redis_url: not a Redis URL; write redis://host:port/db") from None
         kind = options.pop("connection_class", None)
@@ -105,7 +107,7 @@ class RedisAddress:
 
 
 class RedisConnection:
-    """One connection: commands out, replies in. Any exception but `ReplyError` means: close it and open another."""
+    """One connection. After any exception except `ReplyError`, the caller must close it and open another."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -117,7 +119,7 @@ class RedisConnection:
     def open(cls, address: RedisAddress, deadline: Deadline) -> Self:
         """Connect, authenticate and select the database.
 
-        Raises `OSError`, `WireError` or `ReplyError`. Name resolution obeys no deadline: call it where that may wait.
+        Raises `OSError`, `WireError` or `ReplyError`. Name resolution may take longer than the deadline.
         """
         sock = _connect(address, deadline)
         try:
@@ -126,7 +128,7 @@ class RedisConnection:
                 connection.send([encode_command(command)], deadline)
                 connection.read_reply(deadline)
         except ReplyError as error:
-            # Who does not know a command sends back what came with it.
+            # A server that does not know a command repeats its arguments, which may be secrets.
             sock.close()
             raise ReplyError(without_secrets(str(error))) from None
         except BaseException:
@@ -135,10 +137,10 @@ class RedisConnection:
         return connection
 
     def send(self, pieces: Iterable[bytes | memoryview], deadline: Deadline) -> None:
-        """Send all pieces, together as far as the system takes them: few segments wake Redis a few times."""
+        """Send all pieces in as few system calls as possible, so that few segments wake Redis up."""
         left = deque(memoryview(piece) for piece in pieces if len(piece))
         while left:
-            # `sendall` would allow each of its parts the whole time again.
+            # `sendall` would apply the time-out to each of its parts.
             self._socket.settimeout(deadline.remaining_s())
             # TLS sends one piece at a time.
             at_once = 1 if isinstance(self._socket, ssl.SSLSocket) else _MOST_PIECES
@@ -149,7 +151,7 @@ class RedisConnection:
                 left[0] = left[0][sent:]
 
     def read_line(self, deadline: Deadline) -> bytes:
-        """One line without its end."""
+        """Read one line, and return it without its line end."""
         while (at := self._buffer.find(b"\r\n", self._start, self._end)) < 0:
             if self._end - self._start > _LONGEST_LINE_BYTES:
                 raise WireError("a line without end")
@@ -162,7 +164,7 @@ class RedisConnection:
         return line
 
     def read_into(self, target: memoryview, deadline: Deadline) -> None:
-        """Fill `target` (bytes) with exactly the next of the stream."""
+        """Fill `target` (bytes) with the next bytes of the stream."""
         at = min(len(target), self._end - self._start)
         target[:at] = self._view[self._start : self._start + at]
         self._start += at
@@ -170,7 +172,7 @@ class RedisConnection:
             at += self._receive(target[at:], deadline)
 
     def read_bulk_length(self, deadline: Deadline) -> int | None:
-        """The length of the value that follows (read it by `read_into`, then `end_bulk`), or `None` for no value."""
+        """The length of the next value, to be read by `read_into` and then `end_bulk`. `None` if there is no value."""
         kind, text = self._read_typed_line(deadline)
         if kind != b"$":
             raise WireError("a value was expected")
@@ -178,12 +180,12 @@ class RedisConnection:
         return None if length < 0 else length
 
     def end_bulk(self, deadline: Deadline) -> None:
-        """Read the line end behind a value."""
+        """Read the line end after a value."""
         if self.read_line(deadline) != b"":
             raise WireError("a value longer than announced")
 
     def read_reply(self, deadline: Deadline) -> int | bytes:
-        """A status line (as bytes) or an integer. Raises `ReplyError` for Redis' own errors."""
+        """A status line (as bytes) or an integer. Raises `ReplyError` for error replies."""
         kind, text = self._read_typed_line(deadline)
         if kind == b":":
             return _integer(text)
@@ -192,7 +194,7 @@ class RedisConnection:
         raise WireError("a status or a number was expected")
 
     def close(self) -> None:
-        """End the connection; a thread that waits on it gets an error at once. Idempotent."""
+        """Close the connection. A thread that waits on it gets an error at once. Idempotent."""
         with contextlib.suppress(OSError):  # It may have ended already.
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -213,7 +215,7 @@ class RedisConnection:
 
 
 def encode_command(arguments: Iterable[bytes]) -> bytes:
-    """A command as Redis reads it."""
+    """A command in Redis's wire format."""
     parts = [b"$%d\r\n%b\r\n" % (len(argument), argument) for argument in arguments]
     return b"*%d\r\n%b" % (len(parts), b"".join(parts))
 

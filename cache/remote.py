@@ -1,4 +1,4 @@
-"""The remote tier: chunks as records in Redis, read under one deadline, written behind."""
+"""The remote tier: chunks as records in Redis, read with a deadline, and written in the background."""
 
 import logging
 import threading
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 class _EndOfPrefixError(Exception):
-    """A chunk that Redis had a moment ago is gone."""
+    """A chunk has vanished from Redis since its length was read."""
 
 
-class _Landed:
-    """What has come of one fetch."""
+class _Arrivals:
+    """The chunks of one fetch that have arrived."""
 
     def __init__(self, land: Callable[[bytes, torch.Tensor], bool]) -> None:
         self._land = land
@@ -50,7 +50,7 @@ class _Landed:
 
 @dataclass
 class ReadCounters:
-    """What happened so far."""
+    """Counters since the tier was opened."""
 
     errors: int = 0
     timeouts: int = 0
@@ -59,10 +59,11 @@ class ReadCounters:
 
 
 class RemoteTier:
-    """Reads for the prefetch thread, and a `WriteBehind`. Redis may be away, slow, or hold anything at all.
+    """Reads chunks for the prefetch thread, and writes them by a `WriteBehind`.
 
-    A look-up asks for the lengths of all values first: it then knows how long the prefix is before it decides whether
-    to fetch it, and never receives a value that is of no use. After any fault the connection is thrown away.
+    Redis may be unavailable or slow, and its values may be arbitrary. A fetch first asks for the lengths of all values.
+    So it knows the length of the prefix before it decides what to fetch, and never receives useless values. After any
+    error the connection is closed.
     """
 
     def __init__(
@@ -80,12 +81,12 @@ class RemoteTier:
         self.prefetch_bytes = config.prefetch_bytes
         self._chunks_per_trip = max(1, config.remote_read_bytes // self._record_bytes)
         self._plan = FetchPlan(shape.chunk_tokens, self._record_bytes, config.remote_deadline_ms)
-        # Reads and writes fail apart: writes that succeed slowly must not vouch for reads that miss their deadline.
+        # One breaker each: slow writes that succeed must not close the breaker of reads that miss their deadline.
         self._breaker = CircuitBreaker(config.breaker_failures, config.breaker_open_ms, clock)
         self._dialer = Dialer(address)
         self._connection: RedisConnection | None = None
         self._header = bytearray(HEADER_BYTES)
-        # Believed for half the time to live, so that what is still in use is written afresh before it expires.
+        # Half the time to live, so that chunks that are still in use are written again before they expire.
         self._known = KnownKeys(config.remote_ttl_s * 1000 / 2, clock, config.remote_known_chunks)
         self._write_breaker = CircuitBreaker(config.breaker_failures, config.breaker_open_ms, clock)
         self._told_of_cluster = threading.Lock()
@@ -101,7 +102,7 @@ class RemoteTier:
 
     @property
     def is_away(self) -> bool:
-        """Whether Redis has failed too often of late to be asked now."""
+        """True while reads are suspended after repeated failures."""
         return self._breaker.is_open
 
     def fetch(
@@ -111,15 +112,15 @@ class RemoteTier:
         prefill_ms_per_token: float | None,
         land: Callable[[bytes, torch.Tensor], bool],
     ) -> None:
-        """Fetch the longest prefix of `hashes` that Redis has, is worth fetching and comes within the deadline.
+        """Fetch a prefix of `hashes`: chunks that Redis has, that are worth fetching, and that arrive in time.
 
-        `land` is given each chunk as it comes, fresh memory of the chunk's size, and returns whether more is wanted.
-        Every fault is a shorter prefix, and counted. Never raises. For one thread.
+        `land` gets each chunk when it arrives, in memory of its own, and returns false if no more chunks are wanted.
+        Never raises: an error is counted, and shortens the prefix. For one thread only.
         """
         if not hashes or not self._plan.begin(len(hashes), prefill_ms_per_token) or not self._breaker.try_acquire():
             return
         deadline = Deadline(self.deadline_ms)
-        landed = _Landed(land)
+        landed = _Arrivals(land)
         try:
             if self._connection is None:
                 self._connection = self._dialer.connect(deadline)
@@ -144,10 +145,10 @@ class RemoteTier:
             self._breaker.success()
         except _EndOfPrefixError:
             self._known.discard(hashes[landed.chunks])
-            self._hang_up()  # The rest of the replies is still on its way.
+            self._hang_up()  # Further replies are still on their way.
             self._breaker.success()
-        except Exception as error:  # what nobody thought of must not keep the breaker from being told
-            logger.exception("chunks could not be fetched from Redis at %s", self._address)
+        except Exception as error:  # the breaker must be told of unexpected errors too
+            logger.exception("cannot fetch chunks from Redis at %s", self._address)
             self.counters.errors += 1
             self._failed(error)
         else:
@@ -157,13 +158,13 @@ class RemoteTier:
         self.counters.bytes_read += landed.chunks * self._record_bytes
 
     def close(self, timeout_s: float) -> None:
-        """Write out what is queued, as far as the time allows, and end all threads and connections."""
+        """Write the queued chunks as far as the time allows, and end all threads and connections."""
         self.writes.close(timeout_s)
         self._dialer.close()
         self._hang_up()
 
     def _probe(self, connection: RedisConnection, hashes: Sequence[bytes], deadline: Deadline) -> int:
-        """How many of `hashes`, from the first on, Redis has a value of the right length for."""
+        """The number of leading `hashes` for which Redis has a value of the right length."""
         started_s = time.monotonic()
         connection.send([b"".join(encode_command([b"STRLEN", self._key(h)]) for h in hashes)], deadline)
         present = 0
@@ -189,10 +190,10 @@ class RemoteTier:
         connection: RedisConnection,
         fingerprint: bytes,
         hashes: Sequence[bytes],
-        landed: _Landed,
+        landed: _Arrivals,
         deadline: Deadline,
     ) -> None:
-        """One round trip: chunks land one by one, so that those that came stay if a later one fails."""
+        """Read chunks in one round trip. Each is passed on when it arrives, and stays valid if a later one fails."""
         started_s = time.monotonic()
         before = landed.chunks
         try:
@@ -228,7 +229,7 @@ class RemoteTier:
         self.writes.delete(chunk_hash)
 
     def _leave_for_good(self, error: ClusterModeError) -> None:
-        """Neither read nor write any more. Called by both threads; told once."""
+        """Stop reading and writing for good. Both threads may call this; it logs once."""
         self._breaker.retire()
         self._write_breaker.retire()
         if self._told_of_cluster.acquire(blocking=False):
@@ -245,7 +246,7 @@ class RemoteTier:
             self._leave_for_good(error)
             self._breaker.failure()
         elif self._breaker.failure():
-            logger.warning("Redis at %s is left alone for now: %s", self._address, error)
+            logger.warning("Redis at %s: reads are suspended for now: %s", self._address, error)
 
     def _hang_up(self) -> None:
         if self._connection is not None:

@@ -1,6 +1,6 @@
-"""The last 16 bytes of a record's header: what tells a chunk of ours from one that was damaged, or made by another.
+"""Seals: the last 16 bytes of a record's header, which reveal damaged or forged chunks.
 
-A checksum tells damage. Whoever can write to Redis can make one, too: only a code that takes a key tells forgery.
+A checksum reveals damage. Anyone who can write to Redis can compute one, so forgery needs a code with a secret key.
 """
 
 import hashlib
@@ -14,22 +14,24 @@ from cache.payload import Buffer
 
 SEAL_BYTES = 16
 _NAME_OF_A_KEY = b"infertuner: the name of a key that authenticates chunks"
-"""No record begins with it, so that a key's name is no record's seal."""
+"""No record begins with this text, so the name of a key cannot be the seal of a record."""
 
 
 class Seal(Protocol):
     """One way to seal records."""
 
     key_name: str | None
-    """What keeps its chunks apart from others' in their keys; tells nothing of its key. None: it has no key."""
+    """Part of the keys of chunks, so that each secret key has chunks of its own. Does not reveal the secret key.
+
+    None if the seal has no secret key."""
 
     def of(self, fields: Buffer, payload: Buffer) -> bytes:
-        """`SEAL_BYTES` over a record: its header's `fields`, then its `payload`."""
+        """The seal, of `SEAL_BYTES`, over the header's `fields` and then the `payload` of a record."""
         ...
 
 
 class Checksum:
-    """xxh3-128: damage shows."""
+    """xxh3-128: reveals damage."""
 
     key_name: str | None = None
 
@@ -40,7 +42,7 @@ class Checksum:
 
 
 class Authentication:
-    """HMAC-SHA256 under a secret key, cut to 128 bits (RFC 2104): what was not sealed with that key shows."""
+    """HMAC-SHA256 with a secret key, cut to 128 bits (RFC 2104): also reveals records without that key's seal."""
 
     def __init__(self, key: SecretStr) -> None:
         self._keyed = hmac.new(key.get_secret_value().encode(), digestmod=hashlib.sha256)
@@ -59,5 +61,5 @@ CHECKSUM = Checksum()
 
 
 def make_seal(key: SecretStr | None) -> Seal:
-    """The seal of those who have `key`, or of those who have none."""
+    """`Authentication` with `key`, or `CHECKSUM` without one."""
     return CHECKSUM if key is None else Authentication(key)

@@ -9,39 +9,39 @@ class CacheStats:
 
     lookups: int
     chunks_looked_up: int
-    """Full chunks of the prompts that were looked up; hits of either tier are shares of these."""
+    """Full chunks of the prompts that were looked up. Hit rates are relative to these."""
     local_chunks_hit: int
     remote_chunks_hit: int
     chunks_stored: int
-    """Chunks read from the engine and kept, in the local tier or only in the queue to Redis."""
+    """Chunks that were copied from the engine to the local tier, or only to the queue to Redis."""
     chunks_refused: int
-    """Chunks that the local tier did not take: everything there was leased, of the same prompt, or worth more by the
+    """Chunks without room in the local tier: all chunks there were pinned, of the same prompt, or valued more by the
     eviction policy."""
     evictions: int
 
     remote_errors: int
-    """Faults of connections and replies, of reads and writes."""
+    """Failed connections and error replies, of reads and writes."""
     remote_timeouts: int
-    """Look-ups that Redis did not answer within the deadline."""
+    """Lookups that Redis did not answer within the deadline."""
     remote_corrupt: int
-    """Records that were damaged, foreign, not finite or of another version; each was a miss, and its key is deleted."""
+    """Records that were damaged, foreign, not finite or of another version. They count as misses and are deleted."""
     write_dropped: int
-    """Chunks that were not written to Redis: the queue was full, Redis away, or the chunk unfit."""
+    """Chunks that were not written to Redis: the queue was full, Redis was unavailable, or the chunk was unfit."""
     write_unfit: int
-    """Those of them that were not finite."""
+    """Those of `write_dropped` that were not finite."""
     bytes_read: int
-    """Whole records that came from Redis."""
+    """Bytes of complete records from Redis."""
     bytes_written: int
-    """Whole records that Redis took."""
+    """Bytes of complete records that Redis accepted."""
 
     capacity_chunks: int
     used_chunks: int
     pinned_chunks: int
     local_bytes: int
-    """Tensors in the local tier, those in flight included."""
+    """Tensors in the local tier, including those in flight."""
     pinned_outside_bytes: int
-    """Tensors from Redis that found no room in the local tier and live as long as their prefix."""
+    """Tensors from Redis without room in the local tier. They live until their prefix is released."""
     fetched_bytes: int
-    """Tensors from Redis that wait for their look-up, and those that are being read."""
+    """Tensors from Redis that wait for their lookup, and those that are being read."""
     queued_bytes: int
-    """Tensors that wait to be written to Redis; most are in the local tier as well."""
+    """Tensors that wait to be written to Redis. Most are in the local tier too."""

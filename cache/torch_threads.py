@@ -1,4 +1,4 @@
-"""Threads beside the engine's, which compute by themselves."""
+"""Limits PyTorch's own threads in background threads."""
 
 import threading
 
@@ -8,16 +8,16 @@ _changing = threading.Lock()
 
 
 def use_one_thread() -> None:
-    """Let torch use no further threads for what this thread computes.
+    """Let PyTorch compute in the calling thread only.
 
-    Each thread that torch computes in would get a team of OpenMP's of its own, which stays. With more teams than cores
-    OpenMP lets no thread wait for the next piece of work awake: the engine's own team would have to be woken for every
-    operation of a pass, which took half as long again, even while this thread did nothing.
+    By default, each thread that uses PyTorch gets an OpenMP team of its own, which stays. With more threads than cores,
+    OpenMP does not spin while it waits for work. The team of the engine would have to be woken for every operation. A
+    pass then takes half as long again, even while the background thread is idle.
     """
     with _changing:
         others = torch.get_num_threads()
         torch.set_num_threads(1)
-        # That also says how many the threads begin with that do not exist yet.
+        # `set_num_threads` also changes the default for new threads, so another thread restores it.
         said_again = threading.Thread(target=torch.set_num_threads, args=(others,))
         said_again.start()
         said_again.join()

@@ -1,4 +1,4 @@
-"""Writes chunks to Redis behind the engine's back: it queues a reference, a thread does the rest."""
+"""Writes chunks to Redis in a background thread. The engine's thread only queues references to them."""
 
 import logging
 import threading
@@ -22,11 +22,11 @@ from core.clock import Clock
 logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 4 << 20
-"""Maximum bytes per flush (but at least one chunk). A flush starts as soon as this much is queued."""
+"""Maximum bytes per flush, which has at least one chunk. A flush starts as soon as this much is queued."""
 BATCH_TIMEOUT_MS = 5000.0
-"""Timeout of one flush, including the connection. No look-up waits for it."""
+"""Time-out of one flush, including the connection. No lookup waits for it."""
 _DELETE_BYTES = 256
-"""What a queued deletion counts as, so that the queue is bounded in them too."""
+"""Assumed size of a queued deletion, so that their number is limited too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +34,27 @@ class _Entry:
     chunk_hash: bytes
     fingerprint: bytes
     chunk: torch.Tensor | None
-    """To be written; `None` to delete the key."""
+    """The chunk to write, or `None` to delete the key."""
     size_bytes: int
 
 
 @dataclass
 class WriteCounters:
-    """What happened so far."""
+    """Counters since the cache was opened."""
 
     chunks_written: int = 0
     bytes_written: int = 0
     chunks_dropped: int = 0
     chunks_unfit: int = 0
-    """Those of the dropped that the codec could not hold."""
+    """Those of `chunks_dropped` that the codec could not encode."""
     errors: int = 0
 
 
 class KnownKeys:
-    """Hashes of chunks written or read lately: at most `limit`, each for `lifetime_ms`. Thread-safe.
+    """Hashes of chunks that are assumed to be in Redis, so that they are not written again. Thread-safe.
 
-    A belief, not the truth: Redis may have evicted any of them. What is believed in vain is found out at the next
-    look-up, or forgotten after its lifetime; either way the chunk is written again.
+    At most `limit` hashes, each for `lifetime_ms` after it was read or written. Redis may have evicted any of them. The
+    next lookup shows this, or the lifetime ends; in both cases the chunk is written again.
     """
 
     def __init__(self, lifetime_ms: float, clock: Clock, limit: int) -> None:
@@ -74,7 +74,7 @@ class KnownKeys:
             return len(self._until_ms)
 
     def add(self, chunk_hash: bytes) -> None:
-        """Believe in it from now on; the belief that is oldest makes room."""
+        """Add a hash. If there are too many, the oldest is dropped."""
         with self._lock:
             self._until_ms[chunk_hash] = self._clock.monotonic_ms() + self._lifetime_ms
             self._until_ms.move_to_end(chunk_hash)
@@ -87,7 +87,10 @@ class KnownKeys:
 
 
 class WriteBehind:
-    """A queue bounded in bytes and the thread that empties it. Full, it drops what comes; failing, what it holds."""
+    """A queue with a limit in bytes, and the thread that empties it.
+
+    A full queue drops new chunks. If Redis fails, the chunks of the current flush are dropped.
+    """
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class WriteBehind:
         seal: Seal,
         on_cluster: Callable[[ClusterModeError], None],
     ) -> None:
-        """`on_cluster` is told when Redis turns out to run in cluster mode."""
+        """`on_cluster` is called if Redis turns out to run in cluster mode."""
         self.counters = WriteCounters()
         self._shape = shape
         self._codec = config.remote_codec
@@ -128,33 +131,33 @@ class WriteBehind:
 
     @property
     def queued_bytes(self) -> int:
-        """Bytes that wait or are being written; at most `write_queue_bytes`."""
+        """Bytes that wait or are being written, at most `write_queue_bytes`."""
         return self._queued_bytes
 
     def wants(self, chunk_hash: bytes) -> bool:
-        """Whether to `offer` this chunk: neither in Redis, as far as is known, nor on its way."""
+        """True if this chunk is worth an `offer`: it is neither known to be in Redis nor queued."""
         return chunk_hash not in self._pending and chunk_hash not in self._known
 
     def offer(self, chunk_hash: bytes, fingerprint: bytes, chunk: torch.Tensor) -> bool:
-        """Queue a reference to `chunk`, which must not change any more. False, and counted, if it is dropped."""
+        """Queue a reference to `chunk`, which must not change any more. Returns false if it is dropped."""
         entry = _Entry(chunk_hash, fingerprint, chunk, self._shape.size_bytes)
-        # While Redis is known to be away, chunks in the queue would only be memory.
+        # While Redis is known to be unavailable, queued chunks would only take memory.
         accepted = not self._breaker.is_open and self._enqueue(entry)
         if not accepted:
             self.counters.chunks_dropped += 1
         return accepted
 
     def has_room(self) -> bool:
-        """Whether an `offer` would be taken now."""
+        """True if an `offer` would be accepted now."""
         return self._queued_bytes + self._shape.size_bytes <= self._limit_bytes and not self._breaker.is_open
 
     def delete(self, chunk_hash: bytes) -> None:
-        """Queue the deletion of a key; what is offered later is written after it. Dropped if the queue is full."""
+        """Queue the deletion of a key, before chunks that are offered later. Dropped if the queue is full."""
         self._known.discard(chunk_hash)
         self._enqueue(_Entry(chunk_hash, b"", None, _DELETE_BYTES))
 
     def flush(self, timeout_s: float) -> bool:
-        """Write out what is queued without waiting for more; whether the queue ran empty in time."""
+        """Write the queued chunks without waiting for more. True if the queue ran empty in time."""
         with self._changed:
             self._flushers += 1
             self._changed.notify_all()
@@ -164,7 +167,7 @@ class WriteBehind:
                 self._flushers -= 1
 
     def close(self, timeout_s: float) -> None:
-        """Flush as far as the time allows, drop the rest and end the thread. Idempotent."""
+        """Flush as far as the time allows, drop the rest, and end the thread. Idempotent."""
         self.flush(timeout_s)
         with self._changed:
             self._closing = True
@@ -189,7 +192,7 @@ class WriteBehind:
             if entry.chunk is not None:
                 self._pending.add(entry.chunk_hash)
             before, self._queued_bytes = self._queued_bytes, self._queued_bytes + entry.size_bytes
-            # The thread is woken at the first and when a batch is full, not for each chunk.
+            # The thread is woken for the first chunk and for a full batch, not for each chunk.
             if len(self._queue) == 1 or before < BATCH_BYTES <= self._queued_bytes:
                 self._changed.notify_all()
             return True
@@ -199,8 +202,8 @@ class WriteBehind:
         while batch := self._next_batch():
             try:
                 self._write(batch)
-            except Exception:  # whatever it is, later chunks are to be written
-                logger.exception("chunks could not be written to Redis")
+            except Exception:  # later chunks must still be written
+                logger.exception("cannot write chunks to Redis")
                 self._hang_up()
                 self.counters.errors += 1
                 self.counters.chunks_dropped += sum(1 for entry in batch if entry.chunk is not None)
@@ -212,7 +215,7 @@ class WriteBehind:
         self._hang_up()
 
     def _next_batch(self) -> list[_Entry]:
-        """Wait for a full batch, or until the oldest has waited long enough; empty: the end."""
+        """Wait for a full batch, or until the oldest chunk has waited long enough. Empty: closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
             due_s = self._oldest_at_s + self._flush_s
@@ -242,10 +245,10 @@ class WriteBehind:
             if isinstance(error, ClusterModeError):
                 self._on_cluster(error)
             if self._breaker.failure() and not isinstance(error, ClusterModeError):
-                logger.warning("Redis takes no chunks, left alone for now: %s", error)
+                logger.warning("Redis accepts no chunks; writes are suspended for now: %s", error)
             return
         except BaseException:
-            # What nobody thought of must not keep the breaker from being told; the caller counts it.
+            # The breaker must be told of unexpected errors too. The caller counts them.
             self._breaker.failure()
             raise
         self._breaker.success()
@@ -254,9 +257,10 @@ class WriteBehind:
         self.counters.bytes_written += written * record_bytes(self._shape, self._codec)
 
     def _send(self, batch: list[_Entry]) -> int:
-        """Send all, then read all replies; how many chunks Redis took. One refusal (out of memory) is no failure.
+        """Send the batch, then read all replies. Return how many chunks Redis accepted.
 
-        A chunk that the codec cannot hold is not sent, and counted.
+        The refusal of some chunks (out of memory) is not a failure. A chunk that the codec cannot encode is counted and
+        not sent.
         """
         deadline = Deadline(BATCH_TIMEOUT_MS)
         connection = self._connected(deadline)
