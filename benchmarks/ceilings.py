@@ -128,7 +128,7 @@ class Ceilings:
 
     @torch.inference_mode()
     def bytes_per_s(self) -> dict[str, float]:
-        """Bandwidth of `copy` (half of the buffer to the other half, read and written bytes) and `read` (dot product)."""
+        """Bandwidth of `copy` (one half to the other, bytes read and written) and of `read` (dot product)."""
         source, target = self._halves
         moved = 2 * source.numel() * source.element_size()
         kernels: dict[str, Callable[[], object]] = {

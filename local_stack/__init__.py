@@ -1,4 +1,4 @@
-"""Kafka, Redis and Flink on this machine, started, probed and stopped as one. Imports only `core`."""
+"""Starts, probes and stops Kafka, Redis and Flink on this machine. Imports only `core`."""
 
 from local_stack.config import StackConfig
 from local_stack.flink import flink_cli

@@ -22,16 +22,16 @@ MIB = 1 << 20
 
 
 def main() -> None:
-    """Run the command that `sys.argv` names."""
+    """Run the command of `sys.argv`."""
     parser = Parser(prog="scripts/cluster.sh", description="Kafka, Redis and Flink on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="start | stop | status")
-    add_options(commands.add_parser("start", help="start what is not running, return once it answers"), StackConfig)
+    add_options(commands.add_parser("start", help="start what does not run; return when all answer"), StackConfig)
     for name, help_text in (("stop", "end what start has started"), ("status", "show it; exit status 1 if not well")):
         command = commands.add_parser(name, help=help_text)
-        command.add_argument("--dir", metavar="DIR", default=argparse.SUPPRESS, help="the --dir of its start")
+        command.add_argument("--dir", metavar="DIR", default=argparse.SUPPRESS, help="the --dir given to start")
     options = parser.parse_args()
     config = from_options(StackConfig, options)
-    # As Ctrl-C does: unwind, and so end what was started.
+    # Unwind as Ctrl-C does, which ends what was started.
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         {"start": _start, "stop": _stop, "status": _status}[options.command](config)
@@ -63,7 +63,7 @@ def _status(config: StackConfig) -> None:
 
 
 def _show(stack: LocalStack) -> bool:
-    """Print the table; returns whether all is well."""
+    """Print the table; return true if all services are well."""
     parts = stack.health()
     table = Table("part", "state", "address", "processes", box=None, pad_edge=False)
     for part in parts:

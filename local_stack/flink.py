@@ -1,7 +1,7 @@
-"""Flink as a standalone cluster, from the pip package: one JobManager and some TaskManagers, all on loopback.
+"""Flink from the pip package as a standalone cluster: one JobManager and some TaskManagers, all on loopback.
 
-With high availability a ZooKeeper stands beside them, which the pip package holds too: a JobManager that is started
-again finds its jobs there, and goes on with them from their last checkpoints.
+With high availability, the ZooKeeper of the same package runs too. A restarted JobManager finds its jobs there, and
+resumes them from their last checkpoints.
 """
 
 import http.client
@@ -23,7 +23,7 @@ from local_stack.config import HOST, JARS, LIGHT_JAVA, StackConfig
 from local_stack.processes import Started, launch
 from local_stack.service import PROBE_TIMEOUT_S, NotReady
 
-# Past any proxy of the environment, which could not reach this machine's loopback.
+# Ignores proxies of the environment, which could not reach this machine's loopback.
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 LOGGING = """\
@@ -41,7 +41,7 @@ appender.file.strategy.type=DefaultRolloverStrategy
 appender.file.strategy.max=2
 rootLogger.level=info
 rootLogger.appenderRef.file.ref=file
-# These warn and fill the log with every job's whole configuration.
+# These fill the log with warnings and with every job's whole configuration.
 logger.consumer.name=org.apache.kafka.clients.consumer.ConsumerConfig
 logger.consumer.level=error
 logger.producer.name=org.apache.kafka.clients.producer.ProducerConfig
@@ -60,7 +60,7 @@ admin.enableServer=false
 """
 ZOOKEEPER_HEAP_MB = 64
 SESSION_TIMEOUT = "6 s"
-"""After this ZooKeeper takes a silent JobManager for dead, and another one may lead. ZooKeeper allows 2 to 20 ticks."""
+"""ZooKeeper declares a JobManager dead after this silence; then another may lead. ZooKeeper allows 2 to 20 ticks."""
 SCRIPTS = {"zookeeper": "zookeeper.sh", "jobmanager": "jobmanager.sh", "taskmanager": "taskmanager.sh"}
 
 
@@ -94,15 +94,15 @@ class FlinkService:
             argv += ["1"]
         else:
             tmp = self._dir / "tmp" / process
-            # What it could not delete when it was killed.
+            # A killed process could not delete these files.
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
             argv += ["-D", f"io.tmp.dirs={tmp}"]
         if kind == "taskmanager":
-            # Under the same name again it takes the place of one that was killed, which the JobManager would else
-            # send tasks to until it has missed heartbeats for long enough.
+            # With the same name it replaces a killed one at once. Otherwise the JobManager would send tasks to the
+            # killed one until enough heartbeats are missing.
             argv += ["-D", f"taskmanager.resource-id={process}"]
-        # Flink names its logs after the user, here the process, so that each finds its own.
+        # Flink names its logs by this value, so each process has its own log.
         env = self.environment() | {"FLINK_IDENT_STRING": process}
         return launch(self.name, process, argv, env, self._config.dir / "log", log=f"flink-{process}-*.log")
 
@@ -111,7 +111,7 @@ class FlinkService:
             slots = self._get("/overview")["slots-total"]
             managers = self._get("/taskmanagers")["taskmanagers"] if self.own else []
             for manager in managers:
-                # One that has died is listed until it has missed heartbeats for long enough.
+                # A dead one is listed until enough heartbeats are missing.
                 place = urlsplit(manager["path"])
                 socket.create_connection((place.hostname, place.port), timeout=PROBE_TIMEOUT_S).close()
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
@@ -125,7 +125,7 @@ class FlinkService:
             return json.load(answer)
 
     def forget_jobs(self) -> None:
-        """Let no job of an earlier stack be found again by the next JobManager."""
+        """Delete the stored jobs, so that the next JobManager does not recover jobs of an earlier stack."""
         for folder in ("zookeeper", "high-availability"):
             shutil.rmtree(self._dir / folder, ignore_errors=True)
 
@@ -143,7 +143,7 @@ class FlinkService:
         self._link_libraries()
 
     def environment(self) -> dict[str, str]:
-        """Environment for Flink's scripts, without the FLINK_... variables of another set-up."""
+        """Environment for Flink's scripts, without FLINK_... variables of another installation."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLINK_", "_FLINK"))}
         return kept | {
             "FLINK_CONF_DIR": str(self.conf_dir),
@@ -158,7 +158,7 @@ class FlinkService:
             "rest.address": url.hostname,
             "rest.port": url.port,
             "parallelism.default": 1,
-            # The virtual environment's, which can import the project.
+            # The virtual environment's Python can import the project.
             "python.executable": sys.executable,
             "python.client.executable": sys.executable,
             "env.java.opts.all": " ".join((_packaged_java_options(self.home), *LIGHT_JAVA)),
@@ -175,11 +175,11 @@ class FlinkService:
             "taskmanager.bind-host": HOST,
             "taskmanager.host": HOST,
             "taskmanager.memory.process.size": f"{config.task_manager_mb}m",
-            # Ours keep nothing in managed memory, but by it the Python operators of a slot share one worker.
+            # Our operators keep nothing in managed memory, but it lets the Python operators of a slot share one worker.
             "taskmanager.memory.managed.fraction": 0.1,
             "taskmanager.numberOfTaskSlots": config.task_slots,
             "taskmanager.load-balance.mode": "SLOTS",
-            # TaskManagers start beside the JobManager; by default one that came first would wait 10 s.
+            # TaskManagers start together with the JobManager. By default one that is ready first would wait 10 s.
             "cluster.registration.error-delay": "500 ms",
             "execution.checkpointing.storage": "filesystem",
             "execution.checkpointing.dir": (self._dir / "checkpoints").as_uri(),
@@ -193,37 +193,37 @@ class FlinkService:
             "high-availability.zookeeper.quorum": f"{HOST}:{self._config.zookeeper_port}",
             "high-availability.zookeeper.client.session-timeout": SESSION_TIMEOUT,
             "high-availability.storageDir": (self._dir / "high-availability").as_uri(),
-            # In place of jobmanager.rpc.port, which does not hold then.
+            # With high availability this replaces jobmanager.rpc.port.
             "high-availability.jobmanager.port": self._config.flink_rpc_port,
             "zookeeper.heap.mb": ZOOKEEPER_HEAP_MB,
         }
 
     def _link_libraries(self) -> None:
-        # Flink's own jars, its Python part and the connectors in one folder: on the class path of client, JobManager
-        # and TaskManagers alike. No job has to name or upload them, and none loads their classes once more: 27 MB of
-        # a TaskManager's 256 MB of class memory a job.
+        # One folder has Flink's jars, its Python part and the connectors. It is on the class path of client, JobManager
+        # and TaskManagers, so no job has to name or upload jars, or load their classes again. That would cost each job
+        # 27 MB of a TaskManager's 256 MB of class memory.
         lib = self._dir / "lib"
         shutil.rmtree(lib, ignore_errors=True)
         lib.mkdir(parents=True)
         connectors = sorted((JARS / "connector").glob("*.jar"))
         if not connectors:
-            raise UserError(f"{JARS / 'connector'} holds no jar; run scripts/setup.sh")
+            raise UserError(f"{JARS / 'connector'} has no jar; run scripts/setup.sh")
         python = (self.home / "opt").glob("flink-python-*.jar")
         for jar in (*(self.home / "lib").glob("*.jar"), *python, *connectors):
             (lib / jar.name).symlink_to(jar)
 
 
 class HasConfig(Protocol):
-    """A stack that is, or was, started."""
+    """A stack that has been started, even if it is stopped now."""
 
     @property
     def config(self) -> StackConfig: ...
 
 
 def flink_cli(stack: HasConfig) -> tuple[list[str], dict[str, str]]:
-    """Arguments and environment of Flink's command line against `stack`, which has been started.
+    """Return arguments and environment of Flink's command line for `stack`, which has been started.
 
-    `argv + ["run", "-d", "-py", "job.py", "--option", "value"]` submits a job; `-d` returns once it is accepted.
+    `argv + ["run", "-d", "-py", "job.py", "--option", "value"]` submits a job; `-d` returns when it is accepted.
     """
     service = FlinkService(stack.config)
     return ["bash", str(service.home / "bin" / "flink")], service.environment()
@@ -237,6 +237,6 @@ def _flink_home() -> Path:
 
 
 def _packaged_java_options(home: Path) -> str:
-    """What Flink opens of the JDK's modules, as its package states it: Java 17 refuses it otherwise."""
+    """Return the JVM options in Flink's package that open modules of the JDK, which Java 17 would deny otherwise."""
     packaged = YAML(typ="safe").load(home / "conf" / "config.yaml")
     return str(packaged["env"]["java"]["opts"]["all"])

@@ -1,4 +1,4 @@
-"""Flink's own command line on the local stack: `python -m local_stack.flink_command run -py JOB.py ...`."""
+"""Flink's command line for the local stack: `python -m local_stack.flink_command run -py JOB.py ...`."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from local_stack import LocalStack, StackConfig, flink_cli
 
 
 def main() -> None:
-    """Become `flink` with the arguments given. Raises `UserError` where no local stack runs."""
+    """Replace this process by `flink` with the given arguments. Raises `UserError` if no local stack runs."""
     stack = LocalStack.running_in(StackConfig().dir)
     if stack is None:
         raise UserError("no local stack is running; start it with scripts/cluster.sh start")

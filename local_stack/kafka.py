@@ -1,4 +1,4 @@
-"""Kafka as a single node: broker and controller in one JVM, from the jars that scripts/setup.sh has fetched."""
+"""Kafka as a single node: broker and controller in one JVM, from the jars that scripts/setup.sh installs."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ listener.security.protocol.map=CLIENTS:{security},CONTROLLER:PLAINTEXT
 inter.broker.listener.name=CLIENTS
 log.dirs={data}
 
-# One node cannot hold more than one replica.
+# One node can have only one replica.
 default.replication.factor=1
 min.insync.replicas=1
 offsets.topic.replication.factor=1
@@ -41,14 +41,14 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 share.coordinator.state.topic.num.partitions=4
 
-# Whoever uses a topic creates it and so decides its partitions; a misspelt name is an error.
+# Clients create their topics with the partitions they need; a misspelt name is an error.
 auto.create.topics.enable=false
 message.max.bytes=2097152
 replica.fetch.max.bytes=2097152
 log.retention.hours=24
 log.retention.bytes=1073741824
 log.segment.bytes=134217728
-# The only consumers are ours: no need to wait for others to join their group.
+# Only our consumers use it, so a group need not wait for others to join.
 group.initial.rebalance.delay.ms=0
 """
 
@@ -94,7 +94,7 @@ class KafkaService:
     def probe(self) -> None:
         host, _, port = self.address.split(",")[0].rpartition(":")
         try:
-            # The plain connection first: the client would log every refusal.
+            # Try a plain connection first, because the client would log every refusal.
             socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
             admin = KafkaAdminClient(
                 **kafka_settings(self.address, self._config.kafka_access),
@@ -124,12 +124,12 @@ class KafkaService:
         further = self._config.kafka_properties
         written = Path(self._properties)
         written.touch(mode=0o600)
-        written.chmod(0o600)  # A broker's settings may hold its users' passwords.
+        written.chmod(0o600)  # The settings may contain users' passwords.
         written.write_text(ours + ("" if further is None else further.read_text()))
         (self._dir / "log4j2.properties").write_text(LOGGING)
 
     def _format_once(self) -> None:
-        # Our own mark, written last: what an interrupted formatting left behind must not be taken for a storage.
+        # This mark is written last, so that an interrupted formatting is not taken for a complete storage.
         formatted = self._dir / "formatted"
         if formatted.exists():
             return

@@ -1,4 +1,4 @@
-"""Processes of ours, known by pid *and* start time, so that a recycled pid is never taken for one of them."""
+"""Processes of the stack, identified by pid *and* start time, so that a reused pid is never taken for one of them."""
 
 import os
 import subprocess
@@ -10,27 +10,27 @@ import psutil
 from core.config import Config
 from core.errors import UserError
 
-# Linux tells start times in steps of 10 ms.
+# Linux gives start times in steps of 10 ms.
 SAME_START_S = 0.05
 KILL_WAIT_S = 10.0
 
 
 class Started(Config):
-    """One process that was started here, the leader of a session of its own."""
+    """One process of the stack. It leads its own session."""
 
     service: str
     name: str
     pid: int
     since_boot_s: float
-    """When it started, counted from the boot: unlike the time of day this cannot be set to another value."""
+    """Start time since the boot, which unlike the time of day cannot be changed."""
     log: str
-    """Pattern of the files that say what it did, for `pathlib.Path.glob` below the log folder."""
+    """Pattern of its log files, for `pathlib.Path.glob` below the log folder."""
 
 
 def launch(
     service: str, name: str, argv: list[str], env: Mapping[str, str], logs: Path, *, log: str | None = None
 ) -> Started:
-    """Start `argv`; it outlives this process and writes to `logs/NAME.out`. Raises `UserError` if it cannot start."""
+    """Start `argv` so that it outlives this process. It writes to `logs/NAME.out`. Raises `UserError` if it fails."""
     logs.mkdir(parents=True, exist_ok=True)
     with (logs / f"{name}.out").open("wb") as out:
         try:
@@ -50,7 +50,7 @@ def launch(
 
 
 def is_alive(started: Started) -> bool:
-    """Whether that very process runs; another one with its pid, or a zombie, does not count."""
+    """True if this very process runs; another process with its pid, or a zombie, does not count."""
     try:
         process = psutil.Process(started.pid)
         return _is_same(process, started) and process.status() != psutil.STATUS_ZOMBIE
@@ -59,12 +59,12 @@ def is_alive(started: Started) -> bool:
 
 
 def members(started: Started) -> list[psutil.Process]:
-    """The process and all that descend from it (a TaskManager's Python workers), also once it is dead itself."""
+    """Return the process and its descendants (a TaskManager's Python workers), even if the process is dead."""
     try:
         if not _is_same(psutil.Process(started.pid), started):
             return []
     except psutil.NoSuchProcess:
-        # A pid is not given out again while it names a session: whoever is still in that one came from ours.
+        # A pid is not reused while it names a session, so processes in this session descend from ours.
         pass
     found = []
     for process in psutil.process_iter():
@@ -77,13 +77,13 @@ def members(started: Started) -> list[psutil.Process]:
 
 
 def end(all_started: Iterable[Started], grace_s: float) -> int:
-    """End them and their descendants: SIGTERM, after `grace_s` SIGKILL. Returns how many processes there were."""
+    """End the processes and their descendants by SIGTERM, and by SIGKILL after `grace_s`. Return their number."""
     all_started = tuple(all_started)
     asked = [process for started in all_started for process in members(started)]
     for process in asked:
         _signal(process, kill=False)
     psutil.wait_procs(asked, timeout=grace_s)
-    # Looked up again: a process may have started another one meanwhile.
+    # Look again: a process may have started another one meanwhile.
     left = [process for started in all_started for process in members(started)]
     for process in left:
         _signal(process, kill=True)

@@ -1,4 +1,4 @@
-"""What Kafka, Redis and Flink have in common: an address, processes that are launched, and a probe."""
+"""The common interface of Kafka, Redis and Flink: an address, processes to launch, and a probe."""
 
 import os
 import shutil
@@ -17,29 +17,29 @@ LOG_TAIL_LINES = 15
 
 
 class NotReady(Exception):  # noqa: N818 - not an error while it starts
-    """A service does not answer as it should (yet); the text says why."""
+    """A service does not answer as it should (yet). The text gives the reason."""
 
 
 class Service(Protocol):
     name: str
     address: str
     address_option: str
-    """The option that names a user's own one."""
+    """The option with the address of the user's own service."""
     own: bool
-    """Whether it is started here; otherwise the user said where one runs."""
+    """True if the stack starts the service, false if the user gave the address of a running one."""
     processes: tuple[str, ...]
-    """Names of the processes that it consists of where it is started here, in the order of their start."""
+    """Names of the service's processes if the stack starts it, in the order of their start."""
 
     def ports(self) -> dict[str, int]:
-        """The ports that it will listen on, by the option that sets them."""
+        """Ports on which the service will listen, by the option that sets them."""
         ...
 
     def launch(self, process: str) -> Started:
-        """Start that one of its processes; does not wait until it answers."""
+        """Start this process of the service, without waiting until it answers."""
         ...
 
     def probe(self) -> None:
-        """Ask for one answer. Raises `NotReady`."""
+        """Send one request. Raises `NotReady` if the service does not answer as it should."""
         ...
 
 
@@ -54,7 +54,7 @@ def refuse_taken_ports(services: Iterable[Service]) -> None:
             elif not port_is_free(port):
                 faults.append(
                     f"port {port} of {service.name} is taken; choose another with {option}, "
-                    f"or use a {service.name} of your own with {service.address_option}"
+                    f"or use your own {service.name} with {service.address_option}"
                 )
             seen[port] = option
     if faults:
@@ -73,9 +73,9 @@ def require_own(service: Service) -> None:
 
 
 def wait_ready(service: Service, started: Iterable[Started], logs: Path, deadline_s: float) -> None:
-    """Probe until it answers. Raises `UserError` with the end of the log if it dies or `deadline_s` passes.
+    """Probe until the service answers. Raises `UserError` with the end of the log if it dies or at `deadline_s`.
 
-    `deadline_s` is a point of `time.monotonic()`.
+    `deadline_s` is a time of `time.monotonic()`.
     """
     started = tuple(started)
     while True:
@@ -94,7 +94,7 @@ def wait_ready(service: Service, started: Iterable[Started], logs: Path, deadlin
 
 
 def program(name: str) -> str:
-    """Path of a program: of `JAVA_HOME`, on the PATH, or where scripts/setup.sh puts it. Raises `UserError`."""
+    """Find a program in `JAVA_HOME`, on the PATH, or where scripts/setup.sh installs it. Raises `UserError`."""
     java_home = os.environ.get("JAVA_HOME")
     places: tuple[Callable[[], str | None], ...] = (
         lambda: shutil.which(name, path=f"{java_home}/bin") if java_home else None,
@@ -108,7 +108,7 @@ def program(name: str) -> str:
 
 
 def log_tail(process: Started, logs: Path) -> str:
-    """The last lines that a process has logged, and where; below whatever is said of it."""
+    """Return the last lines of a process's log, with the path, to append to a message."""
     files = sorted({*logs.glob(process.log), logs / f"{process.name}.out"}, key=lambda file: file.stat().st_mtime)
     filled = [file for file in files if file.stat().st_size]
     if not filled:

@@ -1,4 +1,4 @@
-"""The stack as a whole: what is started is written down before anything else happens, and ended from that."""
+"""The whole stack. A state file records each started process at once, and `stop` ends the recorded processes."""
 
 import fcntl
 import time
@@ -23,7 +23,7 @@ from local_stack.service import NotReady, Service, refuse_taken_ports, require_o
 
 
 class State(Config):
-    """What the state file holds: the options of the running stack and its processes, in the order of their start."""
+    """Content of the state file: options of the running stack, and its processes in the order of their start."""
 
     config: StackConfig
     processes: tuple[Started, ...] = ()
@@ -40,7 +40,7 @@ class Addresses:
 
 @dataclass(frozen=True)
 class Health:
-    """One part of the stack: `problem` is none if it answers and all its processes run."""
+    """State of one service: `problem` is none if it answers and all its processes run."""
 
     service: Service
     processes: tuple[Started, ...]
@@ -48,17 +48,17 @@ class Health:
 
 
 class LocalStack:
-    """Kafka, Redis and Flink of one folder. As a context manager it is started on entry and stopped on exit."""
+    """Kafka, Redis and Flink in one folder. The context manager starts them on entry and stops them on exit."""
 
     def __init__(self, config: StackConfig) -> None:
         self.config = config.model_copy(update={"dir": config.dir.resolve()})
         self._flink = FlinkService(self.config)
-        # In the order of their start: Flink takes longest, so the others start beside it.
+        # In the order of their start. Flink takes longest, so the others start while it does.
         self._services: tuple[Service, ...] = (self._flink, RedisService(self.config), KafkaService(self.config))
 
     @classmethod
     def running_in(cls, directory: Path) -> Self | None:
-        """The stack that was started in `directory` and not stopped, with the options it was started with."""
+        """Return the stack that was started in `directory` and not stopped, with its options; none if there is none."""
         state = _read_state(directory.resolve())
         return None if state is None else cls(state.config)
 
@@ -72,7 +72,7 @@ class LocalStack:
         self.stop()
 
     def addresses(self) -> Addresses:
-        """Where the parts answer, the user's own ones included."""
+        """Addresses of the services, including the user's own."""
         flink, redis, kafka = (service.address for service in self._services)
         return Addresses(
             brokers=kafka,
@@ -83,10 +83,10 @@ class LocalStack:
         )
 
     def start(self) -> bool:
-        """Start what does not run and return once all answers: True, or False if all was running already.
+        """Start the services that do not run; return when all answer. False if all were running already.
 
-        What was started with these options and is well stays; what is left of a part that has died, or is not well, is
-        ended first. Raises `UserError`; that, and any other exception, an interruption too, ends what was started.
+        Services that were started with these options and are well keep running. The rest of a service that has died or
+        is not well is ended first. Any exception, including an interruption, ends what was started. Raises `UserError`.
         """
         with _locked(self.config.dir):
             before = self._before()
@@ -105,7 +105,7 @@ class LocalStack:
             if not missing:
                 return False
             self._end_all_but(kept)
-            # The ports of a part that runs on are its own.
+            # A service that keeps running holds its ports itself.
             refuse_taken_ports([service for service in self._services if service.own and not _any_of(service, kept)])
             if before is None:
                 self._flink.forget_jobs()
@@ -119,18 +119,18 @@ class LocalStack:
             return True
 
     def stop(self) -> int:
-        """End what was started in this folder, and nothing else. Returns how many processes that were."""
+        """End exactly what was started in this folder. Return the number of processes."""
         with _locked(self.config.dir):
             return self._end_all_but(())
 
     @property
     def processes(self) -> tuple[Started, ...]:
-        """What was started in this folder and not stopped, whether it runs still or not."""
+        """Processes that were started in this folder and not stopped, dead ones included."""
         state = _read_state(self.config.dir)
         return () if state is None else state.processes
 
     def health(self) -> list[Health]:
-        """The state of every part, probed now."""
+        """Probe every service and return its state."""
         recorded = self.processes
         return [self._health_of(service, recorded) for service in self._services]
 
@@ -149,15 +149,15 @@ class LocalStack:
         return Health(service, mine, None)
 
     def _before(self) -> State | None:
-        """What was started here with these options; none where all has to be started anew.
+        """Return the state of a stack that was started here with these options; none if all must be started.
 
-        Raises `UserError` where a stack with other options is running and well.
+        Raises `UserError` if a stack with other options is running and well.
         """
         state = _read_state(self.config.dir)
         if state is None:
             return None
         running, wanted = dict(flatten(state.config)), dict(flatten(self.config))
-        # How long to wait is a matter of one command, not of what runs.
+        # Timeouts belong to one command, not to the running stack.
         differing = [
             f"--{name.replace('_', '-')} is {running[name]}"
             for name in wanted
@@ -173,7 +173,7 @@ class LocalStack:
         )
 
     def _well(self) -> tuple[Started, ...]:
-        """The processes that may stay: all that run, but for parts that do not answer though nothing of them died."""
+        """Return the processes that may stay: running ones, except those of a complete service that does not answer."""
         kept: list[Started] = []
         for part in self.health():
             alive = [process for process in part.processes if is_alive(process)]
@@ -193,7 +193,7 @@ class LocalStack:
             wait_ready(service, mine, self.config.dir / "log", deadline_s)
 
     def _end_all_but(self, kept: tuple[Started, ...]) -> int:
-        """End what is recorded but not `kept`. Returns how many processes that were."""
+        """End the recorded processes that are not in `kept`. Return their number."""
         state = _read_state(self.config.dir)
         if state is None:
             return 0
@@ -234,7 +234,7 @@ def _write_state(state: State) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One start or stop at a time in a folder; another one waits."""
+    """Allow one start or stop at a time per folder; another one waits."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

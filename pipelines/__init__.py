@@ -1,1 +1,1 @@
-"""One Flink job a file; `job.build` describes the graph that they share, `main()` is what `flink run -py` calls."""
+"""One Flink job per file. `job.build` makes the graph that they share; `flink run -py` calls `main()`."""

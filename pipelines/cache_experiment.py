@@ -1,4 +1,4 @@
-"""The cache experiment's job: micro-batches at slots that a session never leaves, so that caches alone are compared.
+"""The cache experiment's job: micro-batches, and slots that a session never leaves, so that only caches differ.
 
 Submit it with
 

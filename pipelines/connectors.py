@@ -1,7 +1,7 @@
-"""Kafka in and out of a job.
+"""Kafka sources and sinks of a job.
 
-The Table API's connectors stand at both ends: unlike the DataStream ones of PyFlink they hand over a record's bytes as
-they are (null included), its partition and offset, and write a key beside the value.
+They are the Table API's connectors. Unlike PyFlink's DataStream connectors, these deliver a record's raw bytes (null
+too), its partition and its offset, and they write a key beside the value.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ CONNECTOR_JARS = Path(__file__).resolve().parents[1] / ".local" / "jars" / "conn
 
 
 def connector_jars() -> list[str]:
-    """URLs of the connector's jars, for a cluster without them. Raises `UserError` where set-up has not run."""
+    """Return URLs of the connector's jars, for a cluster without them. Raises `UserError` if they are not installed."""
     jars = [jar.as_uri() for jar in sorted(CONNECTOR_JARS.glob("*.jar"))]
     if not jars:
         raise UserError(f"ship_connector: there is no jar in {str(CONNECTOR_JARS)!r}; run scripts/setup.sh")
@@ -40,9 +40,9 @@ def connector_jars() -> list[str]:
 
 
 def ensure_topics(config: JobConfig) -> None:
-    """Create the job's topics where they are missing.
+    """Create the job's missing topics.
 
-    Raises `UserError` where the broker does not answer, or one that is there takes less than the job may write.
+    Raises `UserError` if the broker does not answer, or if an existing topic's size limit is too small for the job.
     """
     kafka = config.kafka
     admin = _admin(kafka)
@@ -66,7 +66,7 @@ def ensure_topics(config: JobConfig) -> None:
 
 
 def _check_sizes(admin: KafkaAdminClient, kafka: KafkaConfig, topics: list[str]) -> None:
-    """A record that its topic refuses would fail the job after each restart."""
+    """Check the topics' size limits: a record that its topic refuses would fail the job after each restart."""
     needed = {
         topic: int(settings[SIZE_LIMIT]) for topic in topics if SIZE_LIMIT in (settings := kafka.topic_settings(topic))
     }
@@ -78,7 +78,7 @@ def _check_sizes(admin: KafkaAdminClient, kafka: KafkaConfig, topics: list[str])
 
 
 def _told(admin: KafkaAdminClient, kind: str, names: list[str], setting: str) -> dict[str, int]:
-    """What `setting` is of each topic or broker that tells it: the client passes over a refusal without a word."""
+    """Return `setting` of each topic or broker that tells it. The client ignores refusals silently."""
     if not names:
         return {}
     asked = [ConfigResource(kind, name, {setting: None}) for name in names]
@@ -87,10 +87,10 @@ def _told(admin: KafkaAdminClient, kind: str, names: list[str], setting: str) ->
 
 
 def resume_offsets(config: JobConfig) -> dict[int, int]:
-    """Where a job without state begins in each partition of the requests topic in which its group stands somewhere.
+    """Return the offsets at which a job without state begins, for partitions where its group has an offset.
 
-    That is `resume_records` before: what was in flight when the group came there is in the state alone, and the topics
-    of answers tell which of it is left. Raises `UserError` where the broker does not answer.
+    They are `resume_records` before the group's offsets. The requests in flight at that point were only in the lost
+    state; the topics of answers tell which of them have no answer. Raises `UserError` if the broker does not answer.
     """
     kafka = config.kafka
     try:
@@ -119,14 +119,14 @@ def resume_offsets(config: JobConfig) -> dict[int, int]:
 
 
 def check_transactions(config: JobConfig) -> None:
-    """Raises `UserError` where the brokers do not allow transactions to last as long as the job's."""
+    """Raises `UserError` if the brokers do not allow transactions as long as the job's."""
     if config.delivery.delivery is not Delivery.EXACTLY_ONCE:
         return
     with closing(_admin(config.kafka)) as admin:
         try:
             brokers = [str(broker["broker_id"]) for broker in admin.describe_cluster()["brokers"]]
             limits = _told(admin, "broker", brokers, TRANSACTION_LIMIT).values()
-        except KafkaError:  # they may keep it to themselves; whoever writes is told then
+        except KafkaError:  # brokers may hide their limit; then the first write fails
             return
     if limits and config.delivery.transaction_timeout_ms > min(limits):
         raise UserError(
@@ -136,14 +136,14 @@ def check_transactions(config: JobConfig) -> None:
 
 
 def kafka_source(tables: StreamTableEnvironment, config: JobConfig, begin: Mapping[int, int]) -> DataStream:
-    """Rows of `(value: bytes | None, partition: int, offset: int)` of the requests topic.
+    """Return rows of `(value: bytes | None, partition: int, offset: int)` of the requests topic.
 
-    From the offsets `begin` on; where it names none, from where the group stands, and for a new group from the first.
-    A job that starts with state goes on where that stands.
+    They begin at the offsets `begin`. A partition without one begins at the group's offset, or at the first record for
+    a new group. A job that starts with state continues at the offsets of that state.
 
-    Before them, once for each slot, a row that calls it to warm up: partition `WARM_UP`, the slot in place of the
-    offset. It comes with the requests because a Python operator opens with its first element, and because a stream
-    of its own would cost every request another Python operator, the one that keys the union of both.
+    Before the requests comes one warm-up row per slot: partition `WARM_UP`, and the slot in place of the offset. It is
+    in the same stream because a Python operator opens with its first element. A separate stream would cost every
+    request another Python operator, which would key the union of both.
     """
     kafka = config.kafka
     options = _connection(kafka) | {
@@ -173,7 +173,7 @@ def kafka_source(tables: StreamTableEnvironment, config: JobConfig, begin: Mappi
 
 @dataclass(frozen=True)
 class KafkaSink:
-    """A stream of `(key, value)` string rows, the topic that it goes to, and the sink's own name in the job."""
+    """A stream of `(key, value)` string rows, its topic, and the sink's unique name in the job."""
 
     name: str
     stream: DataStream
@@ -197,7 +197,7 @@ def add_kafka_sink(
     }
     if config.delivery.delivery is Delivery.EXACTLY_ONCE:
         options |= {
-            # No other job may have it: who begins with it ends the transactions that were left under it.
+            # No other job may use this prefix: a job that starts aborts all open transactions under its prefix.
             "sink.transactional-id-prefix": f"{config.job_name}:{config.kafka.consumer_group}:{sink.topic}:{sink.name}",
             "properties.transaction.timeout.ms": str(config.delivery.transaction_timeout_ms),
         }

@@ -1,4 +1,4 @@
-"""The Flink environment that every job of ours needs, and what it cannot run with."""
+"""The Flink environment of every job, and checks of the cluster's configuration."""
 
 from pyflink.common import Configuration
 from pyflink.datastream import StreamExecutionEnvironment
@@ -9,7 +9,7 @@ from operators.config import Batching, JobConfig
 from pipelines.connectors import connector_jars
 
 MAX_PARALLELISM = 128
-"""Number of key groups. Fixed, as it decides which key leads to which subtask."""
+"""Number of key groups. It is fixed, because it decides which subtask processes a key."""
 
 _SETTINGS = {
     # Elements and timers wait for the end of a bundle, and each bundle costs milliseconds of CPU time. A bundle may end
@@ -20,21 +20,21 @@ _SETTINGS = {
     # Managed memory is what lets the Python operators of a slot share one worker process.
     "python.fn-execution.memory.managed": "true",
     "execution.buffer-timeout.interval": "0 ms",
-    # Barriers overtake what queues before a busy engine; aligned ones would wait for all of it.
+    # Unaligned barriers overtake the queue before a busy engine; aligned ones would wait for all of it.
     "execution.checkpointing.unaligned.enabled": "true",
-    # A job that was cancelled, or whose cluster died, can go on from the last one.
+    # A job that was cancelled, or whose cluster died, can resume from its last checkpoint.
     "execution.checkpointing.externalized-checkpoint-retention": "RETAIN_ON_CANCELLATION",
-    # A restart mends no full disk: it would only ask again what was answered since the last checkpoint.
+    # A restart does not help against a full disk: it would only repeat work since the last checkpoint.
     "execution.checkpointing.tolerable-failed-checkpoints": "100",
     "restart-strategy.exponential-delay.initial-backoff": "1 s",
     "restart-strategy.exponential-delay.max-backoff": "30 s",
-    # Longer than a slot takes to load: a job that fails each time it has loaded must not be restarted for ever.
+    # Longer than a slot takes to load, so that a job that fails after each load is not restarted for ever.
     "restart-strategy.exponential-delay.reset-backoff-threshold": "1 h",
 }
 
 
 def make_environment(config: JobConfig) -> StreamExecutionEnvironment:
-    """Raises `UserError` for a cluster set to thread mode, which PyFlink 2 cannot run these jobs in."""
+    """Return the environment. Raises `UserError` for a cluster in thread mode, in which PyFlink 2 cannot run jobs."""
     settings = Configuration()
     for key, value in _SETTINGS.items():
         settings.set_string(key, value)
@@ -58,9 +58,9 @@ def make_environment(config: JobConfig) -> StreamExecutionEnvironment:
 def bundle_records(config: JobConfig) -> int:
     """Maximum number of elements in a bundle.
 
-    Where the slot has all that it may have, each element of a bundle waits for an answer. Until the bundle ends no
-    checkpoint passes and no answer leaves. Half the rows of the engine are answered in half the time of a request.
-    A micro-batch is computed while its last request is taken in.
+    If a slot is full, each element of a bundle waits for an answer. No checkpoint passes and no answer leaves before
+    the bundle ends. Half the rows of the engine are answered in half the time of a request, so this is the limit. With
+    micro-batches it is one, because a batch is computed while its last request is taken in.
     """
     if config.batching.batching is Batching.MICRO:
         return 1
@@ -68,7 +68,7 @@ def bundle_records(config: JobConfig) -> int:
 
 
 def subtask_of_key(key: int, parallelism: int) -> int:
-    """Flink's own rule: the subtask that a key is processed by. PyFlink wraps every key in a row, and hashes that."""
+    """Return the subtask that processes a key, by Flink's rule. PyFlink wraps every key in a row and hashes the row."""
     jvm = get_gateway().jvm
     row = jvm.org.apache.flink.types.Row(1)
     row.setField(0, key)

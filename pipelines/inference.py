@@ -1,4 +1,4 @@
-"""The production job: continuous batching, requests entering and leaving the running batch at every step.
+"""The production job, with continuous batching: requests enter and leave the running batch at every step.
 
 Submit it with
 

@@ -1,4 +1,4 @@
-"""The graph that all jobs share: Kafka -> decode -> slots of the sessions -> inference -> Kafka."""
+"""The graph that all jobs share: Kafka -> decode -> key by slot -> inference -> Kafka."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,17 +43,17 @@ from pipelines.user_errors import end_on_user_errors
 
 @dataclass(frozen=True)
 class Functions:
-    """The Python functions of the graph. A benchmark puts others in their place."""
+    """The Python functions of the graph. A benchmark replaces them."""
 
     decode: Callable[[JobConfig, Sequence[int]], ProcessFunction] = DecodeFunction
-    """Maps rows of `kafka_source` to rows of type `KEYED`. The sequence holds the Flink key of each slot."""
+    """Maps rows of `kafka_source` to rows of type `KEYED`. The sequence has the Flink key of each slot."""
     infer: Callable[[JobConfig], KeyedProcessFunction] = inference_function
 
 
 def build(
     env: StreamExecutionEnvironment, config: JobConfig, begin: Mapping[int, int], functions: Functions
 ) -> DataStream:
-    """The job's graph, sinks attached; the stream of responses. `begin` is as for `kafka_source`."""
+    """Build the job's graph with its sinks; return the stream of responses. `begin`: see `kafka_source`."""
     tables = StreamTableEnvironment.create(env)
     keys = key_of_each_slot(lambda key: subtask_of_key(key, config.parallelism), config.parallelism)
 
@@ -72,10 +72,10 @@ def build(
 
     statements = tables.create_statement_set()
     letters_topic = config.kafka.dead_letters_topic
-    # Each stream has a sink of its own, in the task that it comes from. A sink of both streams of dead letters would
-    # stand behind edges that Flink aligns barriers on (one task to one task), while on the edge to inference they
-    # overtake: the sink would hold inference's letters back until decode's barrier comes, and decode may be waiting for
-    # inference to take more.
+    # Each stream has its own sink, in the task that it comes from: a sink that both streams of dead letters share can
+    # deadlock. Flink aligns barriers on edges from one task to one task, such as those to the sink, but on the edge to
+    # inference barriers overtake records. So the sink would block inference's letters until decode's barrier comes,
+    # while decode may wait until inference takes more records.
     for sink in (
         KafkaSink("responses", responses, config.kafka.responses_topic),
         KafkaSink("dead-letters-of-decode", decoded.get_side_output(DEAD_LETTERS), letters_topic),
@@ -91,9 +91,9 @@ def build(
 
 
 def keyed_in_java(rows: DataStream) -> KeyedStream:
-    """Rows of `(key, value)`, keyed by their first field; values reach the next function.
+    """Key rows of `(key, value)` by their first field; the next function gets the values.
 
-    `DataStream.key_by` would do the same by one more Python operator: another way to the worker and back.
+    `DataStream.key_by` would need one more Python operator, and so another round trip to the worker.
     """
     gateway = get_gateway()
     selector = gateway.jvm.org.apache.flink.streaming.api.functions.python.KeyByKeySelector()
@@ -103,7 +103,7 @@ def keyed_in_java(rows: DataStream) -> KeyedStream:
 
 
 def run(prog: str, description: str, own_defaults: Mapping[str, Any], functions: Functions = Functions()) -> None:
-    """Submit the job that the command line states. Raises `UserError` for what it could not start with."""
+    """Submit the job with the options of the command line. Raises `UserError` if it cannot start with them."""
     parser = Parser(prog=prog, description=description)
     add_options(parser, JobConfig)
     set_own_defaults(parser, own_defaults)
@@ -120,7 +120,7 @@ def run(prog: str, description: str, own_defaults: Mapping[str, Any], functions:
 
 @contextmanager
 def refusals_in_a_line() -> Iterator[None]:
-    """Raises `UserError` with the cause for whatever Flink's side of Java raises."""
+    """Turn exceptions of Flink's Java side into `UserError` with their cause."""
     try:
         yield
     except (Py4JJavaError, JavaException) as error:

@@ -1,14 +1,14 @@
-"""Properties of the Kafka connector's clients that say how they speak to Kafka, and as whom.
+"""Security properties of the Kafka connector's clients: protocol, certificates and user.
 
-Options of a table are seen on Flink's pages and in its logs, so no secret stands in them: `${env:NAME}` and
-`${file:PATH:name}` are put in place by Kafka's config providers in each client, with what its own host has.
+Flink's pages and logs show the options of a table, so they contain no secret. Kafka's config providers replace
+`${env:NAME}` and `${file:PATH:name}` in each client by values of its own host.
 """
 
 from core.credentials import variable
 from core.kafka_config import KafkaAccessConfig, SaslMechanism
 
 SHADED = "org.apache.flink.kafka.shaded."
-"""What stands before the name of each of Kafka's classes in Flink's SQL connector."""
+"""Package prefix of Kafka's classes in Flink's SQL connector."""
 _PROVIDERS = SHADED + "org.apache.kafka.common.config.provider."
 _LOGIN_MODULES = {
     SaslMechanism.PLAIN: "plain.PlainLoginModule",
@@ -18,7 +18,7 @@ _LOGIN_MODULES = {
 
 
 def security_properties(access: KafkaAccessConfig) -> dict[str, str]:
-    """For a producer, a consumer or an admin client of the connector."""
+    """Return the properties for a producer, a consumer or an admin client of the connector."""
     security = access.kafka_security
     properties = {"security.protocol": security.value}
     if security.has_tls and access.kafka_ca_file is not None:
@@ -32,7 +32,7 @@ def _login(access: KafkaAccessConfig) -> dict[str, str]:
     file = access.kafka_credentials_file
     if file is not None:
         provider = {"config.providers": "file", "config.providers.file.class": _PROVIDERS + "FileConfigProvider"}
-        # The provider reads no other file, whatever a property asks for.
+        # Restrict the provider to this file, whatever a property asks for.
         provider["config.providers.file.param.allowed.paths"] = str(file)
         user, password = f"${{file:{file}:username}}", f"${{file:{file}:password}}"
     else:

@@ -1,7 +1,7 @@
-"""Names for the state of every operator, so that a savepoint finds its own again at another parallelism.
+"""Uids for the state of every operator, so that a savepoint can be resumed at another parallelism.
 
-Flink makes up a name where none is given, out of the graph around the operator. The connectors of the Table API take no
-name, and their graph depends on the parallelism.
+Without a uid Flink derives one from the graph around the operator. The connectors of the Table API accept no uid, and
+their graph depends on the parallelism.
 """
 
 import re
@@ -17,9 +17,9 @@ NUMBER = re.compile(r"\[\d+\]$")
 
 
 def name_states(env: StreamExecutionEnvironment) -> None:
-    """Give a uid to whatever has none; the same for the same graph, whatever its parallelism."""
+    """Give a uid to every operator without one. The uids do not depend on the parallelism."""
     numbers: Counter[str] = Counter()
-    # A source that has finished does not run where its state is found, and the calls to warm up are to come each time.
+    # A finished source does not run again if its state is found, but the warm-up rows must come at each start.
     warm_up = f"warm-up-{uuid.uuid4().hex}"
     for operator in _operators(env):
         name = NUMBER.sub("", str(operator.getName()))
@@ -31,7 +31,7 @@ def name_states(env: StreamExecutionEnvironment) -> None:
 
 
 def _operators(env: StreamExecutionEnvironment) -> Iterator[Any]:
-    """All transformations of the graph, each once, its inputs before it."""
+    """Yield all transformations of the graph, each once, after its inputs."""
     seen: set[int] = set()
 
     def walk(operator: Any) -> Iterator[Any]:

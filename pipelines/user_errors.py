@@ -1,8 +1,8 @@
-"""A user's error ends the job: no restart can mend it.
+"""A user's error ends the job, because no restart can fix it.
 
 Flink restarts a job after any exception from Python, as often as the restart strategy allows. It gives up at once only
 for an exception whose Java class says so, and Python cannot raise one. So the Python operators send the error's line to
-a side output, and a Java operator at its end throws the exception. Flink compiles that operator from its source on each
+a side output, and a Java operator there throws the exception. Flink compiles that operator from its source on each
 worker, as it compiles the code that it generates for a query: the project needs no Java build.
 """
 
@@ -39,10 +39,10 @@ public class EndJob extends TableStreamOperator implements OneInputStreamOperato
 
 
 def end_on_user_errors(env: StreamExecutionEnvironment, stream: DataStream, of: str) -> None:
-    """Let the lines in the side output `USER_ERRORS` of `stream`'s operator end the job; `of` is that operator's name.
+    """Let a line in the side output `USER_ERRORS` of `stream`'s operator end the job; `of` is that operator's name.
 
-    It runs in the operator's own task. So a line ends the task before its next checkpoint: what the operator took in
-    since the checkpoint before is read again by whoever resumes the job.
+    This runs in the operator's task, so a line ends the task before its next checkpoint. A resumed job reads again what
+    the operator took in since the checkpoint before.
     """
     jvm = get_gateway().jvm
     lines = stream._j_data_stream.getSideOutput(USER_ERRORS.get_java_output_tag())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Flink's own command on the local stack:  scripts/flink.sh run -d -py pipelines/cache_experiment.py [options]
+# Flink's command line for the local stack:  scripts/flink.sh run -d -py pipelines/inference.py [options]
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 "$root/scripts/setup.sh" --quiet

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Compares cache sizing policies on one load:  scripts/run_cache_experiments.sh [options]   (--help lists them)
-# Results go to results/cache_experiments; Kafka, Redis and Flink are started for it unless they run or are named.
+# Results go to results/cache_experiments. It starts Kafka, Redis and Flink unless they run or you name your own.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 "$root/scripts/setup.sh" --quiet
-# A relative path among the options means the caller's folder; the modules are found by the virtual environment.
+# Stay in the caller's folder, so that relative paths in options work; the virtual environment finds the modules.
 exec "$root/.venv/bin/python" -P -m experiments.cache_experiments "$@"

@@ -4,5 +4,5 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 "$root/scripts/setup.sh" --quiet
-# A relative path among the options means the caller's folder; the modules are found by the virtual environment.
+# Stay in the caller's folder, so that relative paths in options work; the virtual environment finds the modules.
 exec "$root/.venv/bin/python" -P -m experiments.policy_lab "$@"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes a checkout ready to run: the system packages that are missing, .venv from requirements.txt, the jars of
-# pom.xml below .local/jars. Run again it only checks, in a second. Wants Linux on x86-64 and bash; on Debian 12 as
-# root it installs the rest itself, elsewhere it says what to install.
+# Prepares a checkout: installs missing system packages, .venv from requirements.txt, and the jars of pom.xml below
+# .local/jars. A second run only checks, in a second. Needs Linux on x86-64 and bash. On Debian 12 as root it installs
+# system packages itself; elsewhere it prints which to install.
 #
 #   scripts/setup.sh [--quiet]
 #
-# To lock again after a change of requirements.in:
+# To update requirements.txt after a change of requirements.in:
 #   .venv/bin/uv pip compile --generate-hashes --python-version 3.11 --no-header requirements.in -o requirements.txt
 set -euo pipefail
 
@@ -19,7 +19,7 @@ case "${1:-}" in
     *) echo "error: $1: unknown option; usage: scripts/setup.sh [--quiet]" >&2; exit 2 ;;
 esac
 say() { [[ -n $quiet ]] || echo "setup: $*"; }
-# What takes minutes is said even when quiet, or it would look like a hang.
+# Steps that take minutes are announced even with --quiet; otherwise they would look like a hang.
 working() { echo "setup: $*" >&2; }
 die() { echo "error: $*" >&2; exit 2; }
 
@@ -33,7 +33,7 @@ fi
 # ---- system packages ------------------------------------------------------------------------------------------
 
 has() { command -v "$1" >/dev/null 2>&1; }
-# Flink 2 and Kafka 4 run on Java 17 and later; an older one would fail only when they start.
+# Flink 2 and Kafka 4 need Java 17 or later; an older one would fail only when they start.
 java_at_hand() {
     local java=${JAVA_HOME:+$JAVA_HOME/bin/}java
     has "$java" && [[ $("$java" -version 2>&1) =~ version\ \"([0-9]+) ]] && ((BASH_REMATCH[1] >= 17))
@@ -45,7 +45,7 @@ missing_packages() {
     has python3.11 && python3.11 -c 'import ensurepip, venv' 2>/dev/null || echo python3.11-venv
     java_at_hand || echo openjdk-17-jre-headless
     has mvn || echo maven
-    # redis-server would also install and start a service on Redis's port; its program is in redis-tools.
+    # The package redis-server would also start a service on Redis's port; redis-tools has the program without it.
     redis_at_hand || has redis-check-rdb || echo redis-tools
 }
 
@@ -63,7 +63,7 @@ install_packages() {
             apt-get update -q && apt-get install -q -y --no-install-recommends ca-certificates "${missing[@]}"
         } >"$log" 2>&1 || { tail -n 15 "$log" >&2; die "apt could not install ${missing[*]}; all of it is in $log"; }
     fi
-    # redis-check-rdb is the server itself; the name that it is called by decides what it does.
+    # redis-check-rdb and the server are one program; its name decides what it does.
     redis_at_hand || ln -sf "$(command -v redis-check-rdb)" .local/bin/redis-server
 }
 
@@ -82,14 +82,14 @@ install_python_packages() {
             || { tail -n 15 "$pip_log" >&2; die "pip could not install uv; is the package index reachable?"; }
     fi
     working "installing the packages of requirements.txt (5.5 GB the first time)"
-    # Compiled now: Flink's workers would each do it again at their start wherever Python is told to write no bytecode.
+    # Compile bytecode now. Otherwise each Flink worker would compile at its start if Python must not write bytecode.
     .venv/bin/uv pip sync -q --python .venv/bin/python --require-hashes --compile-bytecode requirements.txt \
         || die "uv could not install requirements.txt; see above"
 
     local site
     site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    # Makes the project importable from anywhere, Flink's Python workers included. Unlike an editable install it
-    # neither leaves an .egg-info nor needs repeating when a package is added.
+    # Makes the project importable from any folder, also for Flink's Python workers. Unlike an editable install this
+    # leaves no .egg-info, and a new package needs no new install.
     echo "$root" >"$site/infertuner.pth"
     chmod +x "$site"/pyflink/bin/*.sh "$site"/pyflink/bin/flink
 }
@@ -108,9 +108,9 @@ install_jars() {
     done
 }
 
-# ---- only what has changed ------------------------------------------------------------------------------------
+# ---- repeat only what has changed -----------------------------------------------------------------------------
 
-# One stamp for each half, so that a change of one file does not repeat the other.
+# Two stamps, so that a change of one half does not repeat the other.
 python_key() { { echo "$root"; .venv/bin/python -VV; cat requirements.txt pyproject.toml scripts/setup.sh; } 2>&1 | sha256sum; }
 jars_key() { cat pom.xml scripts/setup.sh | sha256sum; }
 is_done() { [[ -f .local/$1.stamp && $(<".local/$1.stamp") == "$2" ]]; }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that has to hold before a change is merged: lint, formatting, types, then all tests. The tests start
-# the Kafka, Redis and Flink that they need on free ports.
+# All checks before a merge: lint, formatting, types, then all tests. The tests start the Kafka, Redis and Flink that
+# they need, on free ports.
 #
 #   scripts/test.sh                       all of it: what CI runs
 #   scripts/test.sh tests/core -k record  only pytest, with these arguments
@@ -10,7 +10,7 @@ cd "$root"
 
 scripts/setup.sh
 export PATH="$root/.venv/bin:$PATH"
-# Tests use only models that they build themselves.
+# Tests build all their models themselves.
 export HF_HUB_OFFLINE=1
 
 if (($# > 0)); then
@@ -19,7 +19,7 @@ fi
 echo "test: ruff check" && ruff check .
 echo "test: ruff format --check" && ruff format --check .
 echo "test: mypy" && mypy
-# Jobs on the real cluster leave some of the cores idle: the other tests run beside them, and are shown after them.
+# Tests on the real cluster leave cores idle, so the other tests run beside them. Their output is printed afterwards.
 echo "test: pytest"
 others=$(mktemp)
 pytest -m "not integration" >"$others" 2>&1 &

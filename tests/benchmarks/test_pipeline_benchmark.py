@@ -99,7 +99,7 @@ def test_the_draining_rate_counts_all_answers() -> None:
 def test_a_request_that_is_answered_twice_is_told() -> None:
     answers = [made_answer(0.0, 1.0, request_id=name).response.to_json().encode() for name in ("a", "b", "b")]
     zero_engine.require_each_once(Drained(1.0, tuple(answers[:2])))
-    with pytest.raises(UserError, match="zero_engine: 3 answers are of 2 requests"):
+    with pytest.raises(UserError, match="zero_engine: 3 answers belong to 2 requests"):
         zero_engine.require_each_once(Drained(1.0, tuple(answers)))
 
 
@@ -221,7 +221,7 @@ def test_a_whole_run_on_a_made_job_writes_a_complete_report(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--engine=simulated", "--profile=x.json"], "--engine: the pipeline is measured around a real engine"),
+        (["--engine=simulated", "--profile=x.json"], "--engine: this benchmark sets the engines itself"),
         (["--rounds=0"], "--rounds: "),
         (["--requests=1"], "--requests: "),
         (["--records=many"], "--records: "),

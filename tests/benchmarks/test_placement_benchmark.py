@@ -325,7 +325,7 @@ def test_the_caption_says_what_the_figure_holds_for() -> None:
         (["--rate-per-s=0"], "--rate-per-s: Input should be greater than 0"),
         (
             ["--turns=40"],
-            "--turns: the last one's prompt and answer are 2640 tokens, more than --max-model-len, 2048; ",
+            "--turns: the last one's prompt and answer have 2640 tokens, more than --max-model-len, 2048; ",
         ),
         (["--out=x.png"], "--out: x.png is where the figure goes; name a file that ends in .json"),
         (["--model=/nonexistent/model"], "--model: no config.json in '/nonexistent/model'; give the folder"),
