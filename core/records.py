@@ -36,6 +36,8 @@ MAX_CHOICES = 128
 """Maximum number of answers per request."""
 MAX_BIASED_TOKENS = 1024
 """Maximum number of tokens with a bias per request."""
+MAX_FORMAT_CHOICES = 1024
+"""Maximum number of texts to choose from in a `response_format`."""
 MAX_RECORD_BYTES = 1 << 20
 """A request record above this many bytes is a dead letter; Kafka's own default limit is about the same."""
 MAX_RESULT_BYTES = 4 * MAX_RECORD_BYTES
@@ -107,6 +109,45 @@ class Message(BaseModel):
     content: Annotated[str, BeforeValidator(_text_of_parts)] = Field(description="a string, or parts of type text")
 
 
+class JsonSchema(BaseModel):
+    """A JSON schema, as OpenAI wraps it. `name`, `description` and `strict` change nothing: it is always enforced."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    definition: dict[str, Any] = Field(alias="schema", description="the JSON schema itself")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What the text of an answer must be. The types after `json_object` need the field of the same name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema", "regex", "choice"]
+    json_schema: JsonSchema | None = Field(default=None, description="the answer is JSON that is valid under it")
+    regex: str | None = Field(
+        default=None, min_length=1, max_length=1 << 16, description="matches the whole answer; syntax of Rust's regex"
+    )
+    choice: tuple[StopString, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_FORMAT_CHOICES,
+        fail_fast=True,
+        description="the answer is one of these texts",
+    )
+
+    @model_validator(mode="after")
+    def _as_its_type_says(self) -> Self:
+        for name in ("json_schema", "regex", "choice"):
+            if (getattr(self, name) is None) == (self.type == name):
+                raise ValueError(
+                    f"type {self.type} {'needs' if self.type == name else 'does not have'} the field {name}"
+                )
+        return self
+
+
 class Request(BaseModel):
     """One request for an answer of the model; exactly one of `prompt`, `messages`, `prompt_token_ids` is given."""
 
@@ -154,6 +195,7 @@ class Request(BaseModel):
     ignore_eos: Annotated[bool, _default_for_null(False)] = Field(
         default=False, description="do not end at the model's own end tokens"
     )
+    response_format: ResponseFormat | None = Field(default=None, description="what the text of the answer must be")
     deadline_ms: float | None = Field(default=None, gt=0, le=1e12, description="time allowed, from created_at_ms on")
     priority: Annotated[int, _default_for_null(0)] = Field(
         default=0, ge=-1000, le=1000, description="higher is served first"
@@ -171,6 +213,8 @@ class Request(BaseModel):
             raise ValueError(f"give exactly one of prompt, messages, prompt_token_ids (found {found})")
         if self.min_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens is above max_new_tokens ({self.min_new_tokens} > {self.max_new_tokens})")
+        if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("ignore_eos: an answer in a response_format ends with an end token; leave one of them out")
         return self
 
     @classmethod
@@ -185,7 +229,7 @@ class Request(BaseModel):
             raise UserError(one_line(error)) from None
 
     def to_json(self) -> str:
-        return self.model_dump_json(exclude_defaults=True)
+        return self.model_dump_json(exclude_defaults=True, by_alias=True)
 
 
 class Sampling(BaseModel):

@@ -22,7 +22,7 @@ from inference_service.config import EngineConfig
 from inference_service.engine import EngineInfo, TokenListener
 from inference_service.forward import ForwardPass, NotFiniteError, Outcome
 from inference_service.prefix_reuse import PrefixReuse
-from inference_service.prompts import end_tokens_of, prompt_tokens
+from inference_service.prompts import end_tokens_of, grammar_of, prompt_tokens
 from inference_service.protocol import ServedModel
 from inference_service.rows import RowTable
 from inference_service.sampling import SequenceSampler
@@ -129,6 +129,7 @@ class ContinuousEngine:
                 most_tokens=weight - len(prompt),
                 end_tokens=end_tokens,
                 choice=choice,
+                grammar=grammar_of(request, self.model),
             )
             sequence = ActiveSequence(
                 parent, prompt, sampler, arrived_ms, expires_ms, times_out_ms, weight, stop=stop, choice=choice

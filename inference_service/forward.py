@@ -11,7 +11,7 @@ from core.records import TokenLogprob
 from inference_service.active_sequence import ActiveSequence, Piece
 from inference_service.logprobs import token_logprobs
 from inference_service.protocol import ModelRunner
-from inference_service.sampling import BatchSampler
+from inference_service.sampling import BatchSampler, Sampled
 from inference_service.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ class ForwardPass:
 
     def _choose_tokens(
         self, sequences: Sequence[ActiveSequence], pieces: Sequence[Piece], logits: torch.Tensor
-    ) -> list[int | None]:
-        """The next token of each sequence out of a pass's logits; none where they are not finite.
+    ) -> list[Sampled]:
+        """The next token of each sequence out of a pass's logits, or why there is none; none if they are not finite.
 
         `logits` `[logit rows, vocabulary]`.
         """
@@ -105,13 +105,13 @@ def _prompt_logprobs(sequence: ActiveSequence, piece: Piece, logits: torch.Tenso
     return token_logprobs(logits, tokens, [sequence.request.prompt_logprobs or 0] * len(tokens)) if tokens else []
 
 
-def _add_logprobs(drawn: Sequence[tuple[ActiveSequence, int | None]], logits: torch.Tensor) -> None:
+def _add_logprobs(drawn: Sequence[tuple[ActiveSequence, Sampled]], logits: torch.Tensor) -> None:
     """`logits` `[drawn, vocabulary]`. A sequence without a token fails, and needs none."""
-    usable = [place for place, (_, token) in enumerate(drawn) if token is not None]
+    usable = [place for place, (_, token) in enumerate(drawn) if isinstance(token, int)]
     if not usable:
         return
     sequences = [drawn[place][0] for place in usable]
-    tokens = [token for _, token in drawn if token is not None]
+    tokens = [token for _, token in drawn if isinstance(token, int)]
     found = token_logprobs(logits[usable], tokens, [sequence.request.logprobs or 0 for sequence in sequences])
     for sequence, logprob in zip(sequences, found, strict=True):
         sequence.logprobs.append(logprob)

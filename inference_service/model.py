@@ -21,6 +21,7 @@ from inference_service.attention_window import AttentionWindow
 from inference_service.config import DTYPES, EngineConfig, SamplingDefaults
 from inference_service.default_model import default_model_path
 from inference_service.generation_defaults import GenerationDefaults, read_generation_defaults
+from inference_service.grammar import Grammars
 from inference_service.kv_pool import KVPool
 from inference_service.memory import check_memory, no_room_for_rows, weight_bytes
 from inference_service.prompt_encoder import PromptEncoder
@@ -61,6 +62,10 @@ class LoadedModel:
     @cached_property
     def prompt_encoder(self) -> PromptEncoder:
         return PromptEncoder(self.tokenizer, self.name, self.allow_special_tokens)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.eos_token_ids)
 
     def chunk_shape(self, chunk_tokens: int) -> ChunkShape:
         return chunk_shape(self.model.config.get_text_config(), chunk_tokens, self.dtype)

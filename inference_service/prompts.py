@@ -2,6 +2,7 @@
 
 from core.errors import UserError
 from core.records import Request, Sampling
+from inference_service.grammar import AnswerGrammar
 from inference_service.protocol import ServedModel
 from inference_service.sampling import TokenRules
 
@@ -43,6 +44,12 @@ def end_tokens_of(request: Request, sampling: Sampling, rules: TokenRules, model
     if sampling.min_new_tokens and len(ends.union(rules.suppressed, rules.suppressed_first)) >= model.vocab_size:
         raise UserError("min_new_tokens: every token may end the answer, or is suppressed; lower it to 0")
     return ends
+
+
+def grammar_of(request: Request, model: ServedModel) -> AnswerGrammar | None:
+    """The grammar of the request's answer; none where it may be any text. Raises `UserError`."""
+    wanted = request.response_format
+    return None if wanted is None or wanted.type == "text" else model.grammars.of(wanted)
 
 
 def _longest(model: ServedModel) -> str:

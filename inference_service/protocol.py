@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from cache.protocol import ChunkShape
     from inference_service.active_sequence import Piece
     from inference_service.generation_defaults import GenerationDefaults
+    from inference_service.grammar import Grammars
     from inference_service.prompt_encoder import PromptEncoder
 
 
@@ -84,6 +85,11 @@ class ServedModel(Protocol):
 
     @property
     def prompt_encoder(self) -> "PromptEncoder": ...
+
+    @property
+    def grammars(self) -> "Grammars":
+        """Of answers in a format. The first one takes seconds where the vocabulary is large. Raises `UserError`."""
+        ...
 
     @property
     def vocab_size(self) -> int: ...

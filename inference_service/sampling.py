@@ -11,9 +11,9 @@ drawn by rejection (von Neumann, 1951), which is exact too: proposed from a boun
 often as its own probability stands to that bound. The bound is the largest logit of each group of tokens, so one pass
 that compares reads the logits, and only proposed tokens need an exponential.
 
-Order: repetition penalty, presence and frequency penalty and bias, forced and suppressed tokens, temperature, top-k,
-top-p, min-p. Those that `transformers` has follow its logits processors; presence and frequency penalty and bias are
-OpenAI's. Of tokens with equal logits a filter keeps all or none.
+Order: repetition penalty, presence and frequency penalty and bias, forced and suppressed tokens and those that a
+grammar excludes, temperature, top-k, top-p, min-p. Those that `transformers` has follow its logits processors; presence
+and frequency penalty and bias are OpenAI's. Of tokens with equal logits a filter keeps all or none.
 """
 
 from collections import Counter
@@ -26,7 +26,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from core.errors import UserError
 from core.records import Sampling
+from inference_service.grammar import AnswerGrammar, Bits, allow, exclude
 
 LEAST_TEMPERATURE = 1e-5
 """Below it the largest logit is taken: float32 logits differ by more than such a temperature, or not at all."""
@@ -41,6 +43,9 @@ _FEW_CANDIDATES = 64
 _TOKENS_AT_ONCE = 16
 """Tokens of an answer whose uniform numbers are made together."""
 _NOT_FINITE, _NONE_TAKEN = -1, -2
+
+Sampled = int | UserError | None
+"""What a row gives: a token, why there can be none, or nothing where its logits are not finite."""
 
 _Ids = NDArray[np.int64]
 _Numbers = NDArray[np.float64]
@@ -79,9 +84,10 @@ class SequenceSampler:
         most_tokens: int = 1 << 62,
         end_tokens: Collection[int] = (),
         choice: int = 0,
+        grammar: AnswerGrammar | None = None,
     ) -> None:
         """`most_tokens`: that the answer may have; `end_tokens`: those that end it; `choice`: index among the answers
-        to one request, each of which has random numbers of its own.
+        to one request, each of which has random numbers of its own; `grammar`: of this answer's text.
         """
         self.sampling = sampling
         self.greedy = sampling.temperature < LEAST_TEMPERATURE
@@ -90,6 +96,7 @@ class SequenceSampler:
         self._rules = rules
         self._most_tokens = most_tokens
         self._end_tokens = end_tokens
+        self._grammar = grammar
         self._seen = _Seen(prompt) if self.penalised else None
         counts_answer = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._subtracted = _Subtracted(sampling) if counts_answer else None
@@ -123,22 +130,51 @@ class SequenceSampler:
         return self._end_tokens
 
     def forbidden(self, index: int) -> _Ids:
-        """Token ids that token `index` of the answer must not be."""
-        tokens = [*self._rules.suppressed]
-        if index == 0:
-            tokens += self._rules.suppressed_first
-        if index < self.sampling.min_new_tokens and not self.forced(index):
+        """Token ids that token `index` of the answer must not be, whatever its grammar says."""
+        tokens = self._suppressed(index)
+        if self._grammar is None and index < self.sampling.min_new_tokens and not self.forced(index):
             tokens += sorted(self._end_tokens)
         return np.asarray(tokens, dtype=np.int64)
 
     def forced(self, index: int) -> tuple[int, ...]:
-        """Token ids of which token `index` of the answer must be one; none where it is free."""
-        return self._rules.forced_last if index == self._most_tokens - 1 else ()
+        """Token ids of which token `index` of the answer must be one; none where it is free.
+
+        A grammar is free of them: an end that is forced would hide that the answer is not complete.
+        """
+        return self._rules.forced_last if index == self._most_tokens - 1 and self._grammar is None else ()
+
+    @property
+    def has_grammar(self) -> bool:
+        return self._grammar is not None
+
+    def fill_allowed(self, bits: Bits, output: Sequence[int]) -> None:
+        """Set the bits of the tokens that the grammar allows after `output`, and clear all others; see `AnswerGrammar`.
+
+        An end token is allowed where the text is complete. There `min_new_tokens` holds as long as the grammar allows
+        more text. Raises `UserError` where no token is allowed.
+        """
+        assert self._grammar is not None
+        index = len(output)
+        may_end = self._grammar.fill(bits, output)
+        exclude(bits, self._end_tokens)
+        exclude(bits, self._suppressed(index))
+        if may_end and (index >= self.sampling.min_new_tokens or not bits.any()):
+            allow(bits, self._end_tokens)
+            exclude(bits, self._suppressed(index))
+        if not bits.any():
+            raise UserError(
+                f"response_format: after {index} tokens no token is left that it allows and that is neither an end "
+                "token nor suppressed; change it, or stop_token_ids"
+            )
+
+    def _suppressed(self, index: int) -> list[int]:
+        return [*self._rules.suppressed, *(self._rules.suppressed_first if index == 0 else ())]
 
     def constrains(self, index: int) -> bool:
         """True if anything is penalised, forbidden or forced at token `index`."""
         return (
             self.penalised
+            or self._grammar is not None
             or self._subtracted is not None
             or len(self._bias[0]) > 0
             or bool(self._rules.suppressed)
@@ -244,8 +280,10 @@ class BatchSampler:
         self._memory: dict[torch.dtype, torch.Tensor] = {}
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, draws: Sequence[Draw | None]) -> list[int | None]:
+    def sample(self, logits: torch.Tensor, draws: Sequence[Draw | None]) -> list[Sampled]:
         """A token for each row of `logits` `[rows, vocabulary]`; none where a row's logits are not finite.
+
+        A row has an error where its grammar is too complex at this place, or leaves no token.
 
         A row's logits are finite if their maximum is: impossible tokens may have minus infinity. A row whose draw is
         none gives its largest logit. May overwrite `logits`. Waits for the device once, at the end, but for the rare
@@ -254,13 +292,15 @@ class BatchSampler:
         self._device, self._on_cpu = logits.device, logits.device.type == "cpu"
         groups = _grouped(draws)
         if not (groups.constrained or groups.unfiltered or groups.filtered):
-            return _known(*largest(logits))
+            return [*_known(*largest(logits))]
         logits = logits.float().contiguous()
-        given = None
+        given, refused = None, {}
         if groups.constrained:
             # A constraint can hide a value that is not finite.
             given = logits.amax(-1)
-            self._constrain(logits, [(row, draw) for row in groups.constrained if (draw := draws[row]) is not None])
+            constrained = [(row, draw) for row in groups.constrained if (draw := draws[row]) is not None]
+            self._constrain(logits, constrained)
+            refused = self._mask(logits, [(row, draw) for row, draw in constrained if draw.sampler.has_grammar])
         sampled = len(groups.unfiltered) + len(groups.filtered)
         tokens = torch.zeros(len(logits), dtype=torch.long, device=self._device)
         witness = torch.zeros(len(logits), device=self._device)
@@ -278,10 +318,13 @@ class BatchSampler:
                 tokens.index_copy_(0, index, found)
                 witness.index_copy_(0, index, of_found)
         known = _known(tokens, witness if given is None else witness + 0 * given)
-        return [
+        tokens_or_errors: list[Sampled] = [
             self._drawn_again(logits[row : row + 1], draws[row]) if token == _NONE_TAKEN else token
             for row, token in enumerate(known)
         ]
+        for row, error in refused.items():
+            tokens_or_errors[row] = error
+        return tokens_or_errors
 
     def _drawn_again(self, logits: torch.Tensor, draw: Draw | None) -> int | None:
         """The token of a row, of `logits` `[1, vocabulary]`, of which no proposal was taken at first."""
@@ -316,6 +359,28 @@ class BatchSampler:
         ids, _ = _flat_ids(((row, draw.sampler.forbidden(draw.index)) for row, draw in draws), vocabulary)
         if ids.size:
             flat[self._there(ids, torch.long)] = -torch.inf
+
+    def _mask(self, logits: torch.Tensor, draws: Sequence[tuple[int, Draw]]) -> dict[int, UserError]:
+        """Set the logits of tokens that the grammars of the given rows exclude to minus infinity, in place.
+
+        Returns the rows that no token is left for, and why; their logits are as they were.
+        """
+        vocabulary = logits.shape[1]
+        refused: dict[int, UserError] = {}
+        rows: list[int] = []
+        bits = np.empty((len(draws), -(-vocabulary // 32)), dtype=np.uint32)
+        for row, draw in draws:
+            try:
+                draw.sampler.fill_allowed(bits[len(rows)], draw.output)
+            except UserError as error:
+                refused[row] = error
+            else:
+                rows.append(row)
+        if rows:
+            excluded = np.unpackbits(~bits[: len(rows)].view(np.uint8), axis=1, count=vocabulary, bitorder="little")
+            index, mask = self._there(rows, torch.long), self._there(excluded.view(np.bool_), torch.bool)
+            logits[index] = logits[index].masked_fill_(mask, -torch.inf)
+        return refused
 
     def _unfiltered(
         self, logits: torch.Tensor, draws: Sequence[Draw], attempt: int = 0

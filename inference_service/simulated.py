@@ -22,6 +22,7 @@ from inference_service.continuous_engine import ContinuousEngine
 from inference_service.device_profile import DeviceProfile
 from inference_service.engine import EngineSetting
 from inference_service.generation_defaults import GenerationDefaults
+from inference_service.grammar import Grammars
 from inference_service.prompt_encoder import PromptEncoder
 
 MOST_LATE_MS = 10.0
@@ -140,6 +141,10 @@ class SimulatedModel:
         self.generation = GenerationDefaults()
         self.prompt_encoder = PromptEncoder(self.tokenizer, self.name, allow_special_tokens)
         self._timeline = Timeline(clock or SystemClock(), wait)
+
+    @property
+    def grammars(self) -> Grammars:
+        raise UserError("response_format: a simulated engine writes letters without meaning; leave it out")
 
     def chunk_shape(self, chunk_tokens: int) -> ChunkShape:
         profile = self.profile

@@ -431,3 +431,58 @@ def test_a_bad_first_item_does_not_make_a_list_too_short(field: str, value: Any,
     assert line.startswith(f"{place}: ")
     assert "at least" not in line
     assert "at least 1 item" in refusal(request_json("prompt", **{field: []}))
+
+
+# Formats of answers.
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "text"},
+        {"type": "json_object"},
+        {
+            "type": "json_schema",
+            "json_schema": {"schema": {"type": "object", "x": [1, None]}, "name": "n", "strict": True},
+        },
+        {"type": "regex", "regex": "a+"},
+        {"type": "choice", "choice": ["a", "b"]},
+    ],
+)
+def test_a_format_comes_back_as_it_was_given(given: dict[str, Any]) -> None:
+    request = Request.from_json(request_json(response_format=given))
+    assert json.loads(request.to_json())["response_format"] == given
+    assert Request.from_json(request.to_json()) == request
+    assert Request.from_json(request_json(response_format=None)).response_format is None
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"type": "grammar"}, "response_format.type: Input should be 'text', 'json_object', 'json_schema', 'regex' or"),
+        ({}, "response_format.type: missing; add it"),
+        ("json_object", "response_format: Input should be an object"),
+        ({"type": "regex"}, "response_format: type regex needs the field regex"),
+        (
+            {"type": "regex", "regex": "a", "choice": ["a"]},
+            "response_format: type regex does not have the field choice",
+        ),
+        ({"type": "json_object", "schema": {}}, "response_format.schema: unknown field; remove it"),
+        ({"type": "json_schema", "json_schema": {}}, "response_format.json_schema.schema: missing; add it"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": "{}"}},
+            "response_format.json_schema.schema: Input should be an object",
+        ),
+        ({"type": "choice", "choice": ["a", ""]}, "response_format.choice.1: String should have at least 1 character"),
+        ({"type": "choice", "choice": []}, "response_format.choice: Tuple should have at least 1 item"),
+        ({"type": "choice", "choice": ["a"] * 1025}, "response_format.choice: Tuple should have at most 1024 items"),
+    ],
+)
+def test_a_format_that_is_none_is_refused_by_name(given: Any, line: str) -> None:
+    assert refusal(request_json(response_format=given)).startswith(line)
+
+
+def test_an_answer_in_a_format_needs_its_end_tokens() -> None:
+    line = refusal(request_json(response_format={"type": "json_object"}, ignore_eos=True))
+    assert line.startswith("record: ignore_eos: an answer in a response_format ends with an end token")
+    assert Request.from_json(request_json(response_format={"type": "text"}, ignore_eos=True)).ignore_eos
