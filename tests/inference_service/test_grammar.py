@@ -140,7 +140,8 @@ def test_500_answers_of_the_default_model_are_valid_and_change_no_other(default_
     checks: dict[str, Check] = {}
     requests: list[Request] = []
     for place, (name, response_format, check) in enumerate(FORMATS):
-        for number in range(23):
+        # Of the long ones fewer.
+        for number in range(8 if "properties" in response_format.model_dump_json() else 24):
             request_id = f"{name} {number}"
             checks[request_id] = check
             # Fewer blanks between the parts of JSON: the answers are as different, and half as long.
@@ -153,13 +154,13 @@ def test_500_answers_of_the_default_model_are_valid_and_change_no_other(default_
                 sampling |= {"top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1}
             prompt = tokens_of(place % 5, 21)
             requests.append(ask(request_id, prompt, 600, response_format=response_format, **sampling))
-    free = [ask(f"free {number}", tokens_of(number, 21), 24, temperature=1.0, seed=number) for number in range(6)]
+    free = [ask(f"free {number}", tokens_of(number, 21), 16, temperature=1.0, seed=number) for number in range(4)]
     alone = {name: one.token_ids for name, one in answers(engine_of(default_model, rows=1).run(free)).items()}
     cache = MemoryCache(default_model.chunk_shape(CHUNK))
     engine = engine_of(default_model, cache)
     found = answers(engine.run(free))
     assert {name: found[name].token_ids for name in alone} == alone
-    found |= answers(engine.run([*free[:3], *requests, *free[3:]]))
+    found |= answers(engine.run([*free[:2], *requests, *free[2:]]))
     assert {name: found[name].token_ids for name in alone} == alone
     assert len(checks) >= 500
     for name, check in checks.items():
@@ -168,10 +169,10 @@ def test_500_answers_of_the_default_model_are_valid_and_change_no_other(default_
         assert found[name].text == answer_text(default_model.tokenizer, PROMPT, found[name].token_ids)
     assert sum(found[name].local_tokens for name in checks) > 0
     # Alone as in company.
-    for request in requests[:: len(requests) // 5]:
+    for request in requests[:: len(requests) // 3]:
         one = answers(engine_of(default_model, rows=1).run([request]))[request.request_id]
         assert one.token_ids == found[request.request_id].token_ids
-    texts = {name: {found[f"{name} {number}"].text for number in range(23)} for name, *_ in FORMATS}
+    texts = {name: {found[f"{name} {number}"].text for number in range(8)} for name, *_ in FORMATS}
     assert sum(len(different) > 3 for different in texts.values()) > len(FORMATS) / 2
 
 
