@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -21,11 +21,13 @@ from inference_service.attention_window import AttentionWindow
 from inference_service.config import DTYPES, EngineConfig, SamplingDefaults
 from inference_service.default_model import default_model_path
 from inference_service.generation_defaults import GenerationDefaults, read_generation_defaults
-from inference_service.grammar import Grammars
 from inference_service.kv_pool import KVPool
 from inference_service.memory import check_memory, no_room_for_rows, weight_bytes
 from inference_service.prompt_encoder import PromptEncoder
 from inference_service.runner import Runner
+
+if TYPE_CHECKING:
+    from inference_service.grammar_compiler import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,9 @@ class LoadedModel:
         return PromptEncoder(self.tokenizer, self.name, self.allow_special_tokens)
 
     @cached_property
-    def grammars(self) -> Grammars:
+    def grammars(self) -> "Grammars":
+        from inference_service.grammar_compiler import Grammars  # noqa: PLC0415 - most jobs need no grammar
+
         return Grammars(self.tokenizer, self.eos_token_ids)
 
     def chunk_shape(self, chunk_tokens: int) -> ChunkShape:

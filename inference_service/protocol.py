@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from cache.protocol import ChunkShape
     from inference_service.active_sequence import Piece
     from inference_service.generation_defaults import GenerationDefaults
-    from inference_service.grammar import Grammars
+    from inference_service.grammar_compiler import Grammars
     from inference_service.prompt_encoder import PromptEncoder
 
 

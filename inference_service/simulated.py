@@ -8,7 +8,7 @@ pass is a measured device's, by its profile, and the answers are letters without
 import string
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,8 +22,10 @@ from inference_service.continuous_engine import ContinuousEngine
 from inference_service.device_profile import DeviceProfile
 from inference_service.engine import EngineSetting
 from inference_service.generation_defaults import GenerationDefaults
-from inference_service.grammar import Grammars
 from inference_service.prompt_encoder import PromptEncoder
+
+if TYPE_CHECKING:
+    from inference_service.grammar_compiler import Grammars
 
 MOST_LATE_MS = 10.0
 """Longest delay of waking that is taken off later waits: a process that stood still must not catch up at once."""
@@ -143,7 +145,7 @@ class SimulatedModel:
         self._timeline = Timeline(clock or SystemClock(), wait)
 
     @property
-    def grammars(self) -> Grammars:
+    def grammars(self) -> "Grammars":
         raise UserError("response_format: a simulated engine writes letters without meaning; leave it out")
 
     def chunk_shape(self, chunk_tokens: int) -> ChunkShape:

@@ -17,16 +17,17 @@ from transformers import PreTrainedTokenizerFast
 from core.clock import ManualClock
 from core.errors import UserError
 from core.records import FinishReason, Request, ResponseFormat, Sampling
-from inference_service import grammar
-from inference_service.completion import Completion, Failure
+from inference_service import grammar_compiler
 from inference_service.byte_tokenizer import byte_tokenizer
-from inference_service.detokenize import answer_text
+from inference_service.completion import Completion, Failure
 from inference_service.config import EngineConfig
 from inference_service.continuous_engine import ContinuousEngine
-from inference_service.transformers_engine import load_checked_model
-from inference_service.grammar import AnswerGrammar, Grammars
+from inference_service.detokenize import answer_text
+from inference_service.grammar import AnswerGrammar
+from inference_service.grammar_compiler import Grammars
 from inference_service.model import LoadedModel
 from inference_service.sampling import BatchSampler, Draw, SequenceSampler, TokenRules
+from inference_service.transformers_engine import load_checked_model
 
 PROMPT = tokens_of(11, 19)
 PERSON: dict[str, Any] = {
@@ -370,14 +371,14 @@ def test_a_model_without_an_end_token_is_refused() -> None:
 
 def test_a_format_is_compiled_once_and_the_last_ones_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
-    real = grammar._grammar
+    real = grammar_compiler._grammar
 
     def counted(response_format: ResponseFormat) -> str | None:
         compiled.append(response_format.regex or "")
         return real(response_format)
 
-    monkeypatch.setattr(grammar, "_grammar", counted)
-    monkeypatch.setattr(grammar, "KEPT_GRAMMARS", 2)
+    monkeypatch.setattr(grammar_compiler, "_grammar", counted)
+    monkeypatch.setattr(grammar_compiler, "KEPT_GRAMMARS", 2)
     grammars = Grammars(byte_tokenizer(), [EOS_ID])
     for name in ("a", "b", "a", "a", "c", "a", "b"):
         grammars.of(as_format(type="regex", regex=name))
