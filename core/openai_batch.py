@@ -22,7 +22,7 @@ COMPLETIONS = "/v1/completions"
 COMPLETION_TOKENS = 16
 """OpenAI's default of `max_tokens` for completions."""
 
-_SAME = Request.model_fields.keys() & {
+_SAME = (
     "model",
     "temperature",
     "top_k",
@@ -40,7 +40,7 @@ _SAME = Request.model_fields.keys() & {
     "response_format",
     "prompt_logprobs",
     "cache_salt",
-}
+)
 """Fields of a body that have the same name in a `Request`."""
 _NEUTRAL: Mapping[str, Any] = {
     "stream": False,

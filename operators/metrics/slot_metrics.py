@@ -14,10 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from core.clock import Clock, SystemClock
 from core.records import DeadLetter, FinishReason
-from operators.envelope import QueueState, SlotStats
+from operators.envelope import QueueState, SlotStats, WrittenResponse
 from operators.metrics.sliding_window import PERCENTS, SlidingWindow
 from operators.metrics.tally import CountTally, TimeTally
-from operators.written_response import WrittenResponse
 
 PREFIX = "infertuner"
 LONG_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)

@@ -15,9 +15,8 @@ from core.records import MAX_RESULT_BYTES, Response
 from inference_service.completion import Completion, Failure
 from inference_service.engine import EngineSetting, make_engine
 from operators.config import Batching, JobConfig
-from operators.envelope import Answer, Envelope, Ready, RecordPosition, SlotStats
+from operators.envelope import Answer, Envelope, Ready, RecordPosition, SlotStats, WrittenResponse
 from operators.shared_state.chunk_budget import BudgetShare
-from operators.written_response import WrittenResponse
 
 logger = logging.getLogger(__name__)
 

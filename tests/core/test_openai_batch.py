@@ -73,6 +73,12 @@ def test_a_chat_line_with_every_field_is_the_request_that_it_means() -> None:
     assert chat(**body) == Request.from_json(json.dumps(expected | {name: body[name] for name in same}))
 
 
+def test_a_format_is_the_one_of_a_request() -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "any", "schema": {"type": "object"}}}
+    ordinary = Request.from_json(json.dumps(ORDINARY | {"response_format": wanted}))
+    assert chat(response_format=wanted).response_format == ordinary.response_format is not None
+
+
 def test_a_completion_line_is_the_request_that_it_means() -> None:
     found = completion(max_tokens=9, logprobs=2, min_tokens=1, stop="x")
     assert (found.request_id, found.prompt, found.messages) == ("c1", "hello", None)
@@ -188,6 +194,7 @@ def test_a_refusal_names_the_field_and_the_fix(raw: bytes, line: str) -> None:
         ({"logit_bias": {"x": 1}}, "body.logit_bias"),
         ({"seed": -1}, "body.seed"),
         ({"n": 0}, "body.n"),
+        ({"response_format": {"type": "xml"}}, "body.response_format"),
         ({"user": ""}, "body.user"),
         ({"user": 7}, "body.user"),
         ({"prompt_cache_key": "x" * 300}, "body.prompt_cache_key"),

@@ -3,8 +3,7 @@
 from collections.abc import Iterable
 
 from core.records import DeadLetter, Response
-from operators.envelope import Answer
-from operators.written_response import WrittenResponse
+from operators.envelope import Answer, WrittenResponse
 
 
 def response_of(answer: Answer) -> Response:

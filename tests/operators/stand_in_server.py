@@ -15,8 +15,7 @@ from core.errors import UserError
 from core.records import Response
 from inference_service.stats import EngineStats
 from operators.config import JobConfig
-from operators.envelope import Answer, Envelope, Ready, RecordPosition, SlotStats
-from operators.written_response import WrittenResponse
+from operators.envelope import Answer, Envelope, Ready, RecordPosition, SlotStats, WrittenResponse
 
 logger = logging.getLogger("stand-in")
 STEP_S = 0.002

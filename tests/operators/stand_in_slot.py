@@ -9,11 +9,10 @@ from unittest import mock
 from core.clock import Clock
 from core.records import DeadLetter, Response
 from operators.config import JobConfig
-from operators.envelope import Answer, Envelope, Ready, RecordPosition
+from operators.envelope import Answer, Envelope, Ready, RecordPosition, WrittenResponse
 from operators.metrics.slot_metrics import SlotMetrics
 from operators.slots.pump import Pump
 from operators.slots.retry_tracker import Retry
-from operators.written_response import WrittenResponse
 
 WAIT_S = 20.0
 """Never reached unless something is wrong."""

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from operators.envelope import Answer, Envelope, MicroBatch, RecordPosition
+from operators.envelope import Answer, Envelope, MicroBatch, RecordPosition, WrittenResponse
 from operators.slots.channel import Channel, ChannelClosedError
-from operators.written_response import WrittenResponse
 from tests.experiments.experiment_samples import response
 from tests.operators.stand_in_slot import envelope, letter
 

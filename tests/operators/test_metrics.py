@@ -22,13 +22,12 @@ from core.records import DeadLetter, FinishReason
 from inference_service.completion import timed_out
 from inference_service.stats import EngineStats
 from operators.config import JobConfig, MetricsConfig
-from operators.envelope import QueueState, SlotStats
+from operators.envelope import QueueState, SlotStats, WrittenResponse
 from operators.metrics import endpoint as metrics_endpoint
 from operators.metrics.endpoint import MetricsEndpoint
 from operators.metrics.sliding_window import MOST, SPAN_MS, SlidingWindow
 from operators.metrics.slot_metrics import SlotMetrics, cause_of
 from operators.slots.retry_tracker import RetryTracker
-from operators.written_response import WrittenResponse
 from tests.experiments import experiment_samples
 from tests.operators.test_slot import envelope
 

@@ -6,9 +6,8 @@ from dataclasses import MISSING, fields, replace
 
 import pytest
 
-from operators.envelope import Answer, Envelope, RecordPosition, WarmUp
+from operators.envelope import Answer, Envelope, RecordPosition, WarmUp, WrittenResponse
 from operators.flink.rows import DEAD_LETTERS, answer_row, element_of, element_row
-from operators.written_response import WrittenResponse
 from tests.experiments.experiment_samples import response
 from tests.operators.slot_harness import packed
 from tests.operators.stand_in_slot import envelope, letter

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.records import FinishReason, Response, Sampling
-from operators.written_response import WrittenResponse
+from operators.envelope import WrittenResponse
 from tests.experiments.experiment_samples import response
 
 times_ms = st.floats(0.0, 1e15)
