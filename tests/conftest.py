@@ -1,4 +1,4 @@
-"""What tests of several rooms share: one real Kafka, Redis and Flink for the whole run."""
+"""Fixtures for tests of several packages: one real Kafka, Redis and Flink for the whole run."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ settings.load_profile("untimed")
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
-    """A running stack with four slots, on free ports. Topics and Redis keys are shared: use names of your own."""
+    """A running stack with four slots, on free ports. All tests share its topics and Redis keys: use unique names."""
     config = StackConfig.on_free_ports(
         tmp_path_factory.mktemp("stack"), task_managers=1, task_slots=4, task_manager_mb=1536
     )
@@ -32,7 +32,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
 
 @pytest.fixture(autouse=True)
 def stack_survives(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that a part of the shared stack dies of fails, with the end of that part's log; others find it whole."""
+    """Fails a test that kills a service of the shared stack, with the end of its log, and restarts the service."""
     running: LocalStack | None = request.getfixturevalue("stack") if "stack" in request.fixturenames else None
     yield
     if running is None:

@@ -1,4 +1,4 @@
-"""A job that answers by arithmetic, in place of one on Flink: what a benchmark makes of answers, without any."""
+"""A job that computes its answers by arithmetic, instead of a job on Flink, to test a benchmark's figures."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def made_load_result(*answers: ReceivedResponse) -> LoadResult:
 
 
 class MadeJob:
-    """Answers each request `pace_ms` after the one before it, a backlog's first so long after its beginning."""
+    """Answers each request `pace_ms` after the one before it; the first of a backlog `pace_ms` after the beginning."""
 
     def __init__(self, name: str, job: JobConfig, pace_ms: float = 10.0) -> None:
         self._pace_ms = pace_ms
@@ -75,7 +75,7 @@ def made_cluster(*_: Any, **__: Any) -> Iterator[SimpleNamespace]:
 def made_running(
     _flink: object, _found: object, name: str, job: JobConfig, script: Path = PIPELINE
 ) -> Iterator[MadeJob]:
-    """What only passes records on is twice as fast."""
+    """The pass-through job is twice as fast."""
     yield MadeJob(name, job, pace_ms=5.0 if script == PASS_THROUGH else 10.0)
 
 

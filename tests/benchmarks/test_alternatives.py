@@ -1,4 +1,4 @@
-"""The comparison with alternatives: its figures, its loads, and that it refuses answers that are not the same."""
+"""The comparison with alternatives: its figures, its loads, and its refusal of different answers."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ FIGURES = {
 
 
 class TimedContender:
-    """Answers in a given time, and notes when it was its turn."""
+    """Answers in a given time, and records the order of the turns."""
 
     def __init__(self, name: str, took_s: float, answers: Answers, turns: list[str]) -> None:
         self._name = name
@@ -50,7 +50,7 @@ class TimedContender:
 
 
 def made_samples(rounds: int, their_s: float, their_answers: Answers) -> dict[str, list[float]]:
-    """Ours takes 2 s for two answers of three tokens in all; everybody else `their_s`."""
+    """Our job takes 2 s for two answers with three tokens in all; every alternative takes `their_s`."""
     samples: dict[str, list[float]] = {}
     ours = {"a": [1, 2], "b": [3]}
     for load, alternatives in LOADS.items():

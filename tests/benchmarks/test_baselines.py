@@ -1,4 +1,4 @@
-"""The alternatives answer as the plain model does, each request as long as it asked for, and say so in their order."""
+"""The alternatives give the plain model's answers, each with the requested length, and follow the worker's protocol."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def requests() -> tuple[Request, ...]:
 
 @pytest.fixture(scope="module")
 def plain(model: LoadedModel, requests: tuple[Request, ...]) -> Answers:
-    """What `generate` answers to each prompt alone."""
+    """The answer of `generate` to each prompt alone."""
     answers: Answers = {}
     for request in requests:
         ids = torch.tensor([request.prompt_token_ids])
@@ -97,7 +97,7 @@ def test_answered_together_is_answered_as_alone(
 
 
 class FakeConsumer:
-    """A topic that holds `records`, polled as `KafkaConsumer` is."""
+    """A topic with `records`, polled like a `KafkaConsumer`."""
 
     def __init__(self, **settings: Any) -> None:
         self._most = settings["max_poll_records"]

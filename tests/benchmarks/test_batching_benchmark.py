@@ -1,4 +1,4 @@
-"""The batching benchmark: its figures on made samples, its loads, and what it refuses. No Flink runs here."""
+"""The batching benchmark without Flink: its figures from given samples, its loads, and its refusals."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A backlog for a job becomes visible at once, and is drained when each request has an answer. No Kafka runs here."""
+"""A backlog becomes visible at once, and is drained when each request has an answer. Tested without Kafka."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ RECORDS = 10
 
 
 class MadeKafka:
-    """A topic of requests, and what answers them: producer, reader, and the clock that they go by."""
+    """A topic of requests with its producer, its reader of answers, and their clock."""
 
     def __init__(self, answered: int = RECORDS, letter: DeadLetter | None = None) -> None:
         self.transactions: list[list[bytes]] = []
@@ -66,7 +66,7 @@ class MadeKafka:
     # The reader.
 
     def poll(self, timeout_ms: int) -> dict[TopicPartition, list[Any]]:
-        """An answer each 10 ms."""
+        """One answer every 10 ms."""
         for topic, value in self._answers:
             self.now_s += 0.01
             return {TopicPartition(topic, 0): [SimpleNamespace(value=value.encode())]}

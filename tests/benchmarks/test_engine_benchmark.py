@@ -1,4 +1,4 @@
-"""The engine's benchmark on a tiny shape, on a machine that has PyTorch and transformers alone."""
+"""The engine's benchmark with a tiny shape, on a machine that has only PyTorch and transformers."""
 
 import json
 import math
@@ -56,7 +56,7 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one run on a bare machine, of two rounds."""
+    """The folder of one run of two rounds on a bare machine."""
     folder = tmp_path_factory.mktemp("engine")
     shape = ["--shape", "tiny", "--rounds", "2", "--square", "64", "--threads", "1"]
     outputs = ["--out", str(folder / "engine.json"), "--profile-out", str(folder)]
@@ -203,7 +203,7 @@ def test_a_wrong_option_is_refused_in_one_line(
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that the command ends with."""
+    """The error line with which the command ends."""
     with pytest.raises(SystemExit) as ended:
         benchmark.main()
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""Tenants and models do not find each other's chunks, and where keys did not tell them apart this would show."""
+"""Tenants and models never find each other's chunks; a test with equal keys shows that a failure would be seen."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ LOOKUPS = 10_000
 
 
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lookups: int) -> tuple[int, dict[str, int]]:
-    """Exit status and figures."""
+    """Run the command; return exit status and figures."""
     out = tmp_path / "foreign_chunks.json"
     monkeypatch.setattr(sys, "argv", ["foreign_chunks", f"--lookups={lookups}", f"--out={out}"])
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""The benchmark of int8 chunks end to end on a tiny model, and what it calls a drift."""
+"""The benchmark of int8 chunks end to end on a tiny model, and its measure of drift."""
 
 import json
 import math

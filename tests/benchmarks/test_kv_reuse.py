@@ -1,4 +1,4 @@
-"""The benchmark of reuse end to end on a tiny model: what it writes, and that it refuses what is mislabelled."""
+"""The benchmark of reuse end to end on a tiny model: its report, and its refusal of wrong measurements."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def test_the_result_is_complete(
 def test_a_prompt_served_otherwise_ends_the_run(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redis knows nothing of the prompt that the engine really gets, so all of it is computed."""
+    """The engine gets another prompt, which Redis does not have, so all of it is computed."""
     out = tmp_path / "kv_reuse.json"
     complete = ReuseProbe._complete
 

@@ -1,4 +1,4 @@
-"""The pipeline benchmark: its figures on made samples, its loads, and what it refuses. No Flink runs here."""
+"""The pipeline benchmark without Flink: its figures from given samples, its loads, and its refusals."""
 
 import json
 import sys
@@ -130,7 +130,7 @@ class MadeBareEngine:
 
 
 class MadeWorker:
-    """A baseline's process that is asked in the order that is due."""
+    """A baseline's process that checks the order of calls."""
 
     def __init__(
         self, module: str, engine: EngineConfig, batch: int, log: Path, timeout_s: float, *, zero_time: bool
@@ -171,7 +171,7 @@ class MadeGroup:
 
 
 def made_drain(kafka: KafkaConfig, reader: object, workload: Workload, idle_timeout_s: float, name: str) -> Drained:
-    """A record in 4 ms."""
+    """Answers one record per 4 ms."""
     return MadeJob(name, JobConfig(kafka=kafka), pace_ms=4.0).drain(workload)
 
 

@@ -1,4 +1,4 @@
-"""The placement benchmark: its load, its figures on made samples, what it draws and refuses. No Flink runs here."""
+"""The placement benchmark without Flink: its load, its figures from given samples, its drawing, its refusals."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ SMALL = PlacementBenchmarkConfig(rounds=2, sessions=10, turns=3, rate_per_s=6.0,
 
 
 def by_session(load: Workload) -> dict[str, list[TimedRequest]]:
-    """In the order in which the sessions begin."""
+    """Requests by session, in the order in which the sessions begin."""
     sessions: dict[str, list[TimedRequest]] = defaultdict(list)
     for timed in load:
         sessions[timed.session_id].append(timed)
@@ -80,7 +80,7 @@ class PlacedJob(MadeJob):
 
     lost: str | None = None
     later_ms = 0.0
-    """By so much slot 1 is later than slot 0."""
+    """Delay of slot 1 against slot 0."""
 
     def __init__(self, name: str, job: JobConfig) -> None:
         super().__init__(name, job)
@@ -108,7 +108,7 @@ def at(answer: ReceivedResponse, session_id: str, slot: int) -> ReceivedResponse
 
 @pytest.fixture
 def made_stack(monkeypatch: pytest.MonkeyPatch) -> dict[str, JobConfig]:
-    """The jobs that were started, by name, of a benchmark on `PlacedJob`s."""
+    """Run a benchmark on `PlacedJob`s; give the started jobs by name."""
     started: dict[str, JobConfig] = {}
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What a report says of the command that made it."""
+"""The command line in a report."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The soak's load uses no id again, its trend is a fitted line, and each process is sampled under its own name."""
+"""The soak's load uses each id once, its trend is a fitted line, and each process is sampled under its own name."""
 
 import time
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The comparison with vLLM, in whose place a stand-in answers: figures, models in turn, differences."""
+"""The comparison with vLLM, with a stand-in for vLLM: figures, models in turn, differences."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ LOADS = (PromptBatch("decode1", 1, 4, 3), PromptBatch("prefill1024", 1, 20, 1), 
 
 
 class Stand:
-    """A second engine of ours where vLLM would be."""
+    """A second engine of ours in place of vLLM."""
 
     wrong = False
 

@@ -29,24 +29,24 @@ LIMITS = hypothesis.settings(
 
 
 def given(*strategies, **named):
-    """Hypothesis' own, within what this suite may take."""
+    """Hypothesis' `given` with the settings of this suite."""
     return lambda test: LIMITS(hypothesis.given(*strategies, **named)(test))
 
 
 def prompt(chunks: int, first: int = 0) -> list[int]:
-    """A prompt of that many full chunks that shares nothing with one of another `first`."""
+    """A prompt with this many full chunks. It shares nothing with a prompt of another `first`."""
     return [first * 1000 + i for i in range(chunks * C)]
 
 
 def stamp(tokens: list[int], index: int, salt: str = "", shape: ChunkShape = SHAPE) -> torch.Tensor:
-    """The one right tensor of chunk `index`: its bytes follow from all tokens up to its end, and the salt."""
+    """The only right tensor of chunk `index`. Its bytes are derived from the salt and all tokens up to its end."""
     seed = repr((salt, tuple(tokens[: (index + 1) * shape.chunk_tokens]))).encode()
     data = hashlib.shake_128(seed).digest(shape.size_bytes)
     return finite(torch.frombuffer(bytearray(data), dtype=shape.dtype).view(shape.size))
 
 
 def finite(chunk: torch.Tensor) -> torch.Tensor:
-    """The bits of `chunk`, but 1 where they are no finite number: no other chunk is kept."""
+    """The bits of `chunk` with 1 in place of numbers that are not finite, because only finite chunks are kept."""
     return torch.where(chunk.isfinite(), chunk, torch.ones((), dtype=chunk.dtype))
 
 
@@ -59,7 +59,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def reader(tokens: list[int], salt: str = "", fail_at: int | None = None, shape: ChunkShape = SHAPE):
-    """A `read_chunk` that stamps; at chunk `fail_at` it fails after having written half of it."""
+    """A `read_chunk` that writes stamps. At chunk `fail_at` it fails after writing half of it."""
 
     def read_chunk(index: int, out: torch.Tensor) -> None:
         whole = stamp(tokens, index, salt, shape)
@@ -76,7 +76,7 @@ def store(cache: TwoLevelCache, tokens: list[int], salt: str = "") -> int:
 
 
 def hits(cache: TwoLevelCache, tokens: list[int], salt: str = "") -> tuple[int, int]:
-    """Look up; check that what came is a prefix of the right tensors; how many were local and remote."""
+    """Look up a prompt, check that the chunks are a prefix of the right tensors, and return local and remote counts."""
     with cache.fetch_and_lookup(tokens, salt) as prefix:
         check_prefix(prefix, tokens, salt, cache.shape)
         return prefix.local_chunks, prefix.remote_chunks
@@ -92,7 +92,7 @@ def check_prefix(prefix, tokens: list[int], salt: str, shape: ChunkShape = SHAPE
 def make_cache(
     url: str | None = None, capacity: int = 8, clock=None, shape: ChunkShape = SHAPE, identity=IDENTITY, **remote
 ) -> TwoLevelCache:
-    """A cache with generous deadlines unless told otherwise."""
+    """A cache with generous deadlines, unless they are given."""
     settings = {"redis_url": url, "remote_deadline_ms": 5000.0, "write_flush_ms": 1.0} | remote
     config = CacheConfig(
         chunk_tokens=shape.chunk_tokens,
@@ -103,7 +103,7 @@ def make_cache(
 
 
 def in_another_process(script: str) -> str:
-    """What `script` prints under a PYTHONHASHSEED that is not ours."""
+    """The output of `script` under another PYTHONHASHSEED."""
     ours = os.environ.get("PYTHONHASHSEED")
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"PYTHONHASHSEED": "1" if ours != "1" else "2", "PYTHONPATH": path}
@@ -118,7 +118,7 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """A real `redis-server` of our own on a free loopback port; `further` options of its command line."""
+    """A real `redis-server` on a free loopback port. `further` are more options of its command line."""
 
     def __init__(self, directory, *further: str) -> None:
         self.port = free_port()
@@ -164,7 +164,7 @@ class RedisServer:
 
 
 class Proxy:
-    """Between cache and Redis. Faults concern what Redis answers; `pass_through` ends them for new connections.
+    """A proxy between cache and Redis that damages Redis' answers; `pass_through` ends this for new connections.
 
     `stall`: accepts, never answers. `drip`: a byte every few milliseconds. `truncate(n)`: n bytes, then the end.
     `down`: refuses connections and cuts those that exist.

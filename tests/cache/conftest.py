@@ -12,7 +12,7 @@ def redis_server(tmp_path_factory):
 
 @pytest.fixture
 def client(redis_server):
-    """An ordinary client of an empty Redis."""
+    """A plain client of an empty Redis."""
     client = redis.Redis(port=redis_server.port)
     client.flushall()
     yield client

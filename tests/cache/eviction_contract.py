@@ -1,4 +1,4 @@
-"""What every eviction policy must do, whatever it is asked and in whatever order."""
+"""The contract of every eviction policy, tested with calls in any order."""
 
 from unittest import TestCase
 
@@ -29,7 +29,7 @@ def content(number: int) -> torch.Tensor:
 
 
 def remembered(policy: EvictionPolicy) -> set[bytes]:
-    """Every key that the policy's dictionaries and sets hold, however deep in its lists and in parts of its own."""
+    """Every key in the policy's dictionaries, sets, lists and parts, at any depth."""
     found: set[bytes] = set()
     todo = list(vars(policy).values())
     while todo:
@@ -45,7 +45,7 @@ def remembered(policy: EvictionPolicy) -> set[bytes]:
 
 
 class Contract(RuleBasedStateMachine):
-    """A tier of one policy, asked as the manager asks it: the keys that are in are known by a plain set."""
+    """A tier with one policy, called as the manager calls it, compared with a plain set of keys."""
 
     name: str
 
@@ -105,7 +105,7 @@ class Contract(RuleBasedStateMachine):
     @precondition(lambda self: self.inside)
     @rule(data=st.data())
     def another_than_the_first_leaves(self, data):
-        """As where a prefix holds the first."""
+        """Evict as if a prefix pinned the first key."""
         victim = data.draw(st.sampled_from(sorted(self.inside)))
         self.policy.on_remove(victim)
         self.inside.remove(victim)
@@ -128,7 +128,7 @@ class Contract(RuleBasedStateMachine):
 
 
 def check_order_in_a_prompt(name: str, length: int, capacity: int, times: int) -> None:
-    """A prompt of `length` chunks is used `times` times. In a tier of `capacity` chunks its first ones stay."""
+    """Use a prompt of `length` chunks `times` times; in a tier of `capacity` chunks its first chunks must stay."""
     tier = LocalTier(length, SHAPE.size_bytes, make_eviction(name))
     prompt = keys(*range(length))
     for _ in range(times):
@@ -142,7 +142,7 @@ def check_order_in_a_prompt(name: str, length: int, capacity: int, times: int) -
 
 
 def machine(name: str, examples: int = 60) -> type[TestCase]:
-    """A test case that holds the registered policy `name` to the contract."""
+    """A test case that checks the contract for the registered policy `name`."""
     case = type(f"Contract{name}", (Contract,), {"name": name}).TestCase
     case.settings = settings(LIMITS, max_examples=examples, stateful_step_count=30)
     return case

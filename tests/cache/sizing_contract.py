@@ -1,4 +1,4 @@
-"""What every sizing policy must do, whatever load it sees."""
+"""The contract of every sizing policy, for any load."""
 
 from hypothesis import strategies as st
 
@@ -6,7 +6,7 @@ from cache.config import SizingConfig
 from cache.sizing import make_sizing
 
 Requests = list[tuple[float, list[int]]]
-"""Of each request, the milliseconds since the one before it and the numbers of its keys."""
+"""For each request, the milliseconds since the one before it and the numbers of its keys."""
 loads = st.lists(st.tuples(st.floats(0, 5000), st.lists(st.integers(0, 30), max_size=12)), min_size=1, max_size=120)
 
 
@@ -16,12 +16,12 @@ def config(strategy: str, **changes) -> SizingConfig:
 
 
 def key(number: int, bucket: int = 0) -> bytes:
-    """A key of its own for each number, in that one of four buckets."""
+    """A distinct key for each number, in the given one of four buckets."""
     return (number * 4 + bucket).to_bytes(8, "little") + b"\0" * 24
 
 
 def check_bounds(strategy: str, requests: Requests) -> None:
-    """The capacity stays within its bounds, and moves only at every `adjust_every_requests`-th request."""
+    """Check that the capacity stays within its bounds, and changes only at every `adjust_every_requests`-th request."""
     policy = make_sizing(
         config(
             strategy,

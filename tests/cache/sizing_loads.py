@@ -1,4 +1,4 @@
-"""Loads that sizing policies are judged on, and what a policy makes of them in a real cache."""
+"""Loads for tests of sizing policies, and the results of a policy on them in a real cache."""
 
 import math
 import random
@@ -23,7 +23,7 @@ from workloads.config import PhasesConfig, WorkloadConfig
 from workloads.phases import PhasesWorkload
 
 SHAPE = ChunkShape(layers=1, kv_heads=1, chunk_tokens=32, head_dim=0, dtype=torch.float32)
-"""What a policy decides does not depend on what chunks hold: nothing."""
+"""Chunks are empty, because a policy's decisions do not depend on their content."""
 KEYS = KeySchema(ModelIdentity(weights_digest="w", tokenizer_digest="t", settings="s"), SHAPE)
 Load = tuple[tuple[float, list[int]], ...]
 """`(ms since the begin, prompt)`."""
@@ -44,7 +44,7 @@ def phases(requests: int, seed: int) -> Load:
 
 @lru_cache
 def bursts(requests: int, seed: int) -> Load:
-    """Sessions in bursts: each block of the load as tokens of its own."""
+    """Sessions in bursts. Each block of the load becomes its own tokens."""
     size = SHAPE.chunk_tokens
     return tuple(
         (request.at_ms, [block for block in request.blocks for _ in range(size)])
@@ -55,13 +55,13 @@ def bursts(requests: int, seed: int) -> Load:
 @dataclass(frozen=True)
 class SizingResult:
     hit_rate: float
-    """Of the chunks that were looked up."""
+    """Hit rate over the chunks that were looked up."""
     mean_chunks: float
     """Chunk-seconds of capacity over the length of the load."""
 
 
 class Metered:
-    """A policy, and what its capacity adds up to over time."""
+    """A policy, and the integral of its capacity over time."""
 
     def __init__(self, policy: SizingPolicy) -> None:
         self._policy = policy
@@ -84,7 +84,7 @@ class Metered:
 
 
 def replay(policy: SizingPolicy, load: Load, answer_tokens: int = 0) -> CacheStats:
-    """Look each prompt up in a cache of the policy's and store it, with an answer that nobody asks for again."""
+    """Look up each prompt in a cache with the policy, and store it with an answer that is never looked up."""
     clock, dice = ManualClock(), random.Random(0)
     local = LocalTier(policy.capacity_chunks, SHAPE.size_bytes, LRU())
     cache = TwoLevelCache(shape=SHAPE, keys=KEYS, local=local, sizing=policy, remote=None, clock=clock)
@@ -96,14 +96,14 @@ def replay(policy: SizingPolicy, load: Load, answer_tokens: int = 0) -> CacheSta
 
 
 def outcome(config: SizingConfig, load: Load, answer_tokens: int = 0) -> SizingResult:
-    """What a policy makes of the load."""
+    """The result of a policy on the load."""
     policy = Metered(make_sizing(config))
     stats = replay(policy, load, answer_tokens)
     return SizingResult(stats.local_chunks_hit / stats.chunks_looked_up, policy.chunk_ms / (load[-1][0] - load[0][0]))
 
 
 class Hindsight:
-    """Of every fixed capacity, the hit rate over the whole load."""
+    """For every fixed capacity, the hit rate over the whole load."""
 
     def __init__(self, load: Load) -> None:
         curve = MissRatioCurve(8192, 8192)
@@ -117,7 +117,7 @@ class Hindsight:
 
     @property
     def attainable(self) -> float:
-        """The hit rate of a cache that holds everything: all but first uses."""
+        """The hit rate of a cache that keeps everything: all accesses except first uses."""
         return len(self._depths) / self._accesses
 
     def smallest(self, hit_rate: float) -> int:

@@ -1,4 +1,4 @@
-"""What another chunk gains, and a budget shared by that: against every other way to share it."""
+"""The gain of another chunk, and a budget shared by gains, compared with every other way to share it."""
 
 import itertools
 
@@ -101,7 +101,7 @@ def test_a_slot_that_is_silent_has_no_share() -> None:
 
 
 class Granted:
-    """Grants what a test says."""
+    """Grants the number of chunks that a test sets."""
 
     def __init__(self, chunks: int) -> None:
         self.granted_chunks = chunks

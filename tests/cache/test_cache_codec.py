@@ -1,4 +1,4 @@
-"""Property 7, and the codec's share of 8."""
+"""The codec: a record gives back its chunk, and every damaged record is refused."""
 
 import math
 from dataclasses import replace

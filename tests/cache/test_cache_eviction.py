@@ -1,4 +1,4 @@
-"""Each registered eviction policy under the contract, then what is each policy's own."""
+"""Each registered eviction policy under the contract, then the behaviour of each policy."""
 
 import random
 
@@ -36,7 +36,7 @@ class TestInATier:
 @pytest.mark.parametrize("name", ["LRU", "LFU", "ARC", "MQ", "DENSITY", "LEADER"])
 @given(first=st.integers(1, 4), length=st.integers(5, 8))
 def test_a_longer_turn_comes_in_behind_the_one_before(name, first, length):
-    """Of a conversation that has gone on once, the newest chunks leave first; in FIFO its oldest do."""
+    """If a conversation has continued once, its newest chunks leave first; with FIFO its oldest."""
     tier = LocalTier(length, SHAPE.size_bytes, make_eviction(name))
     for end in (first, length):
         prompt = keys(*range(end))
@@ -53,7 +53,7 @@ events = st.lists(st.tuples(st.sampled_from(["use", "remove"]), st.integers(0, 9
 
 
 def played(policy: EvictionPolicy, happened, on_use) -> list[bytes]:
-    """Let `happened` happen to `policy`, single blocks; `on_use(number, is_new)` for each use."""
+    """Apply `happened` to `policy`, one block at a time, and call `on_use(number, is_new)` for each use."""
     policy.on_resize(10)
     inside: set[int] = set()
     for event, number in happened:
@@ -109,7 +109,7 @@ def test_lfu_orders_by_uses_and_then_by_who_reached_them_first(numbers):
 
 
 def use_each(policy: EvictionPolicy, numbers, capacity: int) -> list[int]:
-    """One block after the other through a tier; which of them were hits."""
+    """Send one block after the other through a tier; return which of them were hits."""
     policy.on_resize(capacity)
     inside: set[bytes] = set()
     hits = []
@@ -158,7 +158,7 @@ def test_mq_lets_what_was_once_frequent_sink():
 class TestHitDensity:
     @staticmethod
     def conversations(rounds: int, once: int, begin: int = 1000):
-        """In each round 3 conversations of 4 blocks return, and `once` prompts of 4 blocks come that never do."""
+        """In each round 3 conversations of 4 blocks return, and `once` prompts of 4 blocks come only once."""
         fresh = iter(range(begin, 10**9))
         for _ in range(rounds):
             for conversation in range(3):
@@ -206,7 +206,7 @@ class TestHitDensity:
 
 
 class MostRecent(LRU):
-    """What was used last leaves first: best for what is read in circles."""
+    """Evicts the most recently used key first, which is best for cyclic reads."""
 
     def victims(self):
         return reversed(self._oldest_first)
@@ -221,7 +221,7 @@ class TestFollowTheLeader:
         assert hits > 0.8 * TestHitDensity.prefix_hits(HitDensity(), load, 24)
 
     def test_it_changes_with_the_load_and_back(self):
-        """A circle of 30 blocks through 24 chunks, of which LRU hits none; then a window that moves on; the circle."""
+        """A cycle of 30 blocks through 24 chunks, where LRU has no hits; then a moving window; then the cycle again."""
         circle = [[place % 30] for place in range(900)]
         window = [[1000 + place + back] for place in range(900) for back in (3, 2, 1, 0)]
         policy = FollowTheLeader(LRU(), MostRecent())
@@ -232,7 +232,7 @@ class TestFollowTheLeader:
         assert leaders[len(circle) + len(window) - 1] is LRU
 
     def test_two_that_are_as_good_do_not_change_places(self):
-        """Single blocks at random: no policy is better than another."""
+        """Random single blocks, for which no policy is better than another."""
         draw = random.Random(3)
         policy = FollowTheLeader(LRU(), FIFO())
         leaders = set()
@@ -242,7 +242,7 @@ class TestFollowTheLeader:
 
 
 def policy_after(policy: HitDensity) -> HitDensity:
-    """A policy that has learned what `policy` has, for a tier that is empty."""
+    """A policy with the knowledge of `policy`, for an empty tier."""
     fresh = HitDensity()
     fresh._ages = policy._ages
     return fresh
@@ -262,7 +262,7 @@ class TestReuseAges:
         assert new | used <= set(range(CLASSES))
 
     def test_density_is_uses_by_time_for_the_best_stay(self):
-        """Of 100 keys all are used again at an age within bin 6: none earlier, so density grows up to it."""
+        """All of 100 keys are used again at an age in bin 6 and none earlier, so density grows up to that bin."""
         table = AgeTable()
         for _ in range(100):
             table.reused(0, 6)

@@ -1,4 +1,4 @@
-"""Fetch or prefill, by hand: chunks of 10 tokens and records of 1000 bytes, 100 ms to do it in."""
+"""Fetch or prefill, computed by hand: chunks of 10 tokens, records of 1000 bytes, a deadline of 100 ms."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Property 5 and 10: what is in a key, and which chunks have one."""
+"""Keys: what determines them, and which chunks have one."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The local tier against a model in plain dictionaries and lists: properties 1, 2 and 6."""
+"""The local tier compared with a model of plain dictionaries and lists."""
 
 from contextlib import suppress
 
@@ -24,7 +24,7 @@ def content(number: int) -> torch.Tensor:
 
 
 class LocalTierAgainstModel(RuleBasedStateMachine):
-    """The model: keys from the first to leave to the last, and how often each is pinned."""
+    """The model: keys in the order of eviction, and the number of pins of each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def test_unpinning_what_is_not_pinned_is_an_error():
 
 
 class Refusing(LRU):
-    """Lets nothing in that another would have to leave for."""
+    """Admits no key for which another would have to leave."""
 
     def admits(self, key: bytes) -> bool:
         return False
@@ -174,7 +174,7 @@ def test_a_chunk_that_the_policy_refuses_makes_nothing_leave():
 
 
 class Recording(LRU):
-    """Keeps what it was told of the capacity."""
+    """Records the capacities it is told."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The whole cache against a plain dictionary: properties 1 to 4, 6, 9 and 10."""
+"""The whole cache compared with a plain dictionary."""
 
 from contextlib import suppress
 
@@ -33,7 +33,7 @@ salts = st.sampled_from(["", "tenant"])
 
 
 class Scripted:
-    """A sizing policy that a test moves."""
+    """A sizing policy whose capacity a test sets."""
 
     capacity_chunks = 3
 
@@ -42,7 +42,7 @@ class Scripted:
 
 
 class CacheAgainstDictionary(RuleBasedStateMachine):
-    """The dictionary: every chunk that was ever stored. A cache may have lost any of them, and must invent none."""
+    """The dictionary has every chunk ever stored. A cache may lose any of them, but must not return any other."""
 
     url = None
     PREFETCH_CHUNKS = 7
@@ -88,7 +88,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
     @precondition(lambda self: self.fetches)
     @rule(data=st.data(), finish=st.booleans())
     def look_up_what_was_prefetched(self, data, finish):
-        """With what has come by now, or all of it; local chunks may have come and gone meanwhile."""
+        """Look up with the chunks fetched so far, or all of them; local chunks may have changed meanwhile."""
         fetch, tokens, salt = self.fetches.pop(data.draw(st.integers(0, len(self.fetches) - 1)))
         if finish:
             fetch.wait(10)

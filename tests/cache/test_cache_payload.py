@@ -1,4 +1,4 @@
-"""The int8 payload: how far it is from the tensor, that it does not drift, and what it refuses on either side."""
+"""The int8 payload: its error, no drift when encoded again, and its refusals when encoding and decoding."""
 
 import math
 from dataclasses import replace
@@ -18,13 +18,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def through(chunk: torch.Tensor, shape) -> tuple[torch.Tensor, bytes]:
-    """What comes back of `chunk`, and its record."""
+    """Encode and decode `chunk`; return the result and the record."""
     record = encode(chunk, shape, FINGERPRINT, HASH, INT8)
     return decode(bytearray(record), shape, FINGERPRINT, HASH, INT8), record
 
 
 def scales_of(record: bytes, shape) -> torch.Tensor:
-    """The scale of every element, of the chunk's size."""
+    """The scale of every element, in the chunk's shape."""
     layers, _, heads, tokens, dim = shape.size
     scales = torch.frombuffer(bytearray(record), dtype=torch.float32, offset=HEADER_BYTES, count=layers * heads * dim)
     keys = scales.view(layers, heads, 1, dim).expand(layers, heads, tokens, dim)
@@ -35,13 +35,13 @@ def scales_of(record: bytes, shape) -> torch.Tensor:
 
 
 def any_finite(data, shape) -> torch.Tensor:
-    """Any bits at all, but no NaN and no infinity: subnormal, huge and of both signs."""
+    """Any finite numbers: subnormal, huge, of both signs."""
     chunk = of_bytes(data.draw(st.binary(min_size=shape.size_bytes, max_size=shape.size_bytes)), shape)
     return torch.where(chunk.isfinite(), chunk, torch.zeros_like(chunk))
 
 
 def ordinary(data, shape) -> torch.Tensor:
-    """Normal numbers, each channel and token at a magnitude of its own."""
+    """Normally distributed numbers; each channel and token has its own magnitude."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     layers, two, heads, tokens, dim = shape.size
     chunk = torch.randn(shape.size, generator=generator)
@@ -151,7 +151,7 @@ def test_a_scale_that_none_is_made_with_is_refused_under_a_right_checksum(dtype,
 
 @pytest.mark.parametrize("index", [0, math.prod(SHAPE.size) - 1])
 def test_a_code_that_none_is_made_with_is_refused_under_a_right_checksum(index):
-    """Its product with the greatest scale would not be finite."""
+    """The product of the code and the greatest scale would not be finite."""
     payload = bytearray(encode(torch.full(SHAPE.size, 3e38), SHAPE, b"", b"", INT8)[HEADER_BYTES:])
     payload[len(payload) - math.prod(SHAPE.size) + index] = 0x80
     record = encode_header(SHAPE, FINGERPRINT, HASH, bytes(payload), INT8) + payload

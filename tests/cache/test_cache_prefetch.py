@@ -1,4 +1,4 @@
-"""The prefetch thread over a scripted Redis: order, bounds, shared chunks, and what is let go."""
+"""The prefetch thread over a scripted Redis: order, bounds, shared chunks, and released chunks."""
 
 import threading
 
@@ -15,7 +15,7 @@ WAIT_S = 20.0
 
 
 class ScriptedRedis:
-    """Lands every chunk that is asked for, each once `step` allows it; records the prompts in the order asked."""
+    """Delivers every requested chunk when `step` allows it, and records the order of prompts."""
 
     def __init__(self, free: bool = True) -> None:
         self.asked: list[tuple[bytes, ...]] = []

@@ -1,4 +1,4 @@
-"""Redis that wants to know who asks, over TLS: with the right answers all works, and with wrong ones all is a miss."""
+"""Redis with users and TLS: with the right credentials all works, with wrong ones every lookup is a miss."""
 
 import logging
 import re
@@ -32,7 +32,7 @@ OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 
 
 def acl() -> str:
-    """Users; the job's has the rights that docs/operations.md states, and no others."""
+    """The ACL file. The job's user has exactly the rights of docs/operations.md."""
     (line,) = re.findall(r"user infertuner on .*", OPERATIONS.read_text())
     return f"""\
 user default off
@@ -49,7 +49,7 @@ def certificates(tmp_path_factory) -> Certificates:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, certificates: Certificates):
-    """One port in plain text and one over TLS, the same users on both."""
+    """One port in plain text and one with TLS, with the same users."""
     directory = tmp_path_factory.mktemp("redis")
     users = directory / "users.acl"
     users.write_text(acl())
@@ -79,7 +79,7 @@ def tls_url(server, certificates: Certificates) -> str:
 
 @pytest.fixture
 def asks_as(tmp_path: Path):
-    """Makes the access of a user, by a file."""
+    """Makes the access configuration of a user, with a credentials file."""
 
     def access(username: str, password: str = PASSWORD) -> RedisAccessConfig:
         file = tmp_path / f"{username}-{len(password)}"
@@ -114,7 +114,7 @@ class TestRightAnswers:
         assert all(key.startswith(b"team-a:") for key in admin.scan_iter())
 
     def test_large_chunks_over_tls(self, tls_url, admin, cache_of) -> None:
-        """Of more bytes than one record of TLS holds."""
+        """Chunks larger than one TLS record."""
         shape = replace(SHAPE, layers=8, head_dim=128)
         assert shape.size_bytes > 1 << 14
         store(writer := cache_of(tls_url, shape=shape), TOKENS)
@@ -155,7 +155,7 @@ class TestRightAnswers:
 
 
 def misses(cache) -> int:
-    """Look up, store and flush as an engine would; nothing may be found, raised or waited for. The errors counted."""
+    """Look up, store and flush as an engine does. Nothing may be found, raised or waited for. Returns the errors."""
     began_s = time.monotonic()
     assert hits(cache, TOKENS) == (0, 0)
     store(cache, TOKENS)
@@ -196,7 +196,7 @@ class TestWrongAnswers:
 
     @pytest.mark.parametrize("scheme", ["redis", "rediss"])
     def test_the_wrong_port(self, server, certificates, admin, cache_of, scheme: str) -> None:
-        """TLS to a server that speaks plain text, and the other way round."""
+        """A TLS client on the plain-text port, and the other way round."""
         port = server.tls_port if scheme == "redis" else server.port
         query = f"?ssl_ca_certs={certificates.ca}" if scheme == "rediss" else ""
         cache = cache_of(f"{scheme}://127.0.0.1:{port}/0{query}", remote_deadline_ms=300.0)
@@ -228,7 +228,7 @@ class TestWrongAnswers:
 
     @pytest.mark.parametrize("username", [NAMESPACE, None])
     def test_redis_that_sends_the_password_back(self, tmp_path, caches, caplog, username: str | None) -> None:
-        """An AUTH that a server does not know comes back with the error; so does all of it by redis-py."""
+        """A server that does not know AUTH repeats it in its error, and so does redis-py."""
         server = RedisServer(tmp_path, "--rename-command", "AUTH", "")
         file = tmp_path / "file"
         file.write_text(f"password={PASSWORD}\n" + (f"username={username}\n" if username else ""))
@@ -263,7 +263,7 @@ class TestWrongAnswers:
 
 
 class TestOneLine:
-    """What those who are asked by a person say, in one line without the password."""
+    """Errors that a user sees have one line and no password."""
 
     @pytest.mark.parametrize("over_tls", [False, True])
     def test_a_probe(self, server, tls_url, asks_as, tmp_path, over_tls: bool) -> None:

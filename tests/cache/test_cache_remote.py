@@ -1,4 +1,4 @@
-"""The remote tier through a cache, on a real Redis: what it keeps, and property 8, every fault of it."""
+"""The remote tier through a cache on a real Redis: what it keeps, and every fault, each of which is a miss."""
 
 import socket
 import time
@@ -41,7 +41,7 @@ def keys_in(client) -> list[str]:
 
 @pytest.fixture
 def filled(redis_server, client):
-    """Redis holds all chunks of TOKENS, written by a cache of its own."""
+    """Redis has all chunks of TOKENS, written by another cache."""
     writer = make_cache(redis_server.url)
     store(writer, TOKENS)
     assert writer.flush(10)
@@ -342,7 +342,7 @@ class TestWriting:
 
 
 class TestUnexpectedErrors:
-    """An exception that nobody thought of is a miss, and leaves neither breaker nor chunk in an odd state."""
+    """An unexpected exception is a miss, and leaves breaker and chunks in a consistent state."""
 
     def test_of_reads(self, redis_server, filled, caches, monkeypatch):
         clock = ManualClock()
@@ -385,7 +385,7 @@ class TestUnexpectedErrors:
 class TestClusterMode:
     @pytest.fixture
     def cluster(self, tmp_path):
-        """A node of a cluster that serves none of its keys' slots."""
+        """A cluster node that serves no slot of the keys."""
         # Its own choice for the other nodes' port is 10,000 above, which may be no port.
         server = RedisServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
         yield server

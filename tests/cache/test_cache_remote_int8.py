@@ -1,4 +1,4 @@
-"""Int8 chunks through a cache on a real Redis: what comes back, what never mixes, and that nothing drifts."""
+"""Int8 chunks through a cache on a real Redis: results, separation from raw chunks, no drift."""
 
 import hashlib
 import math
@@ -27,7 +27,7 @@ KEYS = keys_of(INT8)
 
 
 def number_chunk(index: int, shape=SHAPE) -> torch.Tensor:
-    """The one right tensor of chunk `index` of TOKENS: numbers such as a model computes."""
+    """The only right tensor of chunk `index` of TOKENS, with numbers like a model's."""
     generator = torch.Generator().manual_seed(index)
     return torch.randn(shape.size, generator=generator).to(shape.dtype)
 
@@ -43,7 +43,7 @@ def store_numbers(cache, bad_at: int | None = None) -> None:
 
 
 def found(cache) -> int:
-    """How many chunks of TOKENS come from Redis; each must be close to the right one, and to no other."""
+    """Return the number of chunks of TOKENS from Redis; check that each is close to the right one and to no other."""
     with cache.fetch_and_lookup(TOKENS) as prefix:
         for index, chunk in enumerate(prefix.chunks):
             assert torch.allclose(chunk, number_chunk(index, cache.shape), atol=0.03)
@@ -52,13 +52,13 @@ def found(cache) -> int:
 
 @pytest.fixture
 def int8(redis_server, client, caches):
-    """Makes caches of int8 on an empty Redis."""
+    """Makes int8 caches on an empty Redis."""
     return lambda **settings: caches(redis_server.url, remote_codec=INT8, **settings)
 
 
 @pytest.fixture
 def filled(int8):
-    """Redis holds all chunks of TOKENS, written by a cache of its own."""
+    """Redis has all chunks of TOKENS, written by another cache."""
     writer = int8()
     store_numbers(writer)
     assert writer.stats().bytes_written == N * RECORD_BYTES
@@ -84,7 +84,7 @@ class TestKeeping:
             assert all(torch.equal(chunk, number_chunk(index)) for index, chunk in enumerate(prefix.chunks))
 
     def test_the_predicted_transfer_is_of_the_bytes_that_move(self, redis_server, filled, int8, caches):
-        """At a cost of a millisecond a byte int8 records come sooner than a prefill that raw ones come later than."""
+        """At one millisecond per byte, int8 records arrive before the prefill would end, and raw ones after."""
         store(writer := caches(redis_server.url), TOKENS)
         assert writer.flush(10)
         between = (RECORD_BYTES + record_bytes(SHAPE)) / 2 / SHAPE.chunk_tokens
@@ -104,7 +104,7 @@ class TestDrift:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_what_is_written_afresh_is_what_was_read(self, int8, client, dtype):
-        """Half-way to expiry chunks in use are written again: from the tensors that came from Redis."""
+        """Halfway to expiry, chunks in use are written again, from the tensors that came from Redis."""
         shape = replace(SHAPE, dtype=dtype)
         keys = keys_of(INT8, shape)
         store_numbers(int8(shape=shape))
@@ -120,7 +120,7 @@ class TestDrift:
             assert client.mget(keys) == first
 
     def test_without_local_room_too(self, filled, int8, client):
-        """Nothing is kept, so the engine's row, which was loaded from Redis, is stored when Redis has lost its own."""
+        """The local tier keeps nothing, so chunks that Redis has lost are stored again from the engine's row."""
         first = client.mget(KEYS)
         cache = int8(capacity=0)
         with cache.fetch_and_lookup(TOKENS) as prefix:
@@ -150,7 +150,7 @@ class TestMixing:
     @pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, dtype=torch.bfloat16)])
     @pytest.mark.parametrize("codecs", [(INT8, RAW), (RAW, INT8)])
     def test_a_record_of_the_other_codec_under_the_key_is_a_miss(self, redis_server, client, caches, codecs, shape):
-        """Records of bfloat16 are equally long under both."""
+        """Records of bfloat16 are equally long with both codecs."""
         written, asked = codecs
         schema = KeySchema(IDENTITY, shape, asked)
         keys = schema.of(TOKENS)
@@ -211,7 +211,7 @@ class TestDamage:
 
 
 def test_records_of_raw_are_what_they_were_before_there_were_codecs():
-    """The digest of the record and of the key as of the version without codecs."""
+    """The digests of record and key are those of the release before codecs."""
     chunk = torch.arange(64.0).view(SHAPE.size)
     record = encode(chunk, SHAPE, bytes(range(32)), bytes(range(32, 64)))
     assert torch.equal(decode(bytearray(record), SHAPE, bytes(range(32)), bytes(range(32, 64))), chunk)

@@ -1,4 +1,4 @@
-"""Authenticated chunks on a real Redis: what others write there is a miss, and jobs with other keys do not meet."""
+"""Authenticated chunks on a real Redis: forged chunks are misses, and jobs with different keys share nothing."""
 
 import hashlib
 import hmac
@@ -50,7 +50,7 @@ def authenticated(redis_server, client, caches, key_file):
 
 @pytest.fixture
 def filled(authenticated):
-    """Redis holds all chunks of TOKENS, written by a cache of its own."""
+    """Redis has all chunks of TOKENS, written by another cache."""
     writer = authenticated()
     store(writer, TOKENS)
     assert writer.flush(10)
@@ -87,7 +87,7 @@ class TestKeys:
         assert prompt_keys(CHECKSUM) == KeySchema(IDENTITY, SHAPE).of(TOKENS)
 
     def test_the_key_is_in_no_key(self) -> None:
-        """Nor is what anybody could compute from the key's bytes alone: the digest of the key is not its name."""
+        """A plain digest of the key's bytes is not in a name either."""
         named_by_digest = KeySchema(IDENTITY, SHAPE, RemoteCodec.RAW, hashlib.sha256(KEY.encode()).hexdigest())
         assert named_by_digest.of(TOKENS) != prompt_keys()
 
@@ -142,7 +142,7 @@ class TestOnRedis:
 
 
 class TestForgery:
-    """By somebody who can write to Redis and knows all of this program, but not the key."""
+    """An attacker can write to Redis and knows this program, but not the key."""
 
     def refused(self, cache, client, found: int) -> None:
         assert hits(cache, TOKENS) == (0, found)

@@ -1,4 +1,4 @@
-"""The sizing policies: examples by hand, then what holds for every input."""
+"""The sizing policies: examples computed by hand, then properties for any input."""
 
 import contextlib
 import io
@@ -67,7 +67,7 @@ def test_fluid_decides_at_every_fifteenth_request():
 
 
 def frequency_after(policy: Frequency, accesses: list[bytes]) -> int:
-    """Fourteen empty look-ups, then one with all accesses: one decision."""
+    """One decision: fourteen empty lookups, then one with all accesses."""
     for _ in range(14):
         policy.observe(0, [])
     return policy.observe(0, accesses)

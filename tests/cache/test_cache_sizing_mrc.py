@@ -1,4 +1,4 @@
-"""MRC: examples by hand, its limits, and that it reaches its target at about the price of the best fixed capacity."""
+"""MRC: examples by hand, its limits, and a cost close to that of the best fixed capacity for its target."""
 
 import math
 
@@ -14,7 +14,7 @@ from cache.sizing.mrc import MRC
 
 
 def config(**changes: object) -> SizingConfig:
-    """Decides at every tenth request, by what it sees alone."""
+    """A configuration that decides at every tenth request, without history."""
     values = {
         "strategy": "MRC",
         "capacity_chunks": 20,
@@ -35,7 +35,7 @@ def key(number: int) -> bytes:
 
 
 def round_of(policy: MRC, distinct: int, requests: int = 10, start_ms: float = 0.0, every_ms: float = 1000.0) -> int:
-    """So many look-ups of all of as many keys: every one lies as deep as there are keys."""
+    """Look up all keys in turn, so that the stack depth of each is the number of keys."""
     for request in range(requests):
         now_ms = start_ms + request * every_ms
         policy.observe(now_ms, [key(number) for number in range(distinct)])

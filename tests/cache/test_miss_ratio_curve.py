@@ -1,4 +1,4 @@
-"""The miss-ratio curve: exactly what caches of every capacity would have hit, near it where it samples, and bounded."""
+"""The miss-ratio curve equals the hits of caches of every capacity, approximately when it samples; it is bounded."""
 
 import hashlib
 import random
@@ -13,7 +13,7 @@ from cache.sizing.miss_ratio_curve import NEVER, MissRatioCurve
 
 GREATEST = 12
 heads = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=25)
-"""Prompts by a number for each chunk: few, so that they share prefixes and return."""
+"""Prompts with one number per chunk. Few numbers, so that prompts share prefixes and return."""
 
 
 def tokens(prompt: list[int]) -> list[int]:
@@ -21,7 +21,7 @@ def tokens(prompt: list[int]) -> list[int]:
 
 
 def keys(prompt: list[int]) -> list[bytes]:
-    """One for each chunk of a prompt, that depends on all before it."""
+    """One key per chunk of a prompt, which depends on all chunks before it."""
     return [hashlib.sha256(bytes(prompt[: end + 1])).digest() for end in range(len(prompt))]
 
 
@@ -109,7 +109,7 @@ def test_nothing_looked_up_is_nothing_hit() -> None:
 
 
 def conversations(seed: int, requests: int) -> Iterator[list[bytes]]:
-    """Of a shared beginning and a session's own chunks, that grow; sessions return the seldomer the older they are."""
+    """Prompts of a shared beginning and a session's own growing chunks; older sessions return less often."""
     dice = random.Random(seed)
     shared = [dice.randbytes(32) for _ in range(8)]
     sessions: list[list[bytes]] = []

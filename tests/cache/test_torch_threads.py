@@ -1,4 +1,4 @@
-"""The threads of a cache compute alone, and those that compute for others keep their number."""
+"""The cache's threads compute without a thread team; other threads keep their number of threads."""
 
 import threading
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def three_threads():
 
 
 def in_a_thread(call: Callable[[], None]) -> int:
-    """`torch.get_num_threads` there, after `call`."""
+    """Call `call` in a new thread; return its `torch.get_num_threads`."""
     found: list[int] = []
     thread = threading.Thread(target=lambda: (call(), found.append(torch.get_num_threads())))
     thread.start()
@@ -32,7 +32,7 @@ def in_a_thread(call: Callable[[], None]) -> int:
 
 
 def noting(threads: set[int], method: Callable[..., Any]) -> Callable[..., Any]:
-    """`method`, which adds to `threads` how many it may use."""
+    """Wrap `method` to append its number of threads to `threads`."""
 
     def noted(self, what):
         threads.add(torch.get_num_threads())

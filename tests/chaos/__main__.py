@@ -1,4 +1,4 @@
-"""The command behind scripts/run_chaos.sh: harms the production job in many ways and counts what came of it."""
+"""The command behind scripts/run_chaos.sh: injects faults into the production job and accounts for every request."""
 
 import datetime
 import shutil
@@ -54,7 +54,7 @@ SHOWN: tuple[Shown, ...] = (
 
 
 class ChaosConfig(Config):
-    """What is done, under which load, and where the results go."""
+    """Scenarios, load, and folder of the results."""
 
     scenarios: str = Field(default=",".join(NAMES), min_length=1, description="which, separated by commas")
     requests: int = Field(default=80, ge=8, le=100_000, description="requests of a scenario; every tenth is sent twice")
@@ -102,7 +102,7 @@ class ChaosConfig(Config):
 
 
 def main() -> None:
-    """Run what `sys.argv` states; exit status 1 where a promise was not kept."""
+    """Run the command of `sys.argv`; exit with status 1 if a guarantee was broken."""
     parser = Parser(prog="scripts/run_chaos.sh", description=__doc__)
     add_options(parser, ChaosConfig)
     config = from_options(ChaosConfig, parser.parse_args())
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def run(config: ChaosConfig) -> bool:
-    """Carry out all scenarios, write and show what came of them; whether any has failed."""
+    """Run all scenarios, write and print the results; return true if any has failed."""
     stem = f"chaos_{datetime.datetime.now():%Y%m%d_%H%M%S}"
     suite = Suite(config, config.out / stem)
     with fresh_stack(config.dir) as stack, progress_bar("{task.description:40}") as bar:
@@ -142,7 +142,7 @@ def run(config: ChaosConfig) -> bool:
 
 
 class Suite:
-    """What has come of the scenarios so far, in files called `stem`."""
+    """The results of the scenarios so far, written to files named `stem`."""
 
     def __init__(self, config: ChaosConfig, stem: Path) -> None:
         self._config = config
@@ -153,7 +153,7 @@ class Suite:
         """What has gone wrong, a line each."""
 
     def add(self, name: str, stack: ChaosStack, on_progress: OnProgress) -> None:
-        """Carry it out and write what came of all so far. Raises `UserError` where it cannot be carried out."""
+        """Run the scenario and write all results so far. Raises `UserError` if it cannot run."""
         result, failed = (self._hostile if name == HOSTILE else self._scenario)(name, stack, on_progress)
         self._rows.append(result)
         self.said += [f"{name}: {line}" for line in failed]
@@ -190,7 +190,7 @@ class Suite:
 
 
 def tiny_job(folder: Path, checkpoint_interval_ms: int) -> JobConfig:
-    """A job whose model takes next to no time: what is hostile is mostly not meant for a model."""
+    """A job with a very fast model, because most hostile input never reaches the model."""
     model = save_tiny(folder, Qwen2Config(**LAYERS_OF_TWO))
     return JobConfig(
         parallelism=2,
@@ -202,7 +202,7 @@ def tiny_job(folder: Path, checkpoint_interval_ms: int) -> JobConfig:
 
 @contextmanager
 def fresh_stack(folder: Path) -> Iterator[ChaosStack]:
-    """A stack without anything of an earlier run, stopped and removed in the end."""
+    """Give a stack without data of earlier runs; stop and remove it at the end."""
     directory = folder / "stack"
     if (left := LocalStack.running_in(directory)) is not None:
         left.stop()

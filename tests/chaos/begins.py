@@ -1,7 +1,7 @@
-"""Which requests the engines began, each time that one did: told by the slots themselves, to the last before a kill.
+"""The log of requests that engines began, complete up to a kill.
 
-A slot's engine logs each begin at DEBUG, which is not shown otherwise; `--slot-logging` leads that into a file. A line
-is written before its request is computed, and what is written outlives its writer.
+A slot's engine logs each begin at DEBUG, and `--slot-logging` writes this to a file. A line is written before its
+request is computed, and outlives the process.
 """
 
 import json
@@ -12,7 +12,7 @@ BEGIN = re.compile(r"^DEBUG request '(.*)' begins$")
 
 
 class BeginLog:
-    """Lies in `folder`, which is made for it."""
+    """Create `folder` for the log."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -27,6 +27,6 @@ class BeginLog:
         self.configuration.write_text(json.dumps(configuration))
 
     def request_ids(self) -> list[str]:
-        """In the order in which they were begun; one that was begun twice is there twice."""
+        """Ids in the order of begins. A request that was begun twice is there twice."""
         lines = self._file.read_text(errors="replace").splitlines() if self._file.exists() else []
         return [found[1] for line in lines if (found := BEGIN.match(line))]

@@ -1,4 +1,4 @@
-"""What is done to the stack: a small class a fault.
+"""Faults of the stack, one small class each.
 
 `prepare` is called before the job is started, with `options` of the fault's own; `inject` does harm, `heal` undoes it
 `hold_s` later, and `close` leaves the stack as it was found. `evidence` tells what shows that harm was done: a fault
@@ -31,18 +31,18 @@ MIB = 1 << 20
 
 
 class Fault:
-    """Nothing happens: what the others are compared with."""
+    """No fault: the baseline for the others."""
 
     hold_s = 0.0
     burst_factor = 1.0
-    """How many times as fast the load comes for a while."""
+    """Factor of the rate during the burst."""
 
     def __init__(self, stack: ChaosStack) -> None:
         self.stack = stack
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the job, by field name."""
+        """Further options of the job, by field name."""
         return {}
 
     def prepare(self) -> None:
@@ -55,7 +55,7 @@ class Fault:
         pass
 
     def evidence(self, run: RunningJob) -> str:
-        """In a few words; empty where nothing shows the fault."""
+        """Proof of the fault in a few words; empty if there is none."""
         return "nothing was done"
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class Fault:
 
 
 class Burst(Fault):
-    """The load comes ten times as fast for a while."""
+    """The load is ten times as fast for a while."""
 
     burst_factor = 10.0
 
@@ -72,7 +72,7 @@ class Burst(Fault):
 
 
 class PythonKilled(Fault):
-    """One of the Python processes below a TaskManager is gone: a worker of Flink's, or a slot's own."""
+    """A Python process below a TaskManager is killed: a worker of Flink, or a slot's process."""
 
     def __init__(self, stack: ChaosStack, module: str, options: dict[str, Any] | None = None) -> None:
         super().__init__(stack)
@@ -94,7 +94,7 @@ class PythonKilled(Fault):
 
 
 class PartKilled(Fault):
-    """A part of the stack is gone, and is started again."""
+    """A service of the stack is killed, and started again."""
 
     def __init__(self, stack: ChaosStack, name: str, hold_s: float) -> None:
         super().__init__(stack)
@@ -114,7 +114,7 @@ class PartKilled(Fault):
 
 
 class Paused(Fault):
-    """A process neither works nor ends: it is stopped, and goes on `hold_s` later."""
+    """A process is paused by SIGSTOP, and continues `hold_s` later."""
 
     def __init__(self, stack: ChaosStack, pid: Callable[[], int], hold_s: float) -> None:
         super().__init__(stack)
@@ -142,7 +142,7 @@ class Paused(Fault):
 
 
 class EngineHung(Fault):
-    """The process of a slot stands still for ever; its watchdog has to find that out."""
+    """The process of a slot is paused for ever; the watchdog has to notice."""
 
     TIMEOUT_S = 6.0
 
@@ -169,7 +169,7 @@ class EngineHung(Fault):
 
 
 class RedisSlow(Fault):
-    """Every piece of what Redis answers takes ten times as long as an answer takes without that."""
+    """Every piece of Redis' answers is delayed by ten times the normal duration of an answer."""
 
     hold_s = 8.0
     PINGS = 100
@@ -213,7 +213,7 @@ class RedisSlow(Fault):
 
 
 class RedisFull(Fault):
-    """Redis is full of what is somebody else's, and evicts nothing."""
+    """Redis is full of other data, and evicts nothing."""
 
     hold_s = 6.0
     FOREIGN = "foreign"
@@ -260,7 +260,7 @@ class RedisFull(Fault):
 
 
 class RedisFlipped(Fault):
-    """Bits of stored chunks flip, all the time."""
+    """Bits of stored chunks are flipped all the time."""
 
     hold_s = 10.0
     EVERY_S = 0.02
@@ -310,7 +310,7 @@ class RedisFlipped(Fault):
 
 
 class DiskFull(Fault):
-    """The disk that checkpoints are written to is full: a small one of their own, filled to the last byte."""
+    """The disk of the checkpoints is full: a small separate disk, filled to the last byte."""
 
     hold_s = 8.0
     SIZE_MIB = 32
@@ -353,7 +353,7 @@ class DiskFull(Fault):
 
 
 class Rescaled(Fault):
-    """The job is stopped with a savepoint and goes on from it at another parallelism."""
+    """The job is stopped with a savepoint, and resumed from it at another parallelism."""
 
     STOP_TIMEOUT_S = 60.0
 
@@ -373,6 +373,6 @@ class Rescaled(Fault):
 
 
 def _checkpoints(run: RunningJob, outcome: str) -> int:
-    """Checkpoints of the job so far that `failed`, were `completed` or `restored`."""
+    """Number of the job's checkpoints in `status`: `failed`, `completed` or `restored`."""
     counts = run.submitted.cluster.get(f"/jobs/{run.submitted.job_id}/checkpoints")["counts"]
     return int(counts[outcome])

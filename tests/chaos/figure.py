@@ -1,4 +1,4 @@
-"""What came of each scenario over time: requests that were sent and answers that came, with the fault between them."""
+"""The figure of all scenarios: requests and answers over time, with the time of the fault."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ SENT, ANSWERED, FAULT = "#999999", "#1f77b4", "#d62728"
 
 
 def draw(trials: Sequence[Trial], path: Path) -> None:
-    """A panel a scenario, written to `path` as PNG."""
+    """Draw one panel per scenario, and write it to `path` as PNG."""
     rows = math.ceil(len(trials) / COLUMNS)
     with plt.rc_context(STYLE | {"font.size": 9, "axes.titlesize": 10}):
         figure, axes = plt.subplots(

@@ -72,14 +72,14 @@ FIELDS = tuple(Request.model_fields)
 
 @dataclass(frozen=True)
 class Hostile:
-    """One record to send. `good`: it is a request that has to be answered, and rightly."""
+    """One record to send. `good` means a valid request that needs the right answer."""
 
     raw: bytes | None
     good: Request | None = None
 
 
 def mixed_records(seed: int, count: int) -> Iterator[Hostile]:
-    """`count` records, every eighth of them good; the same for the same seed. No two requests share an id."""
+    """Return `count` records, every eighth of them good, as the seed determines. No two requests share an id."""
     for number in range(count):
         chance = random.Random(f"{seed}/{number}")
         fields: Fields = {
@@ -178,7 +178,7 @@ def _hostile_number(chance: random.Random, fields: Fields) -> bytes:
 
 
 def _odd_but_allowed(chance: random.Random, fields: Fields) -> bytes:
-    """At the edge of what a request may say."""
+    """Return a valid request with extreme values."""
     edges: Fields = {
         "max_new_tokens": 1 << 20,
         "created_at_ms": chance.choice((0, 1e15, 5e-324)),
@@ -223,7 +223,7 @@ def _just_about_the_limit(chance: random.Random, fields: Fields) -> bytes:
 
 
 def _huge(chance: random.Random, fields: Fields) -> bytes:
-    """About as long as a record may be, by one field or by very many."""
+    """Return a record of about the maximum length, with one long field or very many fields."""
     raw = _json(fields)
     room = MAX_RECORD_BYTES - len(raw) + chance.choice((0, 1, 1000))
     match chance.randrange(4):
@@ -273,7 +273,7 @@ MUTATIONS: dict[Mutation, int] = {
     _huge: 1,
     _no_object: 6,
 }
-"""How often each is chosen among the others; the huge ones take the most time."""
+"""Weight of each kind. Huge records are rare, because they take the most time."""
 
 
 def _mutation(chance: random.Random) -> Mutation:
@@ -286,7 +286,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What became of hostile input, record by record."""
+    """Outcomes of hostile input, record by record."""
 
     records: Mapping[Place, Hostile]
     book: Book
@@ -295,7 +295,7 @@ class Verdicts:
 
     @cached_property
     def request_ids(self) -> dict[Place, str | None]:
-        """The id of each record that is a request by its form; it may be refused by the model yet."""
+        """The id of each record that has the form of a request. The model may still refuse it."""
         return {place: _request_id(record.raw) for place, record in self.records.items()}
 
     @cached_property
@@ -316,14 +316,14 @@ class Verdicts:
 
     @property
     def foreign(self) -> int:
-        """Outcomes of what was never sent."""
+        """Outcomes of records that were never sent."""
         known = set(self.request_ids.values())
         return sum(place not in self.records for place in self.refused) + sum(
             name not in known for name in self.answers
         )
 
     def wrong(self, reference: Reference) -> int:
-        """Good requests that were refused, or answered otherwise than by the engine alone."""
+        """Good requests that were refused, or answered differently from the bare engine."""
         good = {one.good.request_id: one.good for one in self.records.values() if one.good is not None}
         reference.learn(good.values())
         right = {
@@ -341,7 +341,7 @@ class Verdicts:
 def under_hostile_input(
     run: RunningJob, records: Iterable[Hostile], patience_s: float, on_progress: Callable[[str, int], None]
 ) -> Verdicts:
-    """Send `records` as fast as Kafka takes them, and wait until each has an outcome, or nothing comes any more."""
+    """Send `records` as fast as Kafka takes them; wait until each has an outcome, or no more outcomes come."""
     book, problems = Book(), []
     collector = Collector(run.reader, run.config.kafka, book)
     sent = _sent(run.config.kafka, records)
@@ -380,7 +380,7 @@ def _sent(kafka: KafkaConfig, records: Iterable[Hostile]) -> dict[Place, Hostile
 
 
 def _request_id(raw: bytes | None) -> str | None:
-    """None for what is no request by its form."""
+    """The request's id; none if the record does not have the form of a request."""
     try:
         return None if raw is None else Request.from_json(raw).request_id
     except UserError:

@@ -1,4 +1,4 @@
-"""The load that a scenario is under, the books of what came of it, and what should have come."""
+"""The load of a scenario, the ledger of its outcomes, and the expected answers."""
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,22 +19,22 @@ from workloads.timed_request import TimedRequest
 
 COPY_EVERY = 10
 COPY_AFTER_MS = 700.0
-"""A client that retries: its second record comes while the first is being answered, or after a fault between them."""
+"""Delay of a client's retry: the second record comes while the first is answered, or after a fault between them."""
 BURST = (0.3, 0.7)
-"""The part of the requests that comes in a burst."""
+"""Share of the requests that come in a burst."""
 PATIENCE_MS = 120_000
-"""For how long a record may be on its way to a broker that is being started again."""
+"""Maximum time to deliver a record, long enough for a restart of the broker."""
 
 
 @dataclass(frozen=True)
 class LoadShape:
-    """What load to offer: conversations, so that there is something to reuse."""
+    """The load to offer. It has conversations, so that chunks are reused."""
 
     requests: int
     rate_per_s: float
     seed: int
     patience_s: float = 90.0
-    """Longest wait for the next answer."""
+    """Maximum wait for the next answer."""
     max_new_tokens: int = 24
     system_tokens: int = 96
     turns: int = 4
@@ -53,7 +53,7 @@ class LoadShape:
 
 
 class SteadyLoad:
-    """Conversations under ids of the scenario's own, with a burst among them; every tenth request is sent twice."""
+    """Conversations with the scenario's own ids, with an optional burst. Every tenth request is sent twice."""
 
     def __init__(self, name: str, shape: LoadShape) -> None:
         self._name = name
@@ -65,7 +65,7 @@ class SteadyLoad:
 
     @property
     def copies(self) -> int:
-        """Requests that are sent twice."""
+        """Number of requests that are sent twice."""
         return -(-self._shape.requests // COPY_EVERY)
 
     def adjustments(self) -> Mapping[str, int]:
@@ -92,14 +92,14 @@ class SteadyLoad:
 
 @dataclass(frozen=True)
 class ReceivedRecord:
-    """An answer, or a dead letter, as the reader of the topics had it."""
+    """An answer or a dead letter, with the time at which the reader had it."""
 
     received_ms: float
     record: Response | DeadLetter
 
 
 class Book(Ledger):
-    """A ledger that also keeps every outcome, second ones too, with the time at which it could be read."""
+    """A ledger that also keeps every outcome, duplicates included, with the time at which it was read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,18 +120,18 @@ class Book(Ledger):
 
     @property
     def doubled(self) -> list[str]:
-        """Ids of the requests that have more than one outcome."""
+        """Ids of requests with more than one outcome."""
         counts = Counter(one.record.request_id for one in self.outcomes)
         return [name for name, count in counts.items() if count > 1 and name is not None]
 
     @property
     def answers(self) -> list[tuple[float, Response]]:
-        """Each answer with the time at which it came, in that order."""
+        """Answers with their times, in the order of receipt."""
         return [(one.received_ms, one.record) for one in self.outcomes if isinstance(one.record, Response)]
 
 
 class Reference:
-    """What the engine answers without cache, Flink, Kafka and faults. Computed once for equal questions."""
+    """Answers of the bare engine, without cache, Flink, Kafka and faults. Equal requests are computed once."""
 
     def __init__(self, job: JobConfig) -> None:
         engine = job.engine
@@ -141,14 +141,14 @@ class Reference:
         self._known: dict[tuple[object, ...], tuple[int, ...]] = {}
 
     def learn(self, requests: Iterable[Request]) -> None:
-        """Compute the answers to all of them, that the model can answer, together."""
+        """Compute the answers to all requests, which the model must be able to answer."""
         new = {_question(request): request for request in requests if _question(request) not in self._known}
         for done in self._engine.run(new.values()):
             assert isinstance(done, Completion), done
             self._known[_question(done.request)] = done.token_ids
 
     def token_ids(self, request: Request) -> tuple[int, ...]:
-        """Of a question that it has learned."""
+        """Token ids of the answer to a request that `learn` has seen."""
         return self._known[_question(request)]
 
 
@@ -158,7 +158,7 @@ def _question(request: Request) -> tuple[object, ...]:
 
 @contextmanager
 def patient_producer(brokers: str) -> Iterator[KafkaProducer]:
-    """A producer that neither loses nor doubles a record while the broker is away for a while."""
+    """Give a producer that loses and repeats no record while the broker is away for a while."""
     producer = KafkaProducer(
         bootstrap_servers=brokers.split(","),
         acks="all",

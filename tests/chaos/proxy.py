@@ -1,4 +1,4 @@
-"""A TCP proxy that can be told to be slow: it holds every piece that passes towards the client for a while."""
+"""A TCP proxy that can delay every piece on its way to the client."""
 
 import socket
 import threading
@@ -9,7 +9,7 @@ PIECE_BYTES = 1 << 16
 
 
 class SlowProxy:
-    """Forwards connections from a port of its own on loopback to `target`; each piece waits for `delay_s`."""
+    """Forwards connections from a free loopback port to `target`, and delays each piece to the client by `delay_s`."""
 
     def __init__(self, target: tuple[str, int]) -> None:
         self.delay_s = 0.0

@@ -1,4 +1,4 @@
-"""One scenario from its job's start to its books: load, a fault in the midst of it, and all that comes of it."""
+"""Runs one scenario: job, load, a fault in the middle of it, and all outcomes."""
 
 import argparse
 import time
@@ -35,12 +35,12 @@ from workloads.kafka_generator import KafkaLoadGenerator, offered
 
 POLL_MS = 50
 STRIKE_AFTER = 0.25
-"""The fault comes once this part of the requests has been answered."""
+"""The fault is injected when this share of the requests has been answered."""
 DRAIN_TIMEOUT_S = 90.0
 
 
 OnProgress = Callable[[str, int], None]
-"""Called with what is going on and the number of requests that have an outcome."""
+"""Called with the current activity and the number of requests that have an outcome."""
 
 
 SCENARIOS: Mapping[str, Callable[[ChaosStack], Fault]] = {
@@ -65,33 +65,33 @@ SCENARIOS: Mapping[str, Callable[[ChaosStack], Fault]] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """What happened in one scenario: enough to fill its row and its panel."""
+    """The record of one scenario, from which its row and its panel are made."""
 
     scenario: str
     job: JobConfig
-    """As it is in the end."""
+    """Parallelism at the end."""
     shape: LoadShape
     book: Book
     copies: int
     """Requests that were sent twice."""
     unacknowledged: int
-    """Records that Kafka did not take."""
+    """Number of records that Kafka did not take."""
     fault_ms: float
     healed_ms: float
     begins: BeginLog
     restarts: int
     evidence: str
     problems: tuple[str, ...]
-    """What went wrong in carrying it out."""
+    """Problems in running the scenario."""
 
     @property
     def begun(self) -> list[str]:
-        """Ids of its requests, each as often as an engine has begun it until now."""
+        """Ids of its requests, each as often as an engine has begun it so far."""
         return [name for name in self.begins.request_ids() if name.startswith(f"{self.scenario}/")]
 
 
 class Strike:
-    """Brings the fault about beside the load, and heals it in its time."""
+    """Injects the fault while the load runs, and heals it later."""
 
     def __init__(self, fault: Fault, run: RunningJob, pool: ThreadPoolExecutor) -> None:
         self._fault = fault
@@ -106,7 +106,7 @@ class Strike:
 
     @property
     def over(self) -> bool:
-        """Raises what went wrong."""
+        """Wait for the end; raise the error of the fault, if there was one."""
         if self._future is None or not self._future.done():
             return False
         self._future.result()
@@ -125,7 +125,7 @@ class Strike:
 
 
 def with_options(job: JobConfig, options: Mapping[str, Any]) -> JobConfig:
-    """`job` with these fields, by the names of the options. Raises `UserError` for one that does not exist."""
+    """Return `job` with these options. Raises `UserError` for an unknown one."""
     leaves = dict(flatten(job))
     if unknown := options.keys() - leaves.keys():
         raise UserError(f"--{', --'.join(sorted(unknown)).replace('_', '-')}: the job has no such option")
@@ -133,7 +133,7 @@ def with_options(job: JobConfig, options: Mapping[str, Any]) -> JobConfig:
 
 
 def carry_out(scenario: str, stack: ChaosStack, job: JobConfig, shape: LoadShape, on_progress: OnProgress) -> Trial:
-    """Run the scenario with a job of its own. Raises `UserError` where it cannot be carried out."""
+    """Run the scenario with its own job. Raises `UserError` if it cannot run."""
     with ExitStack() as cleanup:
         fault = cleanup.enter_context(closing(SCENARIOS[scenario](stack)))
         fault.prepare()
@@ -146,7 +146,7 @@ def carry_out(scenario: str, stack: ChaosStack, job: JobConfig, shape: LoadShape
 
 @contextmanager
 def running_job(name: str, stack: ChaosStack, job: JobConfig) -> Iterator[RunningJob]:
-    """A job whose slots are ready. Raises `UserError`."""
+    """Give a job whose slots are ready. Raises `UserError`."""
     begins = BeginLog(stack.local.config.dir / "begins" / name)
     job = with_options(job, {"slot_logging": begins.configuration})
     services = Services(stack.brokers, job.cache.remote.redis_url or stack.redis_url, stack.flink)
@@ -155,10 +155,10 @@ def running_job(name: str, stack: ChaosStack, job: JobConfig) -> Iterator[Runnin
 
 
 def under_fire(name: str, run: RunningJob, fault: Fault, shape: LoadShape, on_progress: OnProgress) -> Trial:
-    """Load, the fault in its midst, and all that comes of it until every request has an outcome.
+    """Offer the load, inject the fault, and read until every request has an outcome.
 
-    Waits as long as answers come, and the shape's patience for the next one. Raises `UserError` where the fault cannot
-    be made.
+    Waits while answers come, and for each at most the load's patience. Raises `UserError` if the fault cannot be
+    injected.
     """
     book, load, kafka = Book(), SteadyLoad(name, shape), run.config.kafka
     collector = Collector(run.reader, kafka, book)
@@ -200,7 +200,7 @@ def under_fire(name: str, run: RunningJob, fault: Fault, shape: LoadShape, on_pr
 
 
 def drained(run: RunningJob, trial: Trial) -> Trial:
-    """The trial, with what the job still answers until it has ended."""
+    """Add to the trial what the job still answers until it has ended."""
     problems = trial.problems
     try:
         run.submitted.stop(None, DRAIN_TIMEOUT_S)

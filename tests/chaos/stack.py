@@ -1,4 +1,4 @@
-"""The stack that chaos is made in: two TaskManagers of one slot each, so that one survives, and high availability."""
+"""The stack for chaos: two TaskManagers with one slot each, so that one survives a fault, and high availability."""
 
 import os
 import signal
@@ -30,17 +30,17 @@ def chaos_config(directory: Path) -> StackConfig:
 
 @dataclass
 class RunningJob:
-    """The job under chaos; another one takes its place where it is stopped and started again."""
+    """The job under test. If it is stopped and started again, another one replaces it."""
 
     config: JobConfig
     submitted: FlinkJob
     reader: KafkaConsumer
-    """Of its responses and dead letters."""
+    """Consumer of its responses and dead letters."""
     begins: BeginLog
 
 
 class ChaosStack:
-    """A running local stack, and the ways to harm it."""
+    """A running local stack, with the operations that faults need."""
 
     def __init__(self, local: LocalStack) -> None:
         self.local = local
@@ -57,23 +57,23 @@ class ChaosStack:
         return Services(self.brokers, self.redis_url, self.flink)
 
     def started(self, name: str) -> Started:
-        """The process of that name: `taskmanager-1`, `jobmanager`, `kafka`, `redis`, ..."""
+        """The process of this name: `taskmanager-1`, `jobmanager`, `kafka`, `redis`, ..."""
         return next(one for one in self.local.processes if one.name == name)
 
     def kill(self, name: str) -> None:
         os.kill(self.started(name).pid, signal.SIGKILL)
 
     def start_again(self) -> None:
-        """Start what has died; returns once it answers."""
+        """Start the services that have died; return when all answer."""
         self.local.start()
 
     def python_processes(self, module: str) -> list[psutil.Process]:
-        """Those that run `module` below a TaskManager, the oldest first: `WORKER` or `SLOT`."""
+        """Python processes below a TaskManager that run `module`, `WORKER` or `SLOT`, the oldest first."""
         found = [process for process in self._of_task_managers() if module in _command_line(process)]
         return sorted(found, key=lambda process: process.create_time())
 
     def log_lines(self, containing: str) -> int:
-        """How many lines of Flink's logs contain that."""
+        """Number of lines of Flink's logs that contain the text."""
         return sum(
             containing in line
             for file in self.logs.glob("flink-*.log*")

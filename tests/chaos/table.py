@@ -1,4 +1,4 @@
-"""From trials to the table of results, and what is missing in it."""
+"""Makes the table of results from trials, and finds broken guarantees."""
 
 import math
 from collections import defaultdict
@@ -36,7 +36,7 @@ Row = Mapping[str, object]
 
 
 def row(trial: Trial, reference: Reference) -> Row:
-    """The figures of one trial; `docs/metrics.md` says what each means."""
+    """The row of one trial; `docs/metrics.md` defines the columns."""
     book = trial.book
     reference.learn(book.requests.values())
     return {
@@ -61,7 +61,7 @@ def row(trial: Trial, reference: Reference) -> Row:
 
 
 def hostile_row(run: RunningJob, verdicts: Verdicts, reference: Reference, seed: int) -> Row:
-    """The figures of hostile input; a record counts as a request, whatever it is."""
+    """The row of hostile input. Every record counts as a request."""
     refused, lost, doubled = len(verdicts.refused), len(verdicts.lost), len(verdicts.doubled)
     begun = run.begins.request_ids()
     return {
@@ -86,7 +86,7 @@ def hostile_row(run: RunningJob, verdicts: Verdicts, reference: Reference, seed:
 
 
 def hostile_failings(verdicts: Verdicts, result: Row) -> list[str]:
-    """As `failings`."""
+    """Like `failings`, for hostile input."""
     said = list(verdicts.problems)
     for what, places in (("no outcome for", verdicts.lost), ("more than one outcome for", verdicts.doubled)):
         if places:
@@ -99,15 +99,15 @@ def hostile_failings(verdicts: Verdicts, result: Row) -> list[str]:
 
 
 def is_wrong(book: Book, answer: Response, reference: Reference) -> bool:
-    """Whether it is another answer than the engine alone gives, or one to a request that nobody has sent."""
+    """True if the answer differs from the bare engine's, or belongs to a request that was never sent."""
     request = book.requests.get(answer.request_id)
     return request is None or answer.token_ids != reference.token_ids(request)
 
 
 def recovery_s(trial: Trial) -> float:
-    """The longest that a slot which owed answers gave none, from the fault on; nan where it gave none any more.
+    """Longest time after the fault in which a slot owed an answer and gave none; NaN if a request has no outcome.
 
-    Not the time until the next answer: some faults take effect late, and one slot may go on while another stands still.
+    Not the time until the next answer: some faults take effect late, and one slot may work while another stands still.
     """
     owed: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for received_ms, answer in first_answers(trial).values():
@@ -128,13 +128,13 @@ def _stalls_ms(answers: Sequence[tuple[float, float]], fault_ms: float) -> Itera
 
 
 def slowest_s(trial: Trial) -> float:
-    """The longest that a request waited for its first answer, from its creation to the reader of the responses."""
+    """Longest time from a request's creation until a reader had its first answer."""
     waited_ms = [received_ms - answer.created_at_ms for received_ms, answer in first_answers(trial).values()]
     return max(waited_ms, default=math.nan) / 1000
 
 
 def first_answers(trial: Trial) -> dict[str, tuple[float, Response]]:
-    """Of each request, with the time at which it came."""
+    """First answer of each request, with the time of receipt."""
     first: dict[str, tuple[float, Response]] = {}
     for received_ms, answer in trial.book.answers:
         first.setdefault(answer.request_id, (received_ms, answer))
@@ -142,7 +142,7 @@ def first_answers(trial: Trial) -> dict[str, tuple[float, Response]]:
 
 
 def failings(trial: Trial, result: Row) -> list[str]:
-    """What of the promise was not kept, a few words each; empty where all was."""
+    """Broken guarantees, a few words each; empty if there are none."""
     said = list(trial.problems)
     if trial.unacknowledged:
         said.append(f"Kafka did not take {trial.unacknowledged} records")
@@ -162,7 +162,7 @@ def failings(trial: Trial, result: Row) -> list[str]:
 
 
 def named(request_ids: Sequence[str]) -> str:
-    """The first few."""
+    """The first few names, and how many more there are."""
     return ", ".join(request_ids[:NAMED]) + (
         f" and {len(request_ids) - NAMED} more" if len(request_ids) > NAMED else ""
     )

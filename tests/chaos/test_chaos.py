@@ -1,4 +1,4 @@
-"""The short form of scripts/run_chaos.sh: one job under hostile input and two of the cheapest faults, nothing lost."""
+"""A short form of scripts/run_chaos.sh: one job under hostile input and two cheap faults loses nothing."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the chaos suite is made of, without a cluster: load, books, figures, hostile records, the slow proxy."""
+"""The parts of the chaos suite without a cluster: load, ledger, figure, hostile records, the slow proxy."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def answer(request: Request, slot: int = 0, token_ids: tuple[int, ...] = (1, 2))
 
 
 class KnownAnswers:
-    """A reference that knows one answer to all."""
+    """A reference with the same answer to every request."""
 
     model = "m"
 

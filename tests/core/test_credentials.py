@@ -1,4 +1,4 @@
-"""Secrets: read from a file of their owner alone or from the environment, and never in a text."""
+"""Secrets come from a file readable only by its owner, or from the environment, and are never in a message."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Errors a person can act on, and the clock of the tests."""
+"""User errors, and the clock of the tests."""
 
 import pytest
 from pydantic import BaseModel, ValidationError

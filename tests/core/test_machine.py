@@ -1,4 +1,4 @@
-"""What a process may use of its machine, by the files of control groups of both versions."""
+"""Limits of a process on its machine, from control groups of both versions."""
 
 import os
 from pathlib import Path

@@ -110,7 +110,7 @@ def test_the_help_tells_every_option_and_its_default() -> None:
 
 def test_the_help_may_speak_of_percent() -> None:
     class Load(BaseModel):
-        """Of a benchmark."""
+        """The load of a benchmark."""
 
         rate: int = Field(default=1, description="requests at 10 % load (few)")
 
@@ -197,7 +197,7 @@ def test_a_simulated_device_needs_a_profile_and_has_no_cache(arguments: list[str
 
 
 class Grid(BaseModel):
-    """Runs a job for each."""
+    """Runs one job per value."""
 
     dtype: str = "float32,bfloat16"
     job: JobConfig = JobConfig()

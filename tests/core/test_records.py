@@ -1,4 +1,4 @@
-"""The records on the wire: what is taken, what is refused and by which line, what comes back."""
+"""The records in Kafka: which are accepted, which are refused with which line, and round trips."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Made records for the tests of experiments: nothing of them was measured."""
+"""Records for tests of experiments. Nothing in them was measured."""
 
 import random
 from pathlib import Path
@@ -90,7 +90,7 @@ def run_of(*responses: Response, dead_letters: tuple[DeadLetter, ...] = (), **fi
 
 
 def made_run(strategy: str, position: int, requests: int = 200, seed: int = 1) -> RunRecords:
-    """A run that looks like one of the phases workload on two slots."""
+    """A run like one of the phases workload on two slots."""
     dice = random.Random(f"{seed}/{strategy}")
     capacity = {0: 96.0, 1: 96.0}
     responses = []

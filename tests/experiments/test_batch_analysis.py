@@ -1,4 +1,4 @@
-"""The batch analysis' result file and figure, of made records."""
+"""The batch analysis' result file and figure, from given records."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The whole experiment on the real Kafka, Redis and Flink: results made, nothing left behind, an interruption too."""
+"""The whole experiment on the real Kafka, Redis and Flink: its results, cleaning up, and an interruption."""
 
 import signal
 import subprocess
@@ -28,7 +28,7 @@ def command(stack: LocalStack, out: Path, *options: str) -> list[str]:
 
 
 def leftovers(stack: LocalStack) -> tuple[list[str], list[str], list[str]]:
-    """Topics, keys and living jobs that an experiment made."""
+    """Topics, keys and running jobs of the experiments."""
     addresses = stack.addresses()
     admin = KafkaAdminClient(bootstrap_servers=addresses.brokers)
     # A deletion is acknowledged before it shows everywhere.
@@ -99,6 +99,6 @@ def test_an_interruption_leaves_nothing_running(stack: LocalStack, tmp_path: Pat
 
 
 def leftovers_jobs(stack: LocalStack) -> list[str]:
-    """Names of the experiment's jobs that run by now."""
+    """Names of the experiment's running jobs."""
     jobs = FlinkCluster(stack.addresses().flink_rest_url, [], {}, Path("/")).get("/jobs/overview")["jobs"]
     return [job["name"] for job in jobs if job["state"] == "RUNNING" and job["name"].startswith("cache-")]

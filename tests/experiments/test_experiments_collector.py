@@ -1,4 +1,4 @@
-"""The books of a run, and when waiting for it ends, without a broker."""
+"""The ledger of a run, and the end of waiting, without a broker."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class PolledRecord:
 
 
 class Consumer:
-    """Gives one record a poll."""
+    """Gives one record per poll."""
 
     def __init__(self, topic: str, values: list[str]) -> None:
         self._partition = TopicPartition(topic, 0)

@@ -1,4 +1,4 @@
-"""From the command line to the jobs that are compared; what is wrong with it ends in one line and exit status 2."""
+"""From the command line to the compared jobs; wrong options end with one line and exit status 2."""
 
 import subprocess
 import sys

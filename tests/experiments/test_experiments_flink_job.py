@@ -1,4 +1,4 @@
-"""Flink's answers, from a REST interface that is played: failures in one line, draining, a job that ends."""
+"""Jobs on a fake REST interface of Flink: failures in one line, draining, a job that ends."""
 
 import http.server
 import json
@@ -27,7 +27,7 @@ JOB = "a" * 32
 
 
 class Played:
-    """Answers each path with the next of its list, the last one for ever; keeps what was asked."""
+    """Answers each path with the next of its list, and the last one from then on; records the requests."""
 
     def __init__(self, answers: dict[str, list[Any]]) -> None:
         self.answers = answers

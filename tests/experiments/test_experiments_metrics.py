@@ -1,4 +1,4 @@
-"""The formulas of docs/metrics.md, on examples small enough to compute by hand, and what must hold for any records."""
+"""The formulas of docs/metrics.md, on examples computed by hand, and properties for any records."""
 
 import json
 import math
@@ -19,7 +19,7 @@ SEED_HEADER = "strategy,total_requests,cache_hits,hit_rate_percent,avg_latency_m
 
 
 def four() -> list[Response]:
-    """A miss, a local hit, a remote hit, and a hit of both; 40 prompt tokens in all."""
+    """A miss, a local hit, a remote hit, and a hit in both tiers; 40 prompt tokens in all."""
     return [
         response(request_id="a", computed_tokens=10, e2e_ms=100.0, batch_id="x", batch_size=2),
         response(request_id="b", local_tokens=8, computed_tokens=2, e2e_ms=200.0, batch_id="x", batch_size=2),
@@ -91,7 +91,7 @@ def test_an_answer_without_a_token_was_all_prefill() -> None:
 
 
 def ran(begin_ms: float, end_ms: float, slot: int = 0) -> Response:
-    """Created at the begin of the records, in the slot's engine from `begin_ms` to `end_ms`."""
+    """A response of a request in the slot's engine from `begin_ms` to `end_ms`."""
     took = end_ms - begin_ms
     return response(slot=slot, wait_ms=begin_ms, ttft_ms=begin_ms + took / 2, tpot_ms=took / 2, inference_ms=took,
                     e2e_ms=end_ms)  # fmt: skip
@@ -116,7 +116,7 @@ def test_a_load_is_kept_up_with_however_long_one_answer_takes() -> None:
 
 
 def looked_up(at_ms: float, capacity: int, slot: int = 0) -> Response:
-    """Looked up `at_ms` after the begin, and answered 10 ms later."""
+    """A response with its lookup at `at_ms`, and its answer 10 ms later."""
     return response(
         request_id=f"{slot}-{at_ms}",
         slot=slot,

@@ -1,4 +1,4 @@
-"""Raw records come back as they were written, and what is wrong with a file is said with its line."""
+"""Raw records are read back as they were written; errors name the file and line."""
 
 from pathlib import Path
 

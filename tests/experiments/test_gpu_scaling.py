@@ -1,4 +1,4 @@
-"""The scaling experiment's result file and figure, of made records."""
+"""The scaling experiment's result file and figure, from given records."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The policy laboratory on small made loads, its bounds against a search of all choices, and its files."""
+"""The policy lab on small generated loads, its bounds against a search of all choices, and its files."""
 
 import csv
 import itertools
@@ -65,7 +65,7 @@ def conversations(requests: int, seed: int = 0) -> list[BlockRequest]:
 @pytest.mark.parametrize("name", ["LRU", "DENSITY"])
 @pytest.mark.parametrize("capacity", [1, 7, 40, 150])
 def test_a_tier_that_follows_one_leader_hits_what_that_policy_hits(name, capacity):
-    """To the chunk: what its shadow holds is what the cache manager would have kept."""
+    """Exactly: its shadow keeps what the cache manager would have kept."""
     load = conversations(400, seed=capacity)
     leading = FollowTheLeader(make_eviction(name), make_eviction(name))
     sizing = make_sizing(SizingConfig(capacity_chunks=capacity))
@@ -127,7 +127,7 @@ def test_no_policy_beats_the_optimum_and_all_meet_it_with_room_for_everything(ev
 
 
 def most_hits(numbers: tuple[int, ...], capacity: int, bypass: bool) -> int:
-    """By trying every choice."""
+    """The maximum number of hits, found by trying every choice."""
 
     @cache
     def from_here(place: int, held: frozenset[int]) -> int:

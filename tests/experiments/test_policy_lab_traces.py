@@ -1,4 +1,4 @@
-"""The laboratory beside an independent simulator, libcachesim, and what our policy must hold on a trace."""
+"""The policy lab against an independent simulator, libcachesim, and minimum results of our policy on a trace."""
 
 import os
 import random
@@ -18,14 +18,14 @@ from workloads.block_trace import BlockRequest, TraceFormat, read_blocks
 from workloads.config import WorkloadConfig
 
 TRACES = os.environ.get("INFERTUNER_TRACES")
-"""Folder of real traces under the names of their release; without it the tests run on a made load alone."""
+"""Folder of real traces with their released names. Without it the tests use only a generated load."""
 MADE_CAPACITIES = (10, 100, 400)
 REAL_CAPACITIES = (100, 1000, 5000, 10_000)
 PEERS = {"LRU": libcachesim.LRU, "FIFO": libcachesim.FIFO, "LFU": libcachesim.LFU}
 
 
 def made_conversations(requests: int, seed: int) -> list[BlockRequest]:
-    """All begin with block 0, some of many go on; after a while, as their users read and type."""
+    """Conversations that begin with block 0. Some continue after a while, when their users have read and typed."""
     draw = random.Random(seed)
     due: list[tuple[int, tuple[int, ...]]] = []
     fresh, made = 1, []
@@ -46,7 +46,7 @@ def made_conversations(requests: int, seed: int) -> list[BlockRequest]:
 
 @pytest.fixture(scope="module", params=["made", "real"] if TRACES else ["made"])
 def load(request: pytest.FixtureRequest) -> tuple[list[BlockRequest], tuple[int, ...]]:
-    """Requests, and capacities that suit them."""
+    """Requests, and suitable capacities."""
     if request.param == "made":
         return made_conversations(3000, seed=1), MADE_CAPACITIES
     trace = Path(TRACES or "") / "mooncake_conversation_trace.jsonl"

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, made once and loaded by the ordinary code."""
+"""Tiny models with random weights, built once and loaded by the normal code."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ ONE_BY_ONE = "qwen2 one by one"
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Models this small only lose by more."""
+    """Use one thread: models this small are slower with more."""
     torch.set_num_threads(1)
 
 
@@ -38,7 +38,7 @@ def tiny_models(tiny_paths: dict[str, Path]) -> dict[str, LoadedModel]:
 
 @pytest.fixture(params=[*sorted(CONFIGS), ONE_BY_ONE])
 def model(request: pytest.FixtureRequest, tiny_models: dict[str, LoadedModel]) -> LoadedModel:
-    """Each architecture in turn, and one as if it took no packed passes."""
+    """Each architecture in turn, and one with packed passes switched off."""
     return tiny_models[request.param]
 
 

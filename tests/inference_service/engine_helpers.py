@@ -1,4 +1,4 @@
-"""What the engine's tests share: tiny models, a cache in memory, and the plain answer to compare with."""
+"""Helpers for tests of the engine: tiny models, a cache in memory, and the plain answer to compare with."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -48,7 +48,7 @@ GPT2: dict[str, Any] = {
 
 
 def save_tiny(path: Path, config: Any, *, seed: int = 0) -> Path:
-    """A model of `config` with random weights and the byte tokenizer, saved to `path`."""
+    """Save a model of `config` with random weights and the byte tokenizer to `path`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.is_encoder_decoder:
@@ -65,7 +65,7 @@ def load_tiny(path: Path, *, max_model_len: int = MAX_LEN) -> LoadedModel:
 
 
 def tokens_of(seed: int, count: int) -> tuple[int, ...]:
-    """Random bytes as prompt tokens: two seeds share no first chunk."""
+    """Random bytes as prompt tokens. Prompts of different seeds have different first chunks."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(0, 256, (count,), generator=generator).tolist())
 
@@ -97,7 +97,7 @@ def make_engine(
 
 
 def answers(done: Iterable[Completion | Failure]) -> dict[str, Completion]:
-    """The completions by request; a failure is an error of the test."""
+    """Completions by request. A failure fails the test."""
     found = {}
     for one in done:
         assert isinstance(one, Completion), one
@@ -110,7 +110,7 @@ _plain: dict[tuple[int, tuple[int, ...], int], tuple[int, ...]] = {}
 
 
 def plain_answer(model: LoadedModel, prompt: Sequence[int], max_new_tokens: int) -> tuple[int, ...]:
-    """What `generate` of `transformers` itself answers to this one prompt; cut before the end token."""
+    """The answer of `generate` of `transformers` to this prompt alone, cut before the end token."""
     wanted = min(max_new_tokens, model.max_len - len(prompt))
     key = (id(model), tuple(prompt), wanted)
     if key not in _plain:
@@ -128,7 +128,7 @@ def plain_answer(model: LoadedModel, prompt: Sequence[int], max_new_tokens: int)
 
 
 class MemoryPrefix:
-    """A prefix whose chunks turn into NaN on release, so that any later read shows."""
+    """A prefix whose chunks become NaN on release, so that a later read is noticed."""
 
     def __init__(self, cache: "MemoryCache", chunks: list[torch.Tensor], tiers: list[str]) -> None:
         self._cache = cache
@@ -158,7 +158,7 @@ class MemoryPrefix:
 
 
 class Coming:
-    """A prefetch that a test ends; `waits` counts how often an engine waited for it."""
+    """A prefetch that the test ends. `waits` counts how often an engine waited for it."""
 
     def __init__(self) -> None:
         self.ready = False
@@ -173,7 +173,7 @@ class Coming:
 
 
 class MemoryCache:
-    """A `KVCache` in a dictionary. `place(i)` tells where chunk `i` is: `local`, `remote`, or `gone`."""
+    """A `KVCache` in a dictionary. `place(i)` gives the tier of chunk `i`: `local`, `remote` or `gone`."""
 
     capacity_chunks = 1000
 

@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that models have, trained in milliseconds on the text here."""
+"""Tokenizers of the common kinds, trained in milliseconds on the text below."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TEMPLATE = (
 
 
 def byte_level_bpe() -> PreTrainedTokenizerFast:
-    """As of GPT-2, Llama 3, Qwen."""
+    """A tokenizer like those of GPT-2, Llama 3 and Qwen."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -36,7 +36,7 @@ def byte_level_bpe() -> PreTrainedTokenizerFast:
 
 
 def prefixed_bpe() -> PreTrainedTokenizerFast:
-    """As of Llama 2 and Mistral: SentencePiece BPE with bytes for what it lacks, special tokens in its vocabulary."""
+    """A tokenizer like those of Llama 2 and Mistral: SentencePiece BPE with byte fallback and special tokens."""
     tokenizer = _sentencepiece_bpe()
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence(
@@ -46,7 +46,7 @@ def prefixed_bpe() -> PreTrainedTokenizerFast:
 
 
 def metaspace_bpe() -> PreTrainedTokenizerFast:
-    """The same with a pre-tokenizer that puts the first space at the very beginning alone."""
+    """The same, with a pre-tokenizer that adds a space only at the very beginning."""
     tokenizer = _sentencepiece_bpe()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
@@ -56,7 +56,7 @@ def metaspace_bpe() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """As of T5 and XLNet: the best way to write a text, in which special tokens are pieces too."""
+    """A tokenizer like those of T5 and XLNet: the most likely segmentation, in which special tokens are pieces too."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -69,7 +69,7 @@ def unigram() -> PreTrainedTokenizerFast:
 
 
 def word_piece() -> PreTrainedTokenizerFast:
-    """As of BERT."""
+    """A tokenizer like that of BERT."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

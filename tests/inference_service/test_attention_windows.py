@@ -1,4 +1,4 @@
-"""Models whose layers attend to a window or a chunk: exact in any pass, and refused where they would not be."""
+"""Models whose layers attend to a window or a chunk: exact in any pass, or refused."""
 
 import dataclasses
 from collections.abc import Callable
@@ -92,11 +92,11 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[AttentionWindow, ...]]] = {
 
 
 BY_THEMSELVES = {"llama4, scaled by position", "gpt-neo, local attention"}
-"""Models whose rows are computed one by one."""
+"""Models whose rows are computed one at a time."""
 
 
 def save_random(path: Path, config: Any) -> Path:
-    """With random attention sinks too, which a new model leaves as they lie in memory."""
+    """Save a model with random weights and random attention sinks, which a new model leaves uninitialised."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         save_tiny(path, config)
@@ -123,7 +123,7 @@ def test_the_windows_are_those_of_the_models_own_masks(case: tuple[str, Path, Lo
 
 
 def test_a_model_with_windows_answers_as_the_model_alone(case: tuple[str, Path, LoadedModel]) -> None:
-    """Continuous and chunked, packed and not, without reuse and with chunks from both tiers."""
+    """With pieces of prompts and without, packed and not, without reuse and with chunks from both tiers."""
     _, path, model = case
     reference = hf.AutoModelForCausalLM.from_pretrained(path).eval()
     prompts = {f"p{length}": tokens_of(length, length) for length in (1, 13, 24, 41, 55)}
@@ -161,7 +161,7 @@ def test_the_self_test_misses_no_window(case: tuple[str, Path, LoadedModel], pac
 
 @pytest.fixture(scope="module")
 def far_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its window begins at 300 tokens, which no short prompt shows."""
+    """A model whose window is 300 tokens, so that short prompts do not reveal it."""
     config = tiny(hf.MistralConfig, sliding_window=300, max_position_embeddings=512)
     return save_tiny(tmp_path_factory.mktemp("far") / "odd", config)
 
@@ -236,7 +236,7 @@ def test_a_mask_is_that_of_the_library(size: int, chunked: bool, start: int, cou
 
 
 def test_a_model_that_counts_positions_itself_takes_no_packed_pass(tmp_path: Path) -> None:
-    """However far away the position is at which that shows."""
+    """The model is recognised even if the effect begins at a far position."""
     config = tiny(hf.Llama4TextConfig, head_dim=16, intermediate_size_mlp=64, no_rope_layers=[1, 0], **EXPERTS)
     model = load_tiny(save_tiny(tmp_path / "counts", config))
     assert config.floor_scale > MAX_LEN

@@ -1,4 +1,4 @@
-"""Between two steps anything may come or go: answers stay those of the model alone, and nobody waits for long."""
+"""Requests enter and leave between steps: answers equal those of the model alone, and none is delayed for long."""
 
 import random
 import weakref
@@ -44,7 +44,7 @@ def steps_until_done(engine: ContinuousEngine, request_id: str) -> int:
 
 
 class Watch:
-    """What each pass computed: its rows that decode, and the tokens of its pieces of prompts. `poison` fails a pass."""
+    """Records each pass: its decoding rows, and the tokens of its prompt pieces. `poison` fails a pass."""
 
     def __init__(self, engine: ContinuousEngine, poison: Callable[[Sequence[Piece]], bool] | None = None) -> None:
         self.passes: list[tuple[int, list[int]]] = []
@@ -76,7 +76,7 @@ class Watch:
 def test_whoever_comes_when_every_answer_is_the_models_own(
     model: LoadedModel, seed: int, budget: int, rows: int, cached: bool
 ) -> None:
-    """Arrivals between steps, prompts short and long, shared beginnings: pieces, moves and swaps of rows."""
+    """Arrivals between steps, short and long prompts, shared prefixes, pieces, moved and swapped rows."""
     chance = random.Random(seed)
     cache = MemoryCache(model.chunk_shape(CHUNK)) if cached else None
     engine = make_engine(model, cache=cache, max_running=rows, step_prefill_tokens=budget)
@@ -133,7 +133,7 @@ def test_a_short_prompt_overtakes_a_long_one_which_still_gets_half(model: Loaded
 
 
 class Timed(Watch):
-    """Each prompt token takes 1 ms, and the rows that decode 10 ms together, of the engine's clock."""
+    """On the engine's clock each prompt token takes 1 ms, and all decoding rows together take 10 ms."""
 
     def __init__(self, engine: ContinuousEngine, clock: ManualClock) -> None:
         super().__init__(engine)
@@ -283,7 +283,7 @@ TIMEOUT = {"request_timeout_ms": 50.0}
 
 
 def timed_out(engine: ContinuousEngine, clock: ManualClock) -> tuple[str, str]:
-    """The only one that leaves at its time, and why."""
+    """The only request that leaves at its deadline, and its reason."""
     clock.advance(49)
     assert engine.step() == []
     clock.advance(1)
@@ -403,7 +403,7 @@ def test_a_higher_priority_begins_first_and_equals_in_order(model: LoadedModel) 
 
 
 def test_a_poison_request_in_a_running_batch_fails_alone(model: LoadedModel) -> None:
-    """Whatever step holds the sequence of 13 tokens fails; the others go on as if it had not been there."""
+    """Each step with the sequence of 13 tokens fails; the other requests are not affected."""
     engine = make_engine(model)
     requests = [ask(f"r{number}", tokens_of(number, 6 + number), 6) for number in range(3)]
     bad = ask("bad", tokens_of(9, 11), 6)
@@ -428,7 +428,7 @@ def test_a_poison_request_in_a_running_batch_fails_alone(model: LoadedModel) -> 
 def test_memory_that_one_request_has_too_little_of_is_freed_for_the_others(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pass that holds the poisonous one allocates and fails; what it had is gone when each is tried alone."""
+    """A pass with the poisoned request allocates memory and fails; the memory is freed before each is tried alone."""
     engine = make_engine(model)
     requests = [ask(f"r{number}", tokens_of(number, 6 + number), 6) for number in range(3)]
     for request in (requests[0], ask("bad", tokens_of(9, 11), 6), *requests[1:]):
@@ -465,7 +465,7 @@ def test_memory_that_one_request_has_too_little_of_is_freed_for_the_others(
 
 @pytest.mark.parametrize("at", ["a pass", "the cache"])
 def test_a_device_that_has_failed_is_nobodys_failure(model: LoadedModel, at: str) -> None:
-    """After it nothing runs in the process any more: it has to be another one that goes on."""
+    """Nothing runs in the process after this error, so another process has to continue."""
 
     def fails(*_: object) -> bool:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
@@ -518,7 +518,7 @@ def test_without_a_budget_a_pass_is_bounded_all_the_same(model: LoadedModel, mon
 
 
 def test_a_prompt_waits_a_step_for_a_chunk_that_another_computes(model: LoadedModel) -> None:
-    """Of two prompts with one beginning it is computed once; others, and those of other tenants, do not wait."""
+    """The common prefix of two prompts is computed once; unrelated prompts and those of other tenants do not wait."""
     cache = MemoryCache(model.chunk_shape(CHUNK))
     engine = make_engine(model, cache=cache, max_running=8)
     shared = tokens_of(1, 2 * CHUNK)

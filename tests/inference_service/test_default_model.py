@@ -1,4 +1,4 @@
-"""The model that is built here: once, equal for equal seeds, with a tokenizer that loses nothing."""
+"""The default model: it is built once, equal seeds give equal models, and its tokenizer is lossless."""
 
 import hashlib
 import multiprocessing
@@ -62,7 +62,7 @@ def test_it_loads_and_runs_over_the_pool(built: Path) -> None:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """The tokenizer as a job has it: saved and loaded beside a model of the default's architecture."""
+    """The tokenizer as a job uses it: saved and loaded with a model of the default architecture."""
     return load_tiny(save_tiny(tmp_path_factory.mktemp("tokenizer") / "m", Qwen2Config(**LAYERS_OF_TWO)))
 
 
@@ -90,7 +90,7 @@ def test_the_end_is_one_token_and_no_text(loaded: LoadedModel) -> None:
 
 
 def build_when_all_have_built(barrier: Barrier) -> None:
-    """In a process of its own: comes to the rename at the same time as the others."""
+    """Build in a separate process, which reaches the rename at the same time as the others."""
 
     def small(path: Path, seed: int = 0) -> None:
         save_tiny(path, Qwen2Config(**LAYERS_OF_TWO))

@@ -1,4 +1,4 @@
-"""The text of an answer: prompt and answer are the whole, whatever the tokenizer does at the beginning of a text."""
+"""The text of an answer: prompt and answer make the whole text, whatever the tokenizer does at its beginning."""
 
 import pytest
 from hypothesis import given
@@ -44,7 +44,7 @@ def test_prompt_and_answer_are_the_whole_wherever_it_is_cut(kind: str, text: str
 
 @pytest.mark.parametrize("kind", ["prefixed_bpe", "metaspace_bpe", "bytes"])
 def test_an_unfinished_character_spoils_no_other(kind: str) -> None:
-    """A decoder of bytes gives up all of a row of them for one that is not finished."""
+    """A byte decoder rejects a whole run of bytes for one unfinished character."""
     tokenizer = TOKENIZERS[kind]
     prompt = tokenizer("\u7530", add_special_tokens=False)["input_ids"]
     answer = tokenizer("\u7530\u4e66\u6c34", add_special_tokens=False)["input_ids"][len(prompt) :]

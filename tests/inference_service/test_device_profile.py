@@ -1,4 +1,4 @@
-"""The roofline of a device: its formulas by hand, and the files it is read from."""
+"""The roofline of a device: its formulas by hand, and its profile files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Why an answer ends, who goes first, what a failing request costs the others."""
+"""Ends of answers, the order of requests, and the effect of a failing request on others."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ PROMPT = tokens_of(7, 20)
 
 
 class TickingClock(ManualClock):
-    """Moves on by `tick_ms` at every forward pass of `engine`."""
+    """A clock that advances by `tick_ms` at every forward pass of `engine`."""
 
     def drive(self, engine: ContinuousEngine, tick_ms: float) -> None:
         forward = engine._runner.forward
@@ -66,7 +66,7 @@ def test_an_answer_ends_where_the_row_is_full(model: LoadedModel, prompt: int) -
 
 
 def with_end_token(path: Path, folder: Path, token: int | list[int]) -> LoadedModel:
-    """The same weights under a generation configuration in which `token` ends an answer."""
+    """The same weights with a generation configuration in which `token` ends an answer."""
     # As the library loads it: packed layers cannot be saved.
     model = load_model(EngineConfig(model=str(path), device="cpu")).model
     model.generation_config.eos_token_id = token
@@ -171,7 +171,7 @@ def test_a_request_that_can_not_be_answered_fails_at_submit(qwen2: LoadedModel) 
 
 
 def run_with_one_bad(engine: ContinuousEngine, model: LoadedModel, bad: tuple[int, ...]) -> Failure:
-    """`bad` between others, some already decoding; they answer as if alone and `bad` fails."""
+    """Run `bad` with others, some already decoding; check that `bad` fails and the others answer as if alone."""
     others = {f"o{seed}": tokens_of(seed, 12 + seed) for seed in range(6)}
     done: list[Completion | Failure] = []
     for name, prompt in list(others.items())[:3]:

@@ -1,4 +1,4 @@
-"""What a model's generation_config.json asks for is done as `generate` does it, or named at load."""
+"""A model's generation_config.json is honoured as by `generate`, or its unsupported fields are named at load."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Greedy answers equal those of the model's own `generate`, token for token, whatever is reused and whoever runs."""
+"""Greedy answers equal those of the model's `generate`, token for token, with any reuse and any batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +39,7 @@ PLACES: dict[str, Callable[[int], str]] = {
 
 
 def reused_tokens(length: int, place: Callable[[int], str]) -> dict[str, int]:
-    """What must be counted for a prompt whose every full chunk was stored: all but the last token may be reused."""
+    """The expected count of reused tokens if all full chunks of a prompt are stored: never its last token."""
     counted = {"local": 0, "remote": 0}
     for position in range(length - 1):
         chunk = position // CHUNK
@@ -50,7 +50,7 @@ def reused_tokens(length: int, place: Callable[[int], str]) -> dict[str, int]:
 
 
 def test_the_tiny_models_answer_with_some_variety(model: LoadedModel) -> None:
-    """Otherwise an engine that mixes up its rows could pass."""
+    """Otherwise an engine that confuses its rows could pass."""
     given_answers = [plain_answer(model, prompt, 6) for prompt in PROMPTS.values()]
     assert len(set(given_answers)) == len(given_answers)
     assert len({token for answer in given_answers for token in answer}) > 20
@@ -90,7 +90,7 @@ def test_with_reuse(model: LoadedModel, place: Callable[[int], str]) -> None:
 
 
 def test_prompts_that_share_a_prefix_reuse_it(model: LoadedModel) -> None:
-    """Within one batch too, and only as far as they are equal."""
+    """Also within one batch, and only as far as the prompts are equal."""
     engine = make_engine(model, cache=MemoryCache(model.chunk_shape(CHUNK)))
     common = tokens_of(1, 2 * CHUNK)
     prompts = {
@@ -104,7 +104,7 @@ def test_prompts_that_share_a_prefix_reuse_it(model: LoadedModel) -> None:
 
 
 def test_the_next_turn_reuses_the_answer_too(model: LoadedModel) -> None:
-    """The chunks that an answer completes are stored with their right tensors when the request leaves."""
+    """When a request ends, the chunks that its answer completes are stored with the right tensors."""
     engine = make_engine(model, cache=MemoryCache(model.chunk_shape(CHUNK)))
     prompts = {f"t{seed}": tokens_of(seed, 10 + seed) for seed in range(6)}
     first = answers(engine.run([ask(name, prompt, 12 + len(prompt) % 3) for name, prompt in prompts.items()]))
@@ -127,7 +127,7 @@ def test_another_salt_shares_nothing(qwen2: LoadedModel) -> None:
 
 
 def test_reused_chunks_are_what_the_answer_is_made_of(model: LoadedModel) -> None:
-    """With other tensors in the cache the answers change: reuse is no pretence."""
+    """With other tensors in the cache the answers change, so reuse is real."""
     cache = MemoryCache(model.chunk_shape(CHUNK))
     engine = make_engine(model, cache=cache)
     requests = [ask(name, prompt) for name, prompt in PROMPTS.items() if len(prompt) > 2 * CHUNK]
@@ -180,7 +180,7 @@ def test_whoever_enters_and_leaves_when(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lower_precision_is_close_to_the_model_alone(tiny_paths: dict[str, Path], dtype: str) -> None:
-    """Greedy tokens may differ there by rounding; the logits after a reused prefix may not by more."""
+    """Rounding may change greedy tokens, but logits after a reused prefix differ by rounding only."""
     config = EngineConfig(model=str(tiny_paths["qwen2"]), device="cpu", dtype=dtype, max_model_len=MAX_LEN)
     model = load_checked_model(config)
     prompt = tokens_of(3, 5 * CHUNK)

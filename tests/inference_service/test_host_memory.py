@@ -1,4 +1,4 @@
-"""Large blocks that were freed are reused without page faults."""
+"""Large freed blocks are reused without page faults."""
 
 import platform
 import subprocess

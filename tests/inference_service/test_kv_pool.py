@@ -1,4 +1,4 @@
-"""The pool against plain tensors, one a row: what is written, returned, copied and moved."""
+"""The pool compared with one plain tensor per row: writing, reading, copying and moving."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class PlainRows:
-    """What each row should hold: `[layers, 2, kv_heads, MAX_LEN, head_dim]`."""
+    """The expected content of each row: `[layers, 2, kv_heads, MAX_LEN, head_dim]`."""
 
     def __init__(self) -> None:
         size = (SHAPE.layers, 2, SHAPE.kv_heads, MAX_LEN, SHAPE.head_dim)
@@ -30,7 +30,7 @@ def numbered(first: int, *size: int) -> torch.Tensor:
 
 
 def new_tokens(step: int, layer: int, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values that occur nowhere else."""
+    """Unique keys and values."""
     size = (batch, SHAPE.kv_heads, tokens, SHAPE.head_dim)
     first = 10_000 * (1 + step) + 1000 * layer
     return numbered(first, *size), numbered(first + 500, *size)
@@ -52,7 +52,7 @@ operations = st.lists(
 @settings(deadline=None)
 @given(operations=operations, staged_chunks=st.sampled_from([0, 1, 2, 3, 100]))
 def test_a_row_holds_what_was_written_to_it(operations: list[tuple[Any, ...]], staged_chunks: int) -> None:
-    """With `staged_chunks` chunks move as they do to and from a GPU, so many at a time."""
+    """With `staged_chunks`, chunks move as to and from a GPU, this many at a time."""
     pool, plain = KVPool(SHAPE, ROWS, MAX_LEN, CPU), PlainRows()
     if staged_chunks:
         pool._stage = ChunkStage(SHAPE, CPU, staged_chunks * SHAPE.size_bytes)
@@ -121,7 +121,7 @@ def check_all(pool: KVPool, plain: PlainRows) -> None:
 
 
 def test_what_comes_back_is_a_view() -> None:
-    """A copy of all keys and values in every layer of every step is what the pool is there to avoid."""
+    """The pool exists to avoid a copy of all keys and values in every layer of every step."""
     pool = KVPool(SHAPE, ROWS, MAX_LEN, CPU)
     memory = pool._memory.untyped_storage().data_ptr()
     pool.begin_prefill(2, 0, 4)
@@ -149,7 +149,7 @@ def test_its_size_is_told_in_bytes(dtype: torch.dtype) -> None:
 
 
 def test_a_stage_reads_from_the_first_chunk_that_it_lacks() -> None:
-    """The first chunks of a prompt are often stored already; each transfer brings as many as the stage holds."""
+    """The first chunks of a prompt are often stored already. Each transfer has as many chunks as the stage holds."""
     pool = KVPool(SHAPE, ROWS, MAX_LEN, CPU)
     spans: list[tuple[int, int]] = []
 

@@ -1,4 +1,4 @@
-"""Loading by path or name, its refusals, and the identity of what was loaded."""
+"""Loading by path or name, refusals, and the fingerprint of the loaded model."""
 
 import json
 import shutil
@@ -216,7 +216,7 @@ def test_another_tokenizer_is_another_identity(saved: Path) -> None:
 
 
 def test_a_tokenizer_is_loaded_as_it_was_saved(saved: Path) -> None:
-    """Qwen2's own would normalise text and add tokens that the model has no embedding for."""
+    """Qwen2's own tokenizer would normalise text and add tokens without an embedding."""
     tokenizer = load_tiny(saved).tokenizer
     assert len(tokenizer) == Qwen2Config(**LAYERS_OF_TWO).vocab_size
     assert tokenizer.backend_tokenizer.normalizer is None

@@ -1,4 +1,4 @@
-"""A model that does not fit is refused before it is loaded, with the options to lower."""
+"""A model that does not fit is refused before it is loaded, with the names of the options to lower."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Bytes that are free, by the type of device; a test may change them."""
+    """Free bytes by type of device, which a test may change."""
     found = {"cpu": 4 * GIB, "cuda": 2 * GIB}
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: found["cpu"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found["cuda"], 10 * GIB))

@@ -1,4 +1,4 @@
-"""Keys, values and logits that are not finite fail their own request, and leave no trace for any other."""
+"""Keys, values and logits that are not finite fail their own request, and do not affect any other."""
 
 import random
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from inference_service.continuous_engine import ContinuousEngine
 from inference_service.model import LoadedModel
 
 POISON = 1
-"""The token whose embedding is not finite, as after an overflow or a bad resize."""
+"""The token with an embedding that is not finite, as after an overflow or a bad resize."""
 LINE = "the model's values are not finite in float32 for this request; look for NaN or infinity in its weights"
 
 
@@ -52,7 +52,7 @@ _alone: dict[tuple[bool, tuple[int, ...], float], tuple[int, ...] | None] = {}
 
 
 def alone(model: LoadedModel, tokens: Sequence[int], temperature: float) -> tuple[int, ...] | None:
-    """The answer of a fresh engine; none where the model itself answers with the poison, and goes on from there."""
+    """The answer of a fresh engine; none if the answer itself contains the poison token."""
     key = (model.packs, tuple(tokens), temperature)
     if key not in _alone:
         one = ask("alone", tokens, 5, temperature=temperature, seed=7)
@@ -62,14 +62,14 @@ def alone(model: LoadedModel, tokens: Sequence[int], temperature: float) -> tupl
 
 
 def unfinished_rows_are_finite(engine: ContinuousEngine) -> bool:
-    """All that nobody holds, and all that is held: nothing runs any more."""
+    """Check all rows, because nothing runs any more."""
     return bool(engine._runner.pool._memory.isfinite().all())
 
 
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 1 << 30), rows=st.integers(1, 4), budget=st.sampled_from([0, 5, 16]), cached=st.booleans())
 def test_only_the_poisoned_fail(poisoned: LoadedModel, seed: int, rows: int, budget: int, cached: bool) -> None:
-    """Over random mixes: prompts share prefixes and come in pieces, and rows are used again."""
+    """Random mixes: prompts share prefixes and come in pieces, and rows are reused."""
     chance = random.Random(seed)
     cache = MemoryCache(poisoned.chunk_shape(CHUNK)) if cached else None
     engine = make_engine(poisoned, cache=cache, max_running=rows, step_prefill_tokens=budget)
@@ -109,7 +109,7 @@ def test_a_short_one_beside_a_long_one_reads_nothing_of_who_was_there(poisoned: 
 
 @pytest.mark.parametrize("deadline_ms", [None, 20.0])
 def test_a_prompt_that_goes_in_its_pieces_leaves_nothing(poisoned: LoadedModel, deadline_ms: float | None) -> None:
-    """By its deadline, and by a piece in its midst; the piece that failed with an error may have written too."""
+    """A prompt ends at its deadline, or by a failing piece, which may have written values before it failed."""
     clock = ManualClock(0.0)
     engine = make_engine(poisoned, clock=clock, step_prefill_tokens=8, step_prefill_ms=0)
     forward = engine._runner.forward
@@ -132,7 +132,7 @@ def test_a_prompt_that_goes_in_its_pieces_leaves_nothing(poisoned: LoadedModel, 
 
 @pytest.mark.parametrize(("place", "stored"), [(20, 0), (26, 3)], ids=["of the prompt", "of the answer"])
 def test_infinite_keys_that_no_logit_shows_fail_too(qwen2: LoadedModel, place: int, stored: int) -> None:
-    """A key of minus infinity has no weight: the logits stay finite, and the row would keep it."""
+    """A key of minus infinity has no weight, so the logits stay finite, but the row would keep the key."""
     cache = MemoryCache(qwen2.chunk_shape(CHUNK))
     engine = make_engine(qwen2, cache=cache, max_running=2)
     forward = engine._runner.forward

@@ -1,4 +1,4 @@
-"""Packed linear layers compute what the plain ones do, and only those that gain by it are packed."""
+"""Packed linear layers equal the plain ones, and only layers that gain from it are packed."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_rows_that_do_not_stand_together_are_taken_as_they_are() -> None:
 
 
 class Adapted(torch.nn.Linear):
-    """A layer that computes something else."""
+    """A layer with another computation."""
 
 
 def test_other_layers_and_types_stay_as_they_are() -> None:

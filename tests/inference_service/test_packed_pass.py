@@ -1,4 +1,4 @@
-"""Pieces of several sequences in one pass: which models take it, that it is one, and that a wrong one is not used."""
+"""Packed passes over pieces of several sequences: which models take them, and that a wrong result is not used."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def test_usual_models_take_packed_passes(make: Any, tmp_path: Path) -> None:
 
 
 def test_a_model_that_sdpa_cannot_compute_packs_with_its_eager_attention(tmp_path: Path) -> None:
-    """Gemma 2 caps its scores softly; gpt-oss has attention sinks."""
+    """Gemma 2 has softcapped scores; gpt-oss has attention sinks."""
     softcap = hf.Gemma2Config(**LAYERS_OF_TWO, head_dim=16, sliding_window=MAX_LEN, attn_logit_softcapping=1.0)
     model = load_tiny(save_tiny(tmp_path / "softcap", softcap))
     assert model.packs
@@ -52,7 +52,7 @@ def test_a_model_without_an_attention_interface_takes_a_pass_a_piece(tmp_path: P
 
 
 class OthersSeen(Runner):
-    """Its last piece sees the row of the first."""
+    """A wrong attention: its last piece attends to the row of the first."""
 
     def _packed(self, pieces: Any, rows: int) -> torch.Tensor:
         if len(pieces) > 1:
@@ -83,7 +83,7 @@ def test_a_model_whose_packed_pass_is_wrong_is_served_without(
 def test_a_packed_pass_gives_what_each_piece_gives_alone(
     tiny_models: dict[str, LoadedModel], data: st.DataObject
 ) -> None:
-    """Any rows, any lengths before, single tokens in front or in between."""
+    """Any rows, any lengths before, single tokens first or in between."""
     model = tiny_models["qwen2"]
     runner = model.make_runner(4, CHUNK)
     chosen = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True))

@@ -1,4 +1,4 @@
-"""Requests whose chunks are on their way from Redis: who begins when, and what is let go."""
+"""Requests whose chunks are on their way from Redis: when they begin, and what is released."""
 
 import pytest
 from engine_helpers import CHUNK, Coming, MemoryCache, answers, ask, make_engine, plain_answer, tokens_of
@@ -10,7 +10,7 @@ from inference_service.model import LoadedModel
 
 
 def coming(cache: MemoryCache, *prompts: tuple[int, ...]) -> list[Coming]:
-    """Chunks of these prompts come when the test says so."""
+    """Chunks of these prompts arrive when the test says so."""
     cache.coming |= {prompt: Coming() for prompt in prompts}
     return [cache.coming[prompt] for prompt in prompts]
 
@@ -57,7 +57,7 @@ def test_where_nothing_runs_a_step_waits_for_the_first_of_the_queue(qwen2: Loade
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, []), (2, ["c"]), (3, ["c", "d"])])
 def test_who_passes_leaves_room_for_those_that_wait(qwen2: LoadedModel, rows: int, expected: list[str]) -> None:
-    """A request that waits for its chunks begins as soon as they are there, whoever came after it."""
+    """A request that waits for its chunks begins as soon as they arrive, whatever requests came after it."""
     cache = MemoryCache(qwen2.chunk_shape(CHUNK))
     (fetch,) = coming(cache, tokens_of(1, 20))
     engine = make_engine(qwen2, cache=cache, max_running=rows)

@@ -1,4 +1,4 @@
-"""Requests' text as tokens: ordinary text as the tokenizer has it, spelled special tokens as text, nothing lost."""
+"""Text of requests as tokens: plain text as the tokenizer encodes it, spelled special tokens as text, lossless."""
 
 import itertools
 from typing import Any
@@ -57,7 +57,7 @@ def normalized(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
 
 
 def controls_in(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[str]:
-    """Special tokens among ids, less the one for what the tokenizer does not know."""
+    """Special tokens among the ids, except the unknown token."""
     known = {tokenizer.convert_tokens_to_ids(token): token for token in control_tokens(tokenizer)}
     known.pop(tokenizer.unk_token_id, None)
     return [known[index] for index in ids if index in known]
@@ -125,7 +125,7 @@ def said(*turns: tuple[str, str]) -> list[Message]:
 
 
 def test_marks_of_a_template_are_no_special_tokens_and_cannot_be_forged() -> None:
-    """As of DeepSeek, whose tokenizer adds the marks of turns as ordinary tokens."""
+    """A template like DeepSeek's, whose tokenizer has the marks of turns as ordinary tokens."""
     template = "{% for m in messages %}<tool_call>{{ m.content }}{% endfor %}"
     tokenizer, encoder = with_template(template)
     ids = encoder.encode_messages(said(("user", "a<tool_call>b")))
@@ -212,7 +212,7 @@ def test_white_space_and_reasoning_may_be_left_out() -> None:
 
 
 def test_the_system_message_may_stand_with_the_last_turn() -> None:
-    """As of Mistral."""
+    """A template like Mistral's."""
     tokenizer, encoder = with_template(
         "{% set system = messages[0].content %}{% for m in messages[1:] %}"
         "{% if loop.last %}{{ system }}\n{% endif %}{{ m.role }}:{{ m.content }}\n{% endfor %}"

@@ -1,4 +1,4 @@
-"""From a request to its prompt tokens, and each reason for which there are none."""
+"""From a request to its prompt tokens, and each reason to refuse it."""
 
 import dataclasses
 from copy import deepcopy
@@ -34,7 +34,7 @@ def refusal(request: Request, model: LoadedModel) -> str:
 
 @pytest.fixture
 def other_tokenizer(qwen2: LoadedModel) -> LoadedModel:
-    """The model with a tokenizer of its own, which a test may change."""
+    """The model with another tokenizer, which a test may change."""
     return dataclasses.replace(qwen2, tokenizer=deepcopy(qwen2.tokenizer))
 
 

@@ -1,4 +1,4 @@
-"""What a request may ask for reaches its answer: alone, in company, and with reuse."""
+"""Every parameter of a request takes effect: alone, in a batch, and with reuse."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ def test_a_bias_forbids_and_forces(qwen2: LoadedModel) -> None:
 
 
 def test_penalties_count_the_tokens_of_the_answer(qwen2: LoadedModel) -> None:
-    """Two tokens far above all others: the one that has been said falls behind by and by."""
+    """Two tokens are far more likely than all others; the repeated one falls behind gradually."""
     both = {70: 100.0, 71: 100.0}
     one_kind = answer(qwen2, max_new_tokens=30, logit_bias=both).token_ids
     assert len(set(one_kind)) <= 2
@@ -164,7 +164,7 @@ def test_the_first_stop_string_is_found_wherever_it_is_spread_over_tokens(
 
 
 def test_logprobs_are_those_of_the_models_own_logits(model: LoadedModel) -> None:
-    """By one plain forward pass over prompt and answer, whatever was done to the logits before sampling."""
+    """Compared with one plain forward pass over prompt and answer, whatever changed the logits before sampling."""
     requests = [
         ask("greedy", PROMPT, 8, logprobs=3),
         ask("sampled", PROMPT, 8, temperature=1.2, seed=1, logprobs=0),
@@ -217,7 +217,7 @@ def test_an_end_token_has_no_logprob(qwen2: LoadedModel) -> None:
 def test_cancelled_requests_are_answered_by_nothing_and_change_no_other(
     qwen2: LoadedModel, cancelled: dict[int, int]
 ) -> None:
-    """By request: the step after which it is cancelled. Some are queued then, some in pieces, some decode."""
+    """`after` has the step after which each request is cancelled. Some are queued then, some in pieces, some decode."""
     requests = [ask(str(number), tokens_of(number, 5 + 4 * number), 4 + number) for number in range(10)]
     engine = make_engine(qwen2, cache=MemoryCache(qwen2.chunk_shape(CHUNK)), max_running=3, step_prefill_tokens=16)
     for request in requests:

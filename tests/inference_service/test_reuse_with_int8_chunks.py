@@ -1,4 +1,4 @@
-"""The engine over int8 chunks from Redis: how far logits move, on the default model and on tiny ones."""
+"""The engine over int8 chunks from Redis: how far logits move, with the default model and with tiny ones."""
 
 from collections.abc import Callable, Iterator
 
@@ -30,7 +30,7 @@ Opener = Callable[[LoadedModel, int], TwoLevelCache]
 
 @pytest.fixture
 def opened(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Opener]:
-    """Opens int8 caches of one Redis namespace, the test's own, and closes them."""
+    """Opens int8 caches in the test's own Redis namespace, and closes them."""
     caches: list[TwoLevelCache] = []
     namespace = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
 
@@ -59,7 +59,7 @@ def default_model() -> LoadedModel:
 
 
 def test_logits_of_the_default_model_stay_close(default_model: LoadedModel, opened: Opener) -> None:
-    """A prompt of 8 chunks, and further tokens over it: no logit moves by more than 0.3 of their standard deviation."""
+    """Over a prompt of 8 chunks no logit of further tokens moves by more than 0.3 of their standard deviation."""
     chunk_tokens = CacheConfig().chunk_tokens
     prompt, rest = tokens_of(1, 8 * chunk_tokens), tokens_of(2, POSITIONS)
     runner = default_model.make_runner(2, chunk_tokens)
@@ -83,7 +83,7 @@ def test_logits_of_the_default_model_stay_close(default_model: LoadedModel, open
 
 
 def test_greedy_answers_agree_nearly_always(model: LoadedModel, opened: Opener) -> None:
-    """Of each architecture, with weights that show every difference: the answers over int8 against the plain ones."""
+    """For each architecture, with sensitive weights: answers over int8 chunks compared with plain ones."""
     prompts = {f"p{seed}": tokens_of(seed, 40) for seed in range(24)}
 
     def run(cache: TwoLevelCache) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""The engine over the two-level cache and a real Redis: the same answers wherever the chunks come from."""
+"""The engine over the two-level cache and a real Redis: the same answers, whichever tier the chunks come from."""
 
 from collections.abc import Callable, Iterator
 
@@ -27,7 +27,7 @@ Opener = Callable[..., TwoLevelCache]
 
 @pytest.fixture
 def opened(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Opener]:
-    """Opens caches of one Redis namespace, the test's own, and closes them."""
+    """Opens caches in the test's own Redis namespace, and closes them."""
     caches: list[TwoLevelCache] = []
     namespace = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
 
@@ -48,7 +48,7 @@ def opened(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Opener]:
 
 
 def run(model: LoadedModel, cache: TwoLevelCache | None, names: list[str] | None = None) -> dict[str, Completion]:
-    """Through an engine of its own, whose answers must be the plain ones."""
+    """Run requests in a new engine, and check that its answers are the plain ones."""
     engine = make_engine(model, cache=cache, max_running=3)
     # Nothing learnt yet, so that no transfer is passed over for being slower than a prefill this small.
     engine._scheduler.learn_prefill_cost = lambda tokens, took_ms: None
@@ -59,7 +59,7 @@ def run(model: LoadedModel, cache: TwoLevelCache | None, names: list[str] | None
 
 
 def most(name: str) -> int:
-    """Tokens of the prompt's full chunks, all but the very last token."""
+    """Number of tokens in the prompt's full chunks, without the prompt's last token."""
     length = len(PROMPTS[name])
     return min(length // CHUNK * CHUNK, length - 1)
 
@@ -87,7 +87,7 @@ def test_all_from_redis(model: LoadedModel, opened: Opener) -> None:
 
 
 def test_some_from_each(model: LoadedModel, opened: Opener) -> None:
-    """A second process knows the shorter prompts already; a longer one begins like one of them."""
+    """A second engine has chunks of the shorter prompts; a longer prompt begins like one of them."""
     start = tokens_of(57, 57)[:24]
     PROMPTS["start"] = start
     try:

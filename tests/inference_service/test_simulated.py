@@ -1,4 +1,4 @@
-"""The simulated device under the ordinary engine: its answers, its time, and what it refuses."""
+"""The simulated device under the normal engine: its answers, its times, and its refusals."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ MAX_LEN = 64
 
 
 class LateClock(ManualClock):
-    """Waking takes `late_ms` longer than was asked for."""
+    """A clock whose waits last `late_ms` too long."""
 
     late_ms = 0.0
 
@@ -62,7 +62,7 @@ def test_a_prompt_that_comes_meanwhile_shares_the_pass_of_what_runs() -> None:
 
 
 def test_a_token_s_time_is_that_of_its_pass_and_not_of_its_step() -> None:
-    """The step goes on with a piece of a long prompt, in a pass of its own, before the answer leaves."""
+    """The step continues with a separate pass for a piece of a long prompt before the answer leaves."""
     clock = ManualClock()
     config = EngineConfig(max_running=2, max_model_len=MAX_LEN, step_prefill_tokens=16)
     engine = ContinuousEngine(simulated(clock), config, None, CHUNK, clock)

@@ -1,4 +1,4 @@
-"""Which models are refused at load and by which line; what is accepted answers as the model alone."""
+"""Which models are refused at load, and with which line; accepted models answer as the model alone."""
 
 import dataclasses
 from collections.abc import Callable
@@ -250,7 +250,7 @@ Masks = dict[AttentionWindow, torch.Tensor]
 
 
 class MaskChanged(Runner):
-    """`change` turns the boolean mask into a wrong one."""
+    """A model whose boolean mask `change` makes wrong."""
 
     change: Callable[[torch.Tensor], torch.Tensor]
 
@@ -286,7 +286,7 @@ def test_the_self_test_finds_a_wrong_runner(
 
 
 class IgnoresPositions:
-    """A model that counts positions by itself, as far as the longest row goes."""
+    """A model that counts positions itself, along the longest row."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -1,4 +1,4 @@
-"""What is told of an answer while it grows: tokens, log-probabilities, and text that is final."""
+"""Events of a growing answer: tokens, log-probabilities, and final text."""
 
 from collections import defaultdict
 

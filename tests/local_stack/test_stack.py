@@ -1,4 +1,4 @@
-"""The stack as it is used: started, stopped, killed, interrupted, misconfigured; all with real servers."""
+"""The stack is started, stopped, killed, interrupted and misconfigured, with real servers."""
 
 import json
 import os
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def redis_only(stack: LocalStack, tmp_path: Path) -> StackConfig:
-    """A stack that starts nothing but Redis and uses the shared one's Kafka and Flink: quick, and all else is real."""
+    """A stack that starts only Redis, and uses Kafka and Flink of the shared stack, to be fast."""
     shared = stack.addresses()
     return StackConfig.on_free_ports(tmp_path / "own", brokers=shared.brokers, flink_url=shared.flink_rest_url)
 
@@ -73,7 +73,7 @@ def test_every_part_answers(stack: LocalStack) -> None:
 
 
 def test_everything_listens_on_loopback_only(stack: LocalStack) -> None:
-    """tests/pipelines/test_inference_job.py asks the same of the processes that a job has."""
+    """tests/pipelines/test_inference_job.py checks the same for the processes of a job."""
     assert listening_on(processes_of(stack)) == {"127.0.0.1"}
 
 
