@@ -15,7 +15,7 @@ BUDGET = Budget(chunks=300, slots=3, least_chunks=20, greatest_chunks=250)
 
 
 def report(gain: float, holds: int) -> SlotReport:
-    """Of a slot that gains by 200 chunks."""
+    """The report of a slot that gains from up to 200 chunks."""
     return SlotReport(GainCurve((Step(200, gain),)), holds)
 
 

@@ -65,7 +65,7 @@ class StandInSlot:
 
     @property
     def stats(self) -> SlotStats:
-        """Of so many passes."""
+        """Statistics that count the steps as passes."""
         engine = EngineStats(passes=self._steps, waiting=len(self._waiting), running=len(self._running))
         return SlotStats(engine, None, resident_bytes=1 << 20)
 
@@ -123,7 +123,7 @@ def misbehave(prompt: str) -> None:
 
 
 def response(envelope: Envelope, slot: int) -> Response:
-    """Of which the text is the process that it comes from."""
+    """A response whose text is the id of the process."""
     request = envelope.request
     return Response(
         request_id=request.request_id,

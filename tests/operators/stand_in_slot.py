@@ -1,4 +1,4 @@
-"""A slot without a process and an engine: a test says when it answers what, and when it dies."""
+"""A slot without a process and an engine. The test decides when it answers, and when it dies."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from operators.slots.pump import Pump
 from operators.slots.retry_tracker import Retry
 
 WAIT_S = 20.0
-"""Never reached unless something is wrong."""
+"""Time limit of waits, which only a failure reaches."""
 
 
 def envelope(number: int) -> Envelope:
@@ -29,7 +29,7 @@ def letter(envelope: Envelope) -> DeadLetter:
 
 
 class GatedSlot:
-    """Answers what it was told to let go, with a letter unless `responses` has something for it."""
+    """Answers the requests that `let_go` names: with the response in `responses`, else with a dead letter."""
 
     def __init__(self) -> None:
         self.sent: list[int] = []
@@ -41,7 +41,7 @@ class GatedSlot:
         self._fault: Exception | None = None
         self._retries: list[Answer | Retry] = []
         self._receiver: threading.Thread | None = None
-        """Who waits in `receive`, or has heard there of the fault."""
+        """The thread that waits in `receive`, or has got the fault there."""
 
     @property
     def is_alive(self) -> bool:
@@ -49,7 +49,7 @@ class GatedSlot:
 
     @property
     def running(self) -> list[int]:
-        """What it has and has not answered."""
+        """Offsets of the requests that it has not answered."""
         return sorted(self._running)
 
     @property
@@ -76,7 +76,7 @@ class GatedSlot:
             return retries + [self._answer(self._running.pop(offset)) for offset in sorted(done)]
 
     def ask_again(self, *offsets: int) -> None:
-        """As after a death with these requests in the midst of it."""
+        """Retry these requests, as after a death of the process while they ran."""
         with self._changed:
             for offset in offsets:
                 tried = self._running[offset]
@@ -103,7 +103,7 @@ class GatedSlot:
         self.fail(EOFError("the slot was ended"))
 
     def settle(self) -> None:
-        """Return once the receiver has taken over all that it can, or has ended by the fault."""
+        """Return once the receiver has taken all results, or has ended with the fault."""
         with self._changed:
             settled = self._changed.wait_for(lambda: self._receiver and (self._fault or not self._to_tell()), WAIT_S)
         assert settled, "nobody receives"
@@ -122,7 +122,7 @@ class GatedSlot:
 
 
 class StandInSlot(GatedSlot):
-    """All that the functions ask of a slot. What is let go has reached the function's side when `let_go` returns."""
+    """A slot as the Flink functions use it. When `let_go` returns, the answers have reached the function's side."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class StandInSlot(GatedSlot):
         self.most_running = 0
         self.groups: list[list[int]] = []
         self.taken: list[Envelope] = []
-        """All that it was given, by itself or in groups."""
+        """All requests that it has received, alone or in micro-batches."""
         self.newest_first = False
         self.ended = False
         self.closed = False
@@ -168,7 +168,7 @@ class StandInSlot(GatedSlot):
 
 
 class StandInSlots:
-    """Makes the slots that functions ask for, and knows them. They share `responses`, and the order within a group."""
+    """Makes the slots of functions, and keeps them. They share `responses`, and the order within a micro-batch."""
 
     def __init__(self, responses: Mapping[int, Response] | None = None, newest_first: bool = False) -> None:
         self.made: list[StandInSlot] = []
@@ -185,7 +185,7 @@ class StandInSlots:
         return made
 
     def answer_at_once(self, whether: bool) -> None:
-        """From now on, or until each answer is let go again."""
+        """Answer every request at once, or only those that are let go."""
         self.answers_at_once = whether
         for slot in self.made:
             slot.answer_at_once(whether)
@@ -201,9 +201,9 @@ class StandInSlots:
 
 @contextmanager
 def no_waits() -> Iterator[list[float]]:
-    """No look for answers waits, and finds all that the slot has let go; for how long each of them would have waited.
+    """Replaces waits by immediate results. Yields the time-outs of all waits for answers.
 
-    Who waits for room gets it: the slot answers the oldest.
+    A wait for answers finds all that the slot has let go. A wait for capacity makes the slot answer its oldest request.
     """
     waits: list[float] = []
     take, wait_for_capacity = Pump.take, Pump.wait_for_capacity

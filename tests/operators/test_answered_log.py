@@ -1,4 +1,4 @@
-"""Which requests were answered before: found where they were, visible or not, and not sought where they cannot be."""
+"""Earlier answers are found, whether they can be read or not, and only searched where there can be some."""
 
 import json
 
@@ -155,7 +155,7 @@ def test_an_answer_that_was_written_again_counts_and_not_its_aborted_ones() -> N
 
 @pytest.mark.parametrize("outcome", [TransactionState.COMMITTED, TransactionState.ABORTED])
 def test_a_transaction_that_is_open_is_waited_for(outcome: TransactionState) -> None:
-    """Another one behind it has been committed; it cannot be seen either before the first has ended."""
+    """A later transaction has been committed, but cannot be read before the open one has ended."""
     topics = Topics(3)
     left, done = Transaction(), Transaction()
     topics.answer("r0", left, b"left")

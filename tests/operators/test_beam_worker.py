@@ -1,4 +1,4 @@
-"""Bundles without the thread that samples them, and rows made faster: each does what it did before."""
+"""Bundles without the sampling thread, and faster rows, behave as before."""
 
 import pickle
 import threading
@@ -28,7 +28,7 @@ CHANGED: tuple[tuple[Any, tuple[str, ...]], ...] = (
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is changed for the whole process is undone."""
+    """Undoes the changes to the whole process."""
     for owner, names in CHANGED:
         for name in names:
             monkeypatch.setattr(owner, name, getattr(owner, name))
@@ -95,7 +95,7 @@ def test_metrics_are_reported_once_a_second(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _made() -> list[Any]:
-    """Rows made in every way, and what comes of them on the way through Flink's coders."""
+    """Rows made in every way, and the results of Flink's coders for them."""
     coder: Any = from_type_info(Types.ROW_NAMED(["key", "value"], [Types.INT(), Types.STRING()])).get_impl()
     named = Row(value="b", key=2)
     deleted = Row.of_kind(RowKind.DELETE, 3, "c")

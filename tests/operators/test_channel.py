@@ -1,4 +1,4 @@
-"""What one side of a channel says the other one hears whole and in order, and each side notices the other one's end."""
+"""Messages of a channel arrive complete and in order, and each end notices when the other is closed."""
 
 import os
 import struct
@@ -16,11 +16,11 @@ from tests.experiments.experiment_samples import response
 from tests.operators.stand_in_slot import envelope, letter
 
 WAIT_S = 20.0
-"""Never reached unless something is wrong."""
+"""Time limit of waits, which only a failure reaches."""
 HOUR_S = 3600.0
-"""A look that only ends in time where something ends it."""
+"""A poll with this time-out ends in time only if a message or the end of the channel ends it."""
 LARGE = bytes(range(256)) * 4000
-"""More than a socket holds."""
+"""More bytes than a socket buffers."""
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_nothing_is_said_before_it_is_sent(ends: tuple[Channel, Channel]) -> Non
     assert not theirs.poll(0.01)
     ours.send("first")
     assert theirs.poll(0.0)
-    # A look takes nothing away.
+    # A poll consumes nothing.
     assert theirs.poll(WAIT_S)
     assert theirs.receive() == "first"
     assert not theirs.poll(0.0)
@@ -149,7 +149,7 @@ def test_who_sends_into_a_full_socket_notices_the_end_of_the_other_side(ends: tu
 def test_the_end_of_the_other_side_in_the_midst_of_a_message_is_a_hang_up_too() -> None:
     ours, theirs = Pipe()
     channel = Channel(theirs)
-    # The length of what is to come, as `Connection` writes it, and no more than the beginning of it.
+    # The length of a message, as `Connection` writes it, and only the beginning of the message.
     os.write(ours.fileno(), struct.pack("!i", len(LARGE)) + LARGE[:100])
     ours.close()
     with pytest.raises(ChannelClosedError):

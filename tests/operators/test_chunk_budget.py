@@ -32,7 +32,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def grants(process: "subprocess.Popen[str]", until: int) -> list[int]:
-    """What the slot is granted one after the other, up to that."""
+    """Read the granted shares of the slot up to this one."""
     assert process.stdout is not None
     granted = []
     while not granted or granted[-1] != until:
@@ -54,7 +54,7 @@ def test_processes_agree_and_the_share_of_one_that_dies_goes_to_the_others(redis
             return process
 
         slots = [start(slot, gain) for slot, gain in enumerate((3.0, 1.0, 2.0))]
-        # The least of each, then 180 more for who gains the most, and the rest for the second.
+        # The minimum for each, then 180 more for the slot with the greatest gain, and the rest for the second.
         for process, share in zip(slots, (200, 20, 80), strict=True):
             grants(process, share)
         watching = shared_reports(redis_url)
@@ -83,7 +83,7 @@ def test_what_is_no_report_leaves_the_even_share_and_no_error(redis_url: str) ->
 
 
 class Shared(dict[int, SlotReport]):
-    """A board in memory; around each reading and writing another slot may come in between."""
+    """Shared reports in memory. Before and after each access, another slot may act."""
 
     def __init__(self, turns: Iterator[int]) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Shared(dict[int, SlotReport]):
 def test_slots_never_hold_more_than_the_budget_however_their_steps_interleave(
     turns: list[int], doings: list[tuple[int, int]]
 ) -> None:
-    """A slot asks what it may hold, or looks a prompt up: then it holds that, and its gain has changed."""
+    """A slot refreshes its share, or looks up a prompt: then it takes its share, and its gain has changed."""
     shared = Shared(iter(turns))
     shared.shares = [BudgetShare(BUDGET, slot, None, ManualClock()) for slot in range(BUDGET.slots)]
     held = [BUDGET.even_chunks] * BUDGET.slots
@@ -138,7 +138,7 @@ def test_slots_never_hold_more_than_the_budget_however_their_steps_interleave(
 
 
 class Flaky:
-    """A board that fails when told to."""
+    """Shared reports that fail on demand."""
 
     def __init__(self) -> None:
         self.fails = False

@@ -1,4 +1,4 @@
-"""The continuous function without a cluster: its state, who is answered when, and what a restart asks again."""
+"""The continuous function without a cluster: its state, its answers, and what a restart submits again."""
 
 import json
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ from tests.operators.slot_harness import SlotHarness
 from tests.operators.stand_in_slot import StandInSlots, envelope, no_waits
 
 KEY = 7
-SPARE = [2000, 3000, 60_000, 120_000]
-"""Timers that a key has from its first element on, at 1000."""
+RECOVERY = [2000, 3000, 60_000, 120_000]
+"""The recovery timers of a key after its first element, at time 1000."""
 CONFIG = JobConfig(parallelism=1, engine=EngineConfig(max_running=2), batching=BatchingConfig(max_in_flight=3))
 
 
@@ -47,13 +47,13 @@ def harness(slots: StandInSlots) -> Iterator[OperatorHarness]:
 
 @pytest.fixture(autouse=True)
 def waits() -> Iterator[list[float]]:
-    """For how long each look for answers would wait; none does."""
+    """Time-outs of all waits for answers. None of them waits."""
     with no_waits() as found:
         yield found
 
 
 def offsets(outputs: list[Output]) -> list[int]:
-    """Of the letters; with whatever comes first there is the ready record."""
+    """Offsets of the dead letters. The outputs may also have the ready record."""
     assert {output.tag for output in outputs} <= {DEAD_LETTERS.tag_id, READY.tag_id}
     return [json.loads(output.value.value)["offset"] for output in outputs if output.tag == DEAD_LETTERS.tag_id]
 
@@ -71,7 +71,7 @@ def in_flight(harness: OperatorHarness, key: int = KEY) -> list[str]:
 
 
 def crash(harness: OperatorHarness, slots: StandInSlots, *, lacking_timers: bool = False) -> None:
-    """The slot ends with its worker, right after a checkpoint, which may lack the timers that are on their way."""
+    """Crash right after a checkpoint, which may lack the timers that are on their way to Java."""
     lacking = harness.timers_on_their_way if lacking_timers else []
     snapshot = harness.snapshot().without(*lacking)
     slots.last.end()
@@ -92,21 +92,21 @@ def test_timers_are_set_as_long_as_something_is_in_flight_and_not_after(
     harness: OperatorHarness, slots: StandInSlots
 ) -> None:
     process(harness, 1, 2)
-    # The next one, and the spare ones.
-    assert timers(harness) == [1001, *SPARE]
+    # The timer for the next look, and the recovery timers.
+    assert timers(harness) == [1001, *RECOVERY]
     assert timers(harness, TimeDomain.EVENT_TIME) == [END_OF_INPUT]
     harness.advance(1)
-    assert timers(harness) == [1002, *SPARE]
+    assert timers(harness) == [1002, *RECOVERY]
     slots.last.let_go(1, 2)
     assert offsets(harness.advance(1)) == [1, 2]
-    assert timers(harness) == SPARE
+    assert timers(harness) == RECOVERY
 
 
-def test_a_key_that_is_idle_has_spare_timers_too(harness: OperatorHarness, waits: list[float]) -> None:
+def test_a_key_that_is_idle_has_recovery_timers_too(harness: OperatorHarness, waits: list[float]) -> None:
     harness.process(WarmUp(0), KEY)
-    assert timers(harness) == SPARE
+    assert timers(harness) == RECOVERY
     assert harness.advance(5500) == []
-    assert timers(harness) == [7000, 8000, *SPARE[2:]]
+    assert timers(harness) == [7000, 8000, *RECOVERY[2:]]
     assert waits == []
 
 
@@ -120,8 +120,8 @@ def test_looks_do_not_multiply_however_long_something_is_in_flight(harness: Oper
     with mock.patch.object(Pump, "take", take_in_time):
         process(harness, 1)
         harness.advance(20_000)
-    # The next one, and the spare ones.
-    assert len(timers(harness)) == 1 + len(SPARE)
+    # The timer for the next look, and the recovery timers.
+    assert len(timers(harness)) == 1 + len(RECOVERY)
 
 
 def test_a_timer_waits_only_where_something_of_its_key_is_outstanding(
@@ -151,7 +151,7 @@ def test_a_timer_waits_for_longer_where_every_row_of_the_engine_is_taken(
 
 def test_at_the_cap_the_stream_waits_and_lets_out_what_is_done(harness: OperatorHarness, slots: StandInSlots) -> None:
     assert process(harness, 1, 2, 3) == []
-    # The wait is what the stand-in answers the oldest for.
+    # This wait makes the stand-in answer the oldest request.
     assert process(harness, 4) == [1]
     assert slots.last.sent == [1, 2, 3, 4]
     assert slots.last.most_running == 3
@@ -212,7 +212,7 @@ def test_two_checkpoints_in_a_row_that_lack_timers_strand_nothing(
 
 
 def test_a_restart_hands_the_slot_no_more_than_it_may_have(harness: OperatorHarness, slots: StandInSlots) -> None:
-    """Keys that met at one subtask may have more in flight together."""
+    """Several keys at one subtask may together have more requests in flight."""
     process(harness, 1, 2, 3)
     slots.last.let_go(1, 2, 3)
     process(harness, 4, 5, key=KEY + 1)
@@ -276,7 +276,7 @@ def test_attempts_survive_a_restart_of_the_job_and_the_time_it_was_down_does_not
     assert [(one.position.offset, one.attempts, one.decoded_at_ms) for one in again] == [
         (1, 0, 1001.0),
         (2, 1, 1001.0),
-        # On its way to the operator when the job went down, for all that this one can know.
+        # It may have been on its way to the operator when the job failed.
         (3, 0, 1001.0),
     ]
 

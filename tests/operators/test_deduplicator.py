@@ -1,4 +1,4 @@
-"""A copy is known by the records before it, whoever looks and wherever he began."""
+"""Whether a record is a copy depends only on the records before it, and not on where a job began."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def request(request_id: str) -> bytes:
 
 
 def journal_of(ids: Sequence[str | None]) -> MemoryJournal:
-    """One partition; none stands for a record that is no request."""
+    """The ids in one partition. None is a record that is not a request."""
     journal = MemoryJournal()
     for name in ids:
         journal.append(TOPIC, 0, None, b"{" if name is None else request(name))
@@ -29,7 +29,7 @@ def journal_of(ids: Sequence[str | None]) -> MemoryJournal:
 
 
 def copies(ids: Sequence[str | None], records: int, begin: int = 0) -> list[int]:
-    """The offsets that one who begins at `begin` takes for copies."""
+    """The offsets of copies, for a job that begins at `begin`."""
     deduplicator = Deduplicator(records, journal_of(ids))
     found = [
         offset

@@ -1,4 +1,4 @@
-"""Whatever happens, in whichever order: no request is lost, and none is answered twice without a crash in between.
+"""For any sequence of events: no request is lost, and none is answered twice unless there is a crash in between.
 
 A job's inference operator with its subtasks and slots and the topic before it is led through requests, answers, time,
 checkpoints, crashes, starts at another parallelism, and drains.
@@ -37,7 +37,7 @@ from tests.operators.stand_in_slot import StandInSlots, envelope, no_waits
 
 MAX_IN_FLIGHT, BATCH_SIZE, MAX_WAIT_MS = 3, 2, 100
 RESPONSES = {offset: response(request_id=str(offset)) for offset in range(1, 300, 2)}
-"""Every other request's; the rest gets letters."""
+"""The responses of every other request. The rest get dead letters."""
 parallelisms = st.sampled_from([1, 2, 3])
 lost = st.sampled_from(["nothing", "one", "on their way"])
 """Timers that a checkpoint does not hold."""
@@ -45,7 +45,7 @@ lost = st.sampled_from(["nothing", "one", "on their way"])
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where Flink begins again: state and timers, the place in the topic, and what had come to pass by then."""
+    """What Flink restores: state and timers, the offset in the topic. Also what had happened by then."""
 
     snapshot: Snapshot
     offset: int
@@ -103,7 +103,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         for subtask in self.subtasks:
             timers = subtask.timers(TimeDomain.PROCESSING_TIME)
             if lost == "on their way":
-                # Nothing can be done for a key's very first one: with the call to warm up no request is lost.
+                # The very first timer of a key cannot be protected. The first element is a warm-up, so nothing is lost.
                 timers = [timer for timer in subtask.timers_on_their_way if self.elements[timer.key] > 1]
             elif lost == "one" and timers:
                 timers = [data.draw(st.sampled_from(timers))]
@@ -133,7 +133,7 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     @rule()
     def nothing_more_comes_for_a_while(self) -> None:
-        """And nothing hangs: what has been taken in is answered."""
+        """Nothing hangs: all requests that were taken in are answered."""
 
         def wait() -> None:
             self.slots.answer_at_once(True)

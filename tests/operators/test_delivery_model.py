@@ -1,4 +1,4 @@
-"""Any order of requests, copies, answers, checkpoints, failures and restarts: each request is answered once.
+"""For any order of requests, copies, answers, checkpoints, failures and restarts, each request is answered once.
 
 A model of the job around the real decoder, de-duplication and recovery. It keeps what Flink would: offsets, what is in
 flight, and transactions; a failure takes it back to a checkpoint, or leaves the topics alone.
@@ -33,11 +33,11 @@ slots = st.integers(min_value=1, max_value=3)
 
 @dataclass
 class JobSnapshot:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     offsets: dict[int, int] = field(default_factory=lambda: dict.fromkeys(range(PARTITIONS), 0))
     in_flight: dict[int, dict[RecordPosition, Envelope]] = field(default_factory=dict)
-    """By key: that of the slot that took the request in, at the parallelism of that time."""
+    """By the key of the slot that took the request in, at the parallelism of that time."""
 
 
 class JobMachine(RuleBasedStateMachine):
@@ -51,7 +51,7 @@ class JobMachine(RuleBasedStateMachine):
         self.checkpoint = JobSnapshot()
         self.group = self.checkpoint.offsets
         self.unconfirmed: list[Transaction] = []
-        """Of the last checkpoint: written for good, and not committed yet."""
+        """Transactions of the last checkpoint that are pre-committed and not yet committed."""
 
     @initialize(parallelism=slots)
     def begin(self, parallelism: int) -> None:
@@ -137,7 +137,7 @@ class JobMachine(RuleBasedStateMachine):
         assert all(len(values) == 1 for values in self._said().values())
 
     def teardown(self) -> None:
-        """At the end of all trouble each request has its answer."""
+        """After all failures each request has its answer."""
         if not hasattr(self, "offsets"):
             return
         for key in range(3):
@@ -166,7 +166,7 @@ class JobMachine(RuleBasedStateMachine):
         self.logs = [AnsweredLog(KAFKA, 0, self.journal) for _ in range(parallelism)]
 
     def _subtask(self, key: int) -> int:
-        """Keys of a greater parallelism than this are somewhere."""
+        """Keys of a higher parallelism are at some subtask."""
         return key % self.parallelism
 
     def _restore(self, key: int) -> None:
@@ -206,12 +206,12 @@ class JobMachine(RuleBasedStateMachine):
                 self.journal.gap(KAFKA.dead_letters_topic, number)
 
     def _answered(self, *, committed: bool) -> Counter[str]:
-        """How often each request is answered; with what is not committed yet and may still be, unless `committed`."""
+        """Number of answers of each request. Includes those that may still be committed, unless `committed`."""
         wanted = (TransactionState.COMMITTED,) if committed else (TransactionState.COMMITTED, TransactionState.OPEN)
         return Counter(request_id for request_id, _, outcome in self._outputs() if outcome in wanted)
 
     def _said(self) -> dict[str, set[bytes]]:
-        """All that was ever written for each request."""
+        """Number of all answers that were ever written, by request."""
         found: dict[str, set[bytes]] = {}
         for request_id, value, _ in self._outputs():
             found.setdefault(request_id, set()).add(value)

@@ -1,4 +1,4 @@
-"""State outlives the release that wrote it: what each release stored is read, and asked again."""
+"""State outlives the release that wrote it: requests that any release stored are read and submitted again."""
 
 import pickle
 import pickletools
@@ -17,7 +17,8 @@ from tests.operators.stand_in_slot import envelope, no_waits
 from tests.operators.test_recovery import Job, answers
 
 STATES = Path(__file__).parent / "states"
-"""By operator and release: requests 0, 1 and 2 of `Job.send` in flight. In continuous ones a process died with 1."""
+"""States by operator and release, with requests 0, 1 and 2 of `Job.send` in flight. In the continuous ones a process
+died with request 1."""
 OPERATORS = {"continuous": ContinuousFunction, "micro_batch": MicroBatchFunction}
 RELEASES = ["0.1.0", "1"]
 """0.1.0 stored instances; from then on a number is a version of the tuple."""

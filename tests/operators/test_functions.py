@@ -1,4 +1,4 @@
-"""The micro-batch and the decode function without a cluster: state, timers, and what they let out."""
+"""The micro-batch and the decode function without a cluster: state, timers and outputs."""
 
 import json
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def harness(slots: StandInSlots) -> Iterator[OperatorHarness]:
 
 
 def offsets(outputs: list[Output]) -> list[int]:
-    """Of the letters; with whatever comes first there is the ready record."""
+    """Offsets of the dead letters. The outputs may also have the ready record."""
     assert {output.tag for output in outputs} <= {DEAD_LETTERS.tag_id, READY.tag_id}
     return [json.loads(output.value.value)["offset"] for output in outputs if output.tag == DEAD_LETTERS.tag_id]
 

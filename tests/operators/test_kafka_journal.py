@@ -1,4 +1,4 @@
-"""One contract for the journal in Kafka and the one in memory that the other tests read."""
+"""One contract for the journal in Kafka and the one in memory, which other tests use."""
 
 import uuid
 from collections.abc import Iterator
@@ -27,11 +27,11 @@ class TopicPair(Protocol):
     def named(self, topic: str) -> str: ...
 
     def write(self, transaction: str | None, number: int, *keys: str) -> None:
-        """One record a key; a transaction begins with its first records."""
+        """Write a record for each key. A transaction begins with its first records."""
         ...
 
     def end(self, transaction: str, *, commit: bool) -> None:
-        """It wrote to partition 0 alone, where its end takes up an offset."""
+        """End the transaction. It wrote only to partition 0, where its marker takes an offset."""
         ...
 
     def forget(self, number: int, before: int) -> None:
@@ -116,7 +116,7 @@ def topics(request: pytest.FixtureRequest) -> Iterator[TopicPair]:
 
 
 def read(topics: TopicPair, *spans: range, committed: bool) -> dict[int, list[str]]:
-    """Keys by partition; a span for each."""
+    """The keys in a span of each partition."""
     wanted = {Partition(topics.named(TOPIC), number): span for number, span in enumerate(spans)}
     found: dict[int, list[str]] = {}
     for record in topics.journal.read(wanted, committed=committed):

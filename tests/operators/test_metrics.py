@@ -1,4 +1,4 @@
-"""What is told of a slot is what happened there: in Prometheus' words, and in whole numbers for Flink."""
+"""The metrics of a slot: in the format of Prometheus, and as integers for Flink."""
 
 import logging
 import math
@@ -32,7 +32,7 @@ from tests.experiments import experiment_samples
 from tests.operators.test_slot import envelope
 
 WAIT_S = 20.0
-"""Never reached unless something is wrong."""
+"""Time limit of waits, which only a failure reaches."""
 NO_CACHE = dict.fromkeys(CacheStats.__dataclass_fields__, 0)
 
 
@@ -47,7 +47,7 @@ def metrics(clock: ManualClock) -> SlotMetrics:
 
 
 def samples(metrics: SlotMetrics) -> dict[str, float]:
-    """As Prometheus would read them, by name and labels other than the slot."""
+    """The samples that Prometheus would read, by name and labels without the slot."""
     found = {}
     for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
         assert family.name.startswith("infertuner_")

@@ -1,4 +1,4 @@
-"""The harness keeps to what Flink 2.3 and PyFlink do with state, timers, outputs and checkpoints."""
+"""The harness treats state, timers, outputs and checkpoints as Flink 2.3 and PyFlink do."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +20,7 @@ PROCESSING, EVENT = TimeDomain.PROCESSING_TIME, TimeDomain.EVENT_TIME
 
 
 class Obedient(KeyedProcessFunction):
-    """Does what its elements say: the name of a method, and its arguments. Says when a timer rings."""
+    """Calls the methods that its elements name, with their arguments. Emits a line when a timer fires."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -377,7 +377,7 @@ def test_a_checkpoint_does_not_change_with_what_comes_after_it(harness: Operator
     harness.restore(snapshot)
     assert values(harness.process(("read",), KEY)) == [["x"], [["x"]], {"place": ["x"]}]
     assert function_of(harness) is not before
-    # Its time has passed while nobody was there to hear it.
+    # Its time passed while the job was down.
     assert values(harness.advance(0)) == [("rang", KEY, 1500, 2000)]
 
 

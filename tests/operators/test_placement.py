@@ -1,4 +1,4 @@
-"""Sessions stay, and every slot has a key that leads to it."""
+"""Sessions stay at their slots, and each slot has a key that leads to it."""
 
 from itertools import islice
 from random import Random
@@ -48,7 +48,7 @@ def test_a_rule_that_never_reaches_a_slot_is_an_error() -> None:
 
 
 class KnownLoads:
-    """Loads that a test sets."""
+    """Loads set by a test."""
 
     def __init__(self, **queues_ms: float) -> None:
         self.queues_ms: dict[int, float] = {}
@@ -58,8 +58,8 @@ class KnownLoads:
         self.queues_ms = {int(slot.removeprefix("s")): queue for slot, queue in queues_ms.items()}
 
 
-def at_home(slot: int, slots: int, count: int = 1) -> list[str]:
-    """Sessions whose home is `slot`."""
+def default_at(slot: int, slots: int, count: int = 1) -> list[str]:
+    """Sessions whose default slot is `slot`."""
     found = (f"u{number}" for number in range(10_000) if default_slot(f"u{number}", slots) == slot)
     return list(islice(found, count))
 
@@ -69,7 +69,7 @@ def balanced(loads: KnownLoads, slots: int = 2, **options: int) -> BalancedPlace
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
-def test_sessions_are_at_home_as_long_as_no_queue_stands_out(slots: int) -> None:
+def test_sessions_are_default_at_as_long_as_no_queue_stands_out(slots: int) -> None:
     placements = [
         balanced(KnownLoads(), slots),
         balanced(KnownLoads(**{f"s{slot}": 9000.0 for slot in range(slots)}), slots),
@@ -79,10 +79,10 @@ def test_sessions_are_at_home_as_long_as_no_queue_stands_out(slots: int) -> None
             assert placement.slot_of(f"u{number}") == SessionAffinity(slots).slot_of(f"u{number}")
 
 
-def test_a_new_session_goes_around_an_overloaded_home_and_an_old_one_stays() -> None:
+def test_a_new_session_goes_around_an_overloaded_default_slot_and_an_old_one_stays() -> None:
     loads = KnownLoads(s0=0.0, s1=0.0)
     placement = balanced(loads)
-    old, new = at_home(0, 2, 2)
+    old, new = default_at(0, 2, 2)
     assert placement.slot_of(old) == 0
     loads.say(s0=3000.0, s1=100.0)
     assert placement.slot_of(old) == 0
@@ -91,29 +91,29 @@ def test_a_new_session_goes_around_an_overloaded_home_and_an_old_one_stays() -> 
     assert placement.slot_of(new) == 1
 
 
-@pytest.mark.parametrize(("home", "other"), [(500.0, 0.0), (1900.0, 1000.0), (3000.0, 3000.0)])
-def test_a_queue_that_is_short_or_hardly_longer_than_the_others_is_no_overload(home: float, other: float) -> None:
-    assert balanced(KnownLoads(s0=home, s1=other)).slot_of(at_home(0, 2)[0]) == 0
+@pytest.mark.parametrize(("default", "other"), [(500.0, 0.0), (1900.0, 1000.0), (3000.0, 3000.0)])
+def test_a_queue_that_is_short_or_hardly_longer_than_the_others_is_no_overload(default: float, other: float) -> None:
+    assert balanced(KnownLoads(s0=default, s1=other)).slot_of(default_at(0, 2)[0]) == 0
 
 
 def test_between_two_reports_not_all_are_sent_to_one_slot() -> None:
     placement = balanced(KnownLoads(s0=9000.0, s1=0.0, s2=50.0), slots=3)
-    found = [placement.slot_of(session) for session in at_home(0, 3, 8)]
+    found = [placement.slot_of(session) for session in default_at(0, 3, 8)]
     assert found == [1, 2, 1, 2, 1, 2, 1, 2]
 
 
 def test_a_slot_that_has_said_nothing_is_not_gone_to_nor_left() -> None:
-    assert balanced(KnownLoads(s1=0.0)).slot_of(at_home(0, 2)[0]) == 0
-    assert balanced(KnownLoads(s0=9000.0)).slot_of(at_home(0, 2)[0]) == 0
+    assert balanced(KnownLoads(s1=0.0)).slot_of(default_at(0, 2)[0]) == 0
+    assert balanced(KnownLoads(s0=9000.0)).slot_of(default_at(0, 2)[0]) == 0
 
 
 def test_a_session_that_is_long_forgotten_begins_anew() -> None:
     loads = KnownLoads(s0=9000.0, s1=0.0)
     placement = balanced(loads, remembered_sessions=2)
-    first, second, third = at_home(0, 2, 3)
+    first, second, third = default_at(0, 2, 3)
     assert placement.slot_of(first) == 1
     loads.say(s0=0.0, s1=0.0)
     assert [placement.slot_of(session) for session in (first, second, first, third)] == [1, 0, 1, 0]
-    # Of the three, `second` has been silent for longest.
+    # `second` is the session without requests for longest.
     loads.say(s0=9000.0, s1=0.0)
     assert placement.slot_of(second) == 1

@@ -1,4 +1,4 @@
-"""Requests come and go while the slot steps; each answer reaches whoever handed its request in, once."""
+"""Requests come and go while the slot steps. Each answer reaches the owner of its request once."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from tests.operators.answers import response_of
 from tests.operators.stand_in_slot import GatedSlot, envelope, letter
 
 WAIT_S = 20.0
-"""Never reached unless something is wrong."""
+"""Time limit of waits, which only a failure reaches."""
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_there_is_no_room_at_the_cap_until_one_is_done(pump: Pump, slot: GatedSl
     hand_in(pump, 1, 2, 3)
     assert not pump.wait_for_capacity(0.01)
     slot.let_go(3)
-    # Room is made when one is answered, not when its answer is taken out.
+    # Capacity is free when a request is answered, not when its answer is collected.
     assert pump.wait_for_capacity(WAIT_S)
     hand_in(pump, 4)
     assert not pump.wait_for_capacity(0.0)
@@ -157,7 +157,7 @@ def test_who_waits_at_the_cap_is_told_that_the_slot_failed(pump: Pump, slot: Gat
 
 
 def retried(pump: Pump, owner: int) -> list[tuple[int, int]]:
-    """Offsets and attempts, once there are some."""
+    """Wait for retries, and return their offsets and attempts."""
     deadline_s = time.monotonic() + WAIT_S
     while not (found := pump.retried(owner)):
         assert time.monotonic() < deadline_s

@@ -1,4 +1,4 @@
-"""What a restarted slot makes of requests that were answered before: those in its state, and those that come again."""
+"""A restarted slot and requests that were answered before: those in its state, and those that come again."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ KAFKA = CONFIG.kafka
 
 
 class Job:
-    """The operator of one slot, the topics around it, and what has left it."""
+    """The operator of one slot, the topics around it, and its outputs."""
 
     def __init__(self, function: type[SlotFunction]) -> None:
         clock = ManualClock(1000.0)
@@ -36,7 +36,7 @@ class Job:
         )
 
     def send(self, number: int) -> Envelope:
-        """A request comes to the topic; how the slot will see it."""
+        """Add a request to the topic, and return it as the slot will see it."""
         fields = {"session_id": "s", "user_id": "u", "max_new_tokens": 1, "created_at_ms": 0.0, "prompt": "p"}
         raw = json.dumps(fields | {"request_id": f"r{number}"}).encode()
         offset = self.journal.append(KAFKA.requests_topic, 0, None, raw)
@@ -44,7 +44,7 @@ class Job:
         return Envelope(0, raw, RecordPosition(KAFKA.requests_topic, 0, offset), 0.0)
 
     def restart(self) -> None:
-        """From a checkpoint of this moment."""
+        """Restart from a checkpoint of this moment."""
         snapshot = self.harness.snapshot()
         self.slots.last.end()
         self.harness.crash()
@@ -52,12 +52,12 @@ class Job:
         self.harness.restore(snapshot)
 
     def wake(self) -> list[Output]:
-        """Time passes until all has been answered that is to be asked."""
+        """Let time pass until all requests that reach the slot are answered."""
         return self.harness.advance(5000)
 
     @property
     def asked(self) -> list[int]:
-        """Offsets that the latest slot was asked for."""
+        """Offsets of the requests that the latest slot received."""
         slot = self.slots.last
         return sorted([*slot.sent, *(offset for group in slot.groups for offset in group)])
 
@@ -71,7 +71,7 @@ def job(request: pytest.FixtureRequest) -> Iterator[Job]:
 
 
 def answers(outputs: list[Output]) -> list[tuple[str | None, str]]:
-    """Tag and key of all that left besides ready records."""
+    """Tag and key of all outputs except ready records."""
     return sorted((output.tag, output.value.key) for output in outputs if output.tag != READY.tag_id)
 
 

@@ -1,4 +1,4 @@
-"""Whatever dies, and whenever: each request has one outcome, and only those that a process dies of are given up."""
+"""Whenever processes die, each request has one outcome, and only those that kill processes are given up."""
 
 import random
 
@@ -32,7 +32,7 @@ def at(number: int) -> RecordPosition:
 
 
 def outcome(came: list[Answer | Retry]) -> dict[int, object]:
-    """By request: how often it has been tried, or why it was given up."""
+    """By request: its number of attempts, or why it was given up."""
     found: dict[int, object] = {}
     for one in came:
         if isinstance(one, Retry):
@@ -97,7 +97,7 @@ def test_a_single_attempt_is_the_only_one() -> None:
 
 
 def test_a_prompt_that_kills_before_it_has_begun_is_found_too() -> None:
-    """As a tokenizer may: nothing has begun, so nobody has used an attempt until it was alone."""
+    """The process dies before any request has begun, for example in a tokenizer. Only a request alone uses attempts."""
     made = tracker()
     taken(made, 1, 2)
     made.give()
@@ -164,7 +164,7 @@ def test_without_a_time_out_nothing_is_too_old() -> None:
 
 @given(seed=st.integers(0, 1 << 30), max_attempts=st.integers(1, 3), rows=st.integers(1, 4))
 def test_each_request_has_one_outcome_whatever_dies(seed: int, max_attempts: int, rows: int) -> None:
-    """A process that begins with up to `rows` at a time, dies of poison, and now and then of nothing in particular."""
+    """A process that begins up to `rows` requests at a time, and dies of poison, and sometimes without a cause."""
     chance = random.Random(seed)
     made = tracker(max_attempts)
     total = 12
@@ -175,7 +175,7 @@ def test_each_request_has_one_outcome_whatever_dies(seed: int, max_attempts: int
     answered: list[int] = []
     given_up: list[int] = []
     deaths: dict[int, int] = dict.fromkeys(range(total), 0)
-    # One more than with a poisonous neighbour is what an innocent one can stand.
+    # An innocent request survives one death more than it shares with poisonous ones.
     strokes = 1 if max_attempts > 2 else 0
 
     def die() -> None:

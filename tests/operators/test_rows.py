@@ -1,4 +1,4 @@
-"""What decode sends on its way to a slot is what the slot's operator gets."""
+"""The rows from decode arrive at the slot's operator unchanged."""
 
 import pickle
 import pickletools

@@ -117,7 +117,7 @@ def test_times_end_with_the_last_token_and_not_with_the_step(
     step = ContinuousEngine.step
 
     def slow_step(engine: ContinuousEngine) -> list[Completion | Failure]:
-        """A step that goes on for a second after its passes."""
+        """A step that takes another second after its passes."""
         return [
             replace(
                 one, first_token_ms=one.began_ms + 10, last_token_ms=one.began_ms + 30, finished_ms=one.began_ms + 1030

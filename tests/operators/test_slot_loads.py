@@ -1,4 +1,4 @@
-"""Queue lengths reach those who place sessions, and a Redis that is away leaves them unknown."""
+"""Queue lengths reach the decode operators, and are unknown without Redis."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""A slot in a process of its own answers as it would in this one, and neither of the two outlives the other."""
+"""A slot in a process of its own answers as it would in this one, and neither process outlives the other."""
 
 import fcntl
 import logging
@@ -34,9 +34,9 @@ from tests.operators.test_slot import envelope
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 60.0
-"""Never reached unless something is wrong."""
+"""Time limit of waits, which only a failure reaches."""
 LONG = 30_000
-"""Tokens of an answer that would take most of a minute."""
+"""Number of tokens of an answer that takes most of a minute."""
 WORKER = """
 import pickle, sys
 from operators.slots import process
@@ -65,7 +65,7 @@ class AwaitedProcess(SlotProcess):
             raise
 
     def until(self, kind: type) -> list[SlotMessage]:
-        """All that it says up to something of that kind."""
+        """All messages up to the first one of this kind."""
         said: list[SlotMessage] = []
         deadline_s = time.monotonic() + WAIT_S
         while not said or not isinstance(said[-1], kind):
@@ -87,7 +87,7 @@ class AwaitedProcess(SlotProcess):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
-    """Of a model that never ends an answer by itself."""
+    """The configuration of a job whose model never ends an answer by itself."""
     layers = LAYERS_OF_TWO | {"max_position_embeddings": 1 << 15, "eos_token_id": None}
     path = save_tiny(tmp_path_factory.mktemp("process") / "tiny-qwen2", Qwen2Config(**layers))
     return JobConfig(
@@ -116,7 +116,7 @@ Start = Callable[[JobConfig], AwaitedProcess]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a process that the test may end as it likes."""
+    """Starts processes, and closes them at the end. The test may end them earlier."""
     made: list[AwaitedProcess] = []
 
     def one(config: JobConfig) -> AwaitedProcess:
@@ -130,7 +130,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> JobConfig:
-    """Of an engine that is a stand-in."""
+    """The configuration of a job with a stand-in for the engine."""
     monkeypatch.setattr(slot_process, "SERVER", "tests.operators.stand_in_server")
     return JobConfig()
 
@@ -143,12 +143,12 @@ def prompts(*max_new_tokens: int) -> list[Envelope]:
 
 
 def tokens(answers: Iterable[Answer]) -> dict[int, tuple[int, ...]]:
-    """By the place of the request."""
+    """Token ids of the answers, by the offset of the request."""
     return {answer.position.offset: response_of(answer).token_ids for answer in answers}
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """It may stay a zombie, where nobody takes in orphans."""
+    """True if the process has ended. It may remain a zombie if no process adopts orphans."""
     with suppress(psutil.NoSuchProcess):
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     return True
@@ -268,7 +268,7 @@ def test_a_killed_process_is_told_by_its_signal(stand_in: JobConfig, start: Star
     for _ in range(2):
         with pytest.raises(SlotDiedError, match="was ended by SIGKILL"):
             process.answers()
-        # Whoever sends is not told: what comes of it is heard.
+        # `send` does not raise. Only `receive` does.
         process.send(envelope(2))
 
 
@@ -317,7 +317,7 @@ def test_a_process_that_stops_in_the_midst_of_a_word_is_not_waited_for(
 ) -> None:
     limits = SupervisionConfig(engine_timeout_s=0.5)
     process = start(stand_in.model_copy(update={"supervision": limits}))
-    # What comes back is larger than the socket holds.
+    # The reply is larger than the buffer of the socket.
     process.send(envelope(1, prompt="refuse" + "x" * 500_000))
     deadline_s = time.monotonic() + WAIT_S
     while unread_bytes(process) < 50_000:
@@ -330,7 +330,7 @@ def test_a_process_that_stops_in_the_midst_of_a_word_is_not_waited_for(
 
 
 def unread_bytes(process: SlotProcess) -> int:
-    """Of what it has said."""
+    """Number of bytes from the process that have not been read."""
     found = array("i", [0])
     fcntl.ioctl(process._socket, termios.FIONREAD, found)
     return found[0]
@@ -340,14 +340,14 @@ def test_ending_does_not_wait_for_a_long_answer(config: JobConfig, start: Start)
     process = start(config)
     process.send(envelope(1, max_new_tokens=LONG))
     process.send(envelope(2, max_new_tokens=1))
-    # Left by itself, so the long one runs.
+    # The short one has left, so the long one runs.
     assert [answer.position.offset for answer in process.answers()] == [2]
     with ThreadPoolExecutor(1) as threads:
         receiving = threads.submit(process.answers)
         process.end()
         with pytest.raises(SlotDiedError, match="was ended with status 0"):
             receiving.result(WAIT_S)
-    # By itself: one that has not ended in time is killed.
+    # It ended by itself. Otherwise it would have been killed.
     assert process._process.returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""Between two steps of its engine a slot's process takes in what has come; what has finished goes out at once."""
+"""Between two steps of its engine, a slot's process takes in new requests. Answers leave at once."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ STATS = SlotStats(EngineStats(passes=7), None, resident_bytes=1 << 20)
 
 
 class SteppedSlot:
-    """Each step tells what runs and waits for what comes of it: those that finish, or an error."""
+    """Each step publishes the running requests, and waits for its result from the test: answers, or an error."""
 
     stats = STATS
 
@@ -51,7 +51,7 @@ class SteppedSlot:
 
 
 class Server:
-    """Serves a slot at the other end of `connection`; `error` is what has ended that."""
+    """Serves a slot at the other end of `connection`. `error` is the exception that ended it."""
 
     def __init__(self, slot: SteppedSlot) -> None:
         self.connection, theirs = Pipe()
@@ -60,7 +60,7 @@ class Server:
         self._thread.start()
 
     def receive(self) -> Any:
-        """What it says next, but for signs of life."""
+        """The next message that is not a heartbeat."""
         while True:
             assert self.connection.poll(WAIT_S)
             said = self.connection.recv()

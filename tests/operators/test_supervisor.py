@@ -1,4 +1,4 @@
-"""A slot outlives its processes: who they die of is found, everybody else is answered, and the job is not told.
+"""A slot survives the death of its processes. Requests that kill them are found, and all others are answered.
 
 The processes are real, and really killed or stopped; only their engine is a stand-in.
 """
@@ -34,7 +34,7 @@ from tests.operators.test_slot import envelope
 from tests.operators.test_slot_server import STATS
 
 WAIT_S = 60.0
-"""Never reached unless something is wrong."""
+"""Time limit of waits, which only a failure reaches."""
 Start = Callable[..., Supervisor]
 MODES = [Batching.CONTINUOUS, Batching.MICRO]
 
@@ -43,7 +43,7 @@ def config(batching: Batching = Batching.CONTINUOUS, model: str = "default", **l
     made = JobConfig(
         parallelism=1, engine=EngineConfig(model=model, max_running=4), batching=BatchingConfig(batching=batching)
     )
-    # Less than what may be configured, too: it takes fewer deaths then.
+    # Lower than what users may configure, so that the test needs fewer deaths.
     return made.model_copy(update={"supervision": SupervisionConfig().model_copy(update=limits)})
 
 
@@ -55,7 +55,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_process_left() -> Iterator[None]:
-    """Whatever runs beside, as the cluster of other tests does, is none of a slot's."""
+    """The processes of slots. Others, such as the cluster of other tests, do not count."""
     before = set(psutil.Process().children())
     yield
     assert set(psutil.Process().children()) <= before
@@ -78,7 +78,7 @@ def start() -> Iterator[Start]:
 
 
 class Outcomes:
-    """What came of requests: each has one outcome."""
+    """Outcomes of requests. Each request must have one."""
 
     def __init__(self) -> None:
         self.responses: dict[int, Response] = {}
@@ -101,7 +101,7 @@ class Outcomes:
 
     @property
     def processes(self) -> int:
-        """That have answered."""
+        """Ids of the processes that have answered."""
         return len({response.text for response in self.responses.values()})
 
 
@@ -155,7 +155,7 @@ def test_only_who_the_process_dies_of_is_not_answered(start: Start, poison: str,
     assert refused.reason == f"the slot's process died 2 times while it worked on this request: {how}"
     assert (refused.stage, refused.raw, refused.request_id) == ("inference", requests[2].raw, "r2")
     assert max(found.retries.values(), default=1) == 1
-    # It serves on.
+    # The slot goes on answering.
     assert list(ask(slot, [envelope(9)], batching).responses) == [9]
 
 
@@ -289,7 +289,7 @@ READY = Ready(slot=0, device="cpu", engine="e", model="m", dtype="float32", thre
 
 
 class Script(Process):
-    """A process that says what it is told to, and nothing else; a look lasts as long as it may."""
+    """A process that sends the messages of a test. A wait without a message lasts as long as it may."""
 
     def __init__(self, clock: ManualClock) -> None:
         self._clock = clock
@@ -323,10 +323,10 @@ class Script(Process):
 
 
 class Scripts:
-    """The processes of a slot, one after the other. Each is ready at once, unless that is told otherwise."""
+    """The processes of a slot, one after the other. By default each is ready at once."""
 
     def __init__(self, *, ready: bool = True) -> None:
-        """`ready`: of those after the first one."""
+        """`ready`: whether the processes after the first one become ready."""
         self.clock = ManualClock(1000.0)
         self.made: list[Script] = []
         self.ready = ready
@@ -356,7 +356,7 @@ def test_a_process_hangs_that_says_nothing_for_the_time_allowed(start: Start) ->
         first.says.put(Heartbeat(STATS))
     second = scripts.wait_for(2)
     assert first.killed
-    # Five beats came at once, so its time ran from the last of them on.
+    # Five heartbeats arrived at once, so its time runs from the last of them.
     assert scripts.clock.wall_ms() >= 1000.0 + 100_000.0
     (retry,) = slot.receive()
     assert isinstance(retry, Retry)
@@ -372,7 +372,7 @@ def test_what_waits_for_a_process_times_out(start: Start) -> None:
     job = job.model_copy(update={"engine": job.engine.model_copy(update={"request_timeout_ms": 50_000.0})})
     slot = start(job, scripts.clock, start=scripts.start)
     scripts.made[0].says.put(SlotDiedError("was ended by SIGKILL"))
-    # The second one never gets ready.
+    # The second process never becomes ready.
     scripts.wait_for(2)
     slot.send(Envelope(0, envelope(1).raw, envelope(1).position, scripts.clock.wall_ms()))
     (answer,) = slot.receive()

@@ -1,4 +1,4 @@
-"""Tallies read as the counters and histograms of the library do."""
+"""Tallies show the same as the counters and histograms of the library."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +10,7 @@ BOUNDS_S = (0.005, 0.1, 1.0, 10.0, 600.0)
 
 
 def written(registry: CollectorRegistry) -> list[str]:
-    """What a scrape shows, but for the times of creation."""
+    """The lines of a scrape without the times of creation."""
     lines = generate_latest(registry).decode().splitlines()
     return [line for line in lines if "_created" not in line]
 

@@ -43,7 +43,7 @@ def test_a_slot_that_can_not_be_made_is_told_once_and_asked_for_nothing(function
     harness = SlotHarness(lambda: function(CONFIG, refused, lambda: clock, lambda _: MemoryJournal()), clock)
     with closing(harness):
         assert lines(harness.process(WarmUp(0), KEY)) == ["model: refused"]
-        # Of the same bundle: the line has not reached Flink yet.
+        # Further calls in the same bundle: the line has not reached Flink yet.
         assert harness.process(envelope(1), KEY) == []
         assert harness.end_input() == []
 

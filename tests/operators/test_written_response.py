@@ -1,4 +1,4 @@
-"""What a slot's process writes of a response is what the response itself would write, at the time of leaving."""
+"""The JSON from a slot's process is that of the response itself, with the time at which it leaves."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from tests.experiments.experiment_samples import response
 
 times_ms = st.floats(0.0, 1e15)
 texts = st.text(st.characters(exclude_categories=()))
-"""Lone surrogates are among them: a token may be half a character."""
+"""Texts with lone surrogates too, because a token may be half a character."""
 
 
 def left(record: Response, at_ms: float) -> Response:

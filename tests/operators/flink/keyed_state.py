@@ -14,7 +14,7 @@ from pyflink.fn_execution.beam.beam_coders import FlinkCoder
 from pyflink.fn_execution.coders import FieldCoder
 
 Key = int | None
-"""None where a stream has no keys."""
+"""None if a stream has no keys."""
 Contents = Mapping[tuple[str, int], Any]
 """By name and key, only of what is not empty: bytes of a value, a tuple of them, or a mapping of them to others."""
 
@@ -37,7 +37,7 @@ class KeyedState:
         return self._state(StoredMap, name, ttl_config, coder, key_coder)
 
     def read(self, name: str, key: Key) -> Any:
-        """What a state that the function has asked for holds under a key, decoded: a value, a list or a dictionary."""
+        """The decoded content of a state under a key: a value, a list or a dictionary."""
         before, self.current_key = self.current_key, key
         try:
             return self._states[name].all()
@@ -54,7 +54,7 @@ class KeyedState:
 
 
 class StoredState(State, ABC):
-    """One name's state of all keys; what it holds under the current one."""
+    """The state of one name, for all keys. It shows the content under the current key."""
 
     def __init__(self, store: KeyedState, name: str, coder: FieldCoder) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""A metric group that remembers what a function counts and shows; a metric's name begins with those of its groups."""
+"""A metric group that records the metrics of a function. A metric's name begins with the names of its groups."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,13 +14,13 @@ class RecordedMetrics:
     def __init__(self) -> None:
         self.counts: dict[str, int] = defaultdict(int)
         self.values: dict[str, list[int]] = defaultdict(list)
-        """Of distributions."""
+        """The values of each distribution."""
         self.gauges: dict[str, Callable[[], Any]] = {}
         self.counts_now = False
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """While an element or a timer is processed: Flink hears nothing of what is counted otherwise, as in `open`."""
+        """True while an element or a timer is processed. Flink does not see counts from elsewhere, such as `open`."""
         self.counts_now = True
         try:
             yield
@@ -28,7 +28,7 @@ class RecordedMetrics:
             self.counts_now = False
 
     def gauge(self, name: str) -> int:
-        """What it would show now: whole numbers, as Beam has no others."""
+        """The values that it would show now. Beam has integers only."""
         return int(self.gauges[name]())
 
 
@@ -55,7 +55,7 @@ class RecordedGroup(MetricGroup):
 
 
 class Recorded(Counter, Meter, Distribution):
-    """A metric of any kind that is told numbers."""
+    """A metric of any kind that takes numbers."""
 
     def __init__(self, record: RecordedMetrics, name: str) -> None:
         self._record = record

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is shared out among subtasks."""
+"""The content of a checkpoint, and its division among subtasks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tests.operators.flink.timers import Timer
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Of one subtask, or of several."""
+    """The keyed state and timers of one or several subtasks."""
 
     contents: Contents
     timers: tuple[Timer, ...]
