@@ -88,7 +88,7 @@ class ServedModel(Protocol):
 
     @property
     def grammars(self) -> "Grammars":
-        """Of answers in a format. The first one takes seconds where the vocabulary is large. Raises `UserError`."""
+        """Grammars for answers in a format. The first takes seconds if the vocabulary is large. Raises `UserError`."""
         ...
 
     @property

@@ -176,3 +176,30 @@ def test_a_violation_is_named(path: str, source: str, named: str) -> None:
 )
 def test_what_is_allowed_passes(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+FRAGMENTS = ("Of", "Whether")
+"""First words of a docstring that names no subject."""
+
+
+def docstrings(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of each docstring in `source`, those below a field or a constant included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
+
+
+def test_every_docstring_names_its_subject() -> None:
+    paths = [*sources(), *(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py"))]
+    found = [
+        f"{path}:{line} begins with {text.split()[0]!r}"
+        for path in paths
+        for line, text in docstrings((ROOT / path).read_text())
+        if text.split()[:1] and text.split()[0] in FRAGMENTS
+    ]
+    assert found == []
+
+
+def test_docstrings_of_fields_and_functions_are_found() -> None:
+    source = 'X = 1\n"""Of a field."""\n\n\ndef f():\n    """Whether it is."""\n'
+    assert list(docstrings(source)) == [(2, "Of a field."), (6, "Whether it is.")]

@@ -1,4 +1,4 @@
-"""Certificates for tests: a CA of our own, and a server's on the loopback address."""
+"""Certificates for tests: a CA, and a server certificate for the loopback address."""
 
 import subprocess
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Certificates:
 
     @property
     def key_and_certificate(self) -> Path:
-        """Both in one file, as Kafka wants them."""
+        """Key and certificate in one file, as Kafka needs them."""
         both = self.key.with_name("both.pem")
         both.write_text(self.key.read_text() + self.certificate.read_text())
         both.chmod(0o600)
@@ -21,7 +21,7 @@ class Certificates:
 
 
 def make_certificates(directory: Path) -> Certificates:
-    """Of `127.0.0.1`, signed by a CA that nobody else trusts."""
+    """Make a certificate for `127.0.0.1`, signed by a CA that nothing else trusts."""
     directory.mkdir(parents=True, exist_ok=True)
     ca, ca_key = directory / "ca.pem", directory / "ca.key"
     made = Certificates(ca, directory / "server.pem", directory / "server.key")

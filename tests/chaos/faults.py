@@ -373,6 +373,6 @@ class Rescaled(Fault):
 
 
 def _checkpoints(run: RunningJob, outcome: str) -> int:
-    """Number of the job's checkpoints in `status`: `failed`, `completed` or `restored`."""
+    """Number of the job's checkpoints that `failed`, were `completed` or were `restored`."""
     counts = run.submitted.cluster.get(f"/jobs/{run.submitted.job_id}/checkpoints")["counts"]
     return int(counts[outcome])

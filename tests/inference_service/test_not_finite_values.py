@@ -52,7 +52,7 @@ _alone: dict[tuple[bool, tuple[int, ...], float], tuple[int, ...] | None] = {}
 
 
 def alone(model: LoadedModel, tokens: Sequence[int], temperature: float) -> tuple[int, ...] | None:
-    """The answer of a fresh engine; none if the answer itself contains the poison token."""
+    """The answer of a fresh engine to the request alone; none if the engine fails it."""
     key = (model.packs, tuple(tokens), temperature)
     if key not in _alone:
         one = ask("alone", tokens, 5, temperature=temperature, seed=7)

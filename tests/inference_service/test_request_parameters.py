@@ -217,7 +217,7 @@ def test_an_end_token_has_no_logprob(qwen2: LoadedModel) -> None:
 def test_cancelled_requests_are_answered_by_nothing_and_change_no_other(
     qwen2: LoadedModel, cancelled: dict[int, int]
 ) -> None:
-    """`after` has the step after which each request is cancelled. Some are queued then, some in pieces, some decode."""
+    """`cancelled` gives the step after which a request is cancelled: queued, in pieces or decoding."""
     requests = [ask(str(number), tokens_of(number, 5 + 4 * number), 4 + number) for number in range(10)]
     engine = make_engine(qwen2, cache=MemoryCache(qwen2.chunk_shape(CHUNK)), max_running=3, step_prefill_tokens=16)
     for request in requests:

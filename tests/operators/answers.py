@@ -1,4 +1,4 @@
-"""Answers of a slot, read back as the readers of the topics read them."""
+"""Answers of a slot, parsed as readers of the topics parse them."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from operators.envelope import Answer, WrittenResponse
 
 
 def response_of(answer: Answer) -> Response:
-    """The response that the answer's record holds. A dead letter fails the test."""
+    """The response in the answer's record. A dead letter fails the test."""
     assert isinstance(answer.record, WrittenResponse), answer
     return Response.model_validate_json(answer.record.to_json())
 

@@ -1,4 +1,4 @@
-"""A journal in memory, with transactions: what Kafka does, as far as reading shows it."""
+"""A journal in memory with transactions. Readers see what they would see in Kafka."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,12 +20,12 @@ class Transaction:
 
 
 NONE = Transaction(TransactionState.COMMITTED)
-"""What is written outside any transaction."""
+"""The transaction of records written outside of a transaction."""
 
 
 @dataclass
 class MemoryJournal:
-    """`logs[partition][offset]` is the record and its transaction; none for one that is no longer there."""
+    """`logs[partition][offset]` is the record and its transaction; none if the record is gone."""
 
     partitions: int = 1
     logs: dict[Partition, list[tuple[TopicRecord, Transaction] | None]] = field(
@@ -44,7 +44,7 @@ class MemoryJournal:
         return record.offset
 
     def gap(self, topic: str, number: int) -> None:
-        """What a marker of a transaction takes up, or a record that is gone."""
+        """Add an offset without a record: a transaction's marker, or a record that is gone."""
         self.logs[Partition(topic, number)].append(None)
 
     def close(self) -> None:

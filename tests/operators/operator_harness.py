@@ -1,7 +1,7 @@
 """One subtask of a PyFlink function without a cluster: keyed state, timers, outputs, checkpoints, crashes.
 
-It knows no function of ours, only what PyFlink calls and what functions call of PyFlink. Where Flink leaves something
-open (timers that ring late, timers that a checkpoint does not hold) the test decides.
+It depends on the interface between PyFlink and its functions, and on no function of ours. If Flink leaves something
+open (late timers, timers that a checkpoint misses), the test decides.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -28,12 +28,12 @@ from tests.operators.flink.snapshot import NOTHING, Snapshot
 from tests.operators.flink.timers import Timer, Timers
 
 END_OF_TIME = 2**63 - 1
-"""The watermark that comes when a bounded input ends, and on drain."""
+"""The watermark at the end of a bounded input, and on drain."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What left, and the key that was current; without a tag it is of the main stream."""
+    """An output and the current key. Without a tag it is of the main stream."""
 
     key: Key
     tag: str | None
@@ -41,10 +41,10 @@ class Output:
 
 
 class OperatorHarness:
-    """Drives what `make` gives: a function for the start, and another one for each start after a crash.
+    """Drives functions that `make` creates: one for the start, and one for each start after a crash.
 
-    The clock may be the function's too. Calls return what left with them; `outputs` is all that has ever left, also
-    with calls that raised. A function that has raised takes no more calls: `close`, `crash` or `restore` it.
+    The function may share the clock. Calls return their outputs; `outputs` has all outputs, also of calls that raised.
+    A function that has raised takes no more calls: call `close`, `crash` or `restore`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class OperatorHarness:
     # What comes from upstream.
 
     def process(self, value: Any, key: Key = None, timestamp: int | None = None) -> list[Output]:
-        """An element that has come here by its key; without a key for a function that is not keyed."""
+        """Process an element with its key; without a key if the function is not keyed."""
         assert not self._ended, "no element comes after the end of input"
         self._open()
         assert isinstance(self._function, KeyedProcessFunction) is (key is not None), "keys are for keyed functions"
@@ -91,7 +91,7 @@ class OperatorHarness:
         return self._call(key, self._function.process_element, _copied(value, _PICKLING), ctx)
 
     def advance_watermark(self, to_ms: int) -> list[Output]:
-        """Rings every event-time timer that is due by then, also one that is set meanwhile."""
+        """Fire every event-time timer due at this watermark, including timers that are set meanwhile."""
         out: list[Output] = []
         self._timers.advance_watermark(to_ms)
         while due := self._timers.take_due(TimeDomain.EVENT_TIME, to_ms):
@@ -99,7 +99,7 @@ class OperatorHarness:
         return out
 
     def end_input(self) -> list[Output]:
-        """A bounded input ends, or the job is drained: the last watermark, and no more timers of processing time."""
+        """End a bounded input, or drain the job: the last watermark comes, and no more processing-time timers fire."""
         out = self.advance_watermark(END_OF_TIME)
         self._timers.take_due(TimeDomain.PROCESSING_TIME, END_OF_TIME)
         self._ended = True
@@ -108,9 +108,9 @@ class OperatorHarness:
     # Time.
 
     def advance(self, by_ms: float) -> list[Output]:
-        """Let time pass; each processing-time timer rings at its time, or at once where that has passed.
+        """Let time pass. Each processing-time timer fires at its time, or at once if that has passed.
 
-        Those of one time ring together; what they set is set before the next ones ring.
+        Timers of the same time fire together; timers that they set are set before the next ones fire.
         """
         out: list[Output] = []
         until_ms = self.clock.wall_ms() + by_ms
@@ -121,54 +121,54 @@ class OperatorHarness:
         return out
 
     def stall(self, by_ms: float) -> list[Output]:
-        """Let time pass in which nothing runs; processing-time timers that have become due ring late."""
+        """Let time pass in which nothing runs; processing-time timers that have become due fire late."""
         self.clock.advance(by_ms)
         return self.advance(0.0)
 
     def fire(self, timer: Timer) -> list[Output]:
-        """Ring one timer, whatever the clock says: Flink counts down a delay, and a wall clock may be set back."""
+        """Fire one timer, whatever the clock shows: Flink counts down a delay, and a wall clock may be set back."""
         self._timers.take(timer)
         return self._ring([timer])
 
     def timers(self, domain: TimeDomain) -> list[Timer]:
-        """All that are set and have not rung, the next one first."""
+        """All timers that have not fired, the next one first."""
         return self._timers.pending(domain)
 
     @property
     def timers_on_their_way(self) -> list[Timer]:
-        """What the last element, or the timers that rang together last, have set.
+        """Timers set by the last element, or by the timers that fired together last.
 
-        PyFlink 2.3 registers them some time after the bundle has ended, and a checkpoint does not wait for that.
+        PyFlink 2.3 registers them after the bundle has ended, and a checkpoint does not wait for that.
         """
         return list(self._timers.on_their_way)
 
     # State and its ends.
 
     def state(self, name: str, key: int) -> Any:
-        """What the state of that name holds under a key: a value, a list or a dictionary."""
+        """The content of a state under a key: a value, a list or a dictionary."""
         return self._state.read(name, key)
 
     @property
     def holds_nothing(self) -> bool:
-        """Whether no state holds anything under any key."""
+        """True if all state is empty."""
         return not self._state.contents
 
     def snapshot(self) -> Snapshot:
-        """A checkpoint, between two calls."""
+        """Take a checkpoint between two calls."""
         assert not self._failed, "there is no checkpoint of what has failed"
         timers = [timer for domain in TimeDomain for timer in self.timers(domain)]
         return Snapshot(dict(self._state.contents), tuple(timers))
 
     def crash(self) -> None:
-        """The worker dies: nobody closes the function, and all that was not in a checkpoint is gone."""
+        """The worker dies: the function is not closed, and all that is not in a checkpoint is lost."""
         self._begin(NOTHING)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Begin anew with what belongs here of a checkpoint, be it of more or of fewer subtasks. Time has gone on."""
+        """Start again with this subtask's part of a checkpoint of any parallelism. Time has continued."""
         self._begin(snapshot.of_subtask(self.subtask, self.parallelism))
 
     def close(self) -> None:
-        """Flink closes what it has made, also what could not be opened or has failed since."""
+        """Close the function, as Flink does even if it could not be opened or has failed."""
         if self._function is not None:
             self._function.close()
         self._begin(NOTHING)
@@ -216,7 +216,7 @@ class OperatorHarness:
         return self.outputs[before:]
 
     def _output(self, key: Key, result: Any) -> Output:
-        """Outputs are told apart as PyFlink does; what the type of their stream cannot hold does not get out."""
+        """Distinguish outputs as PyFlink does; a value that does not fit its stream's type fails."""
         if isinstance(result, tuple) and isinstance(result[0], OutputTag):
             tag, value = result
             return Output(key, tag.tag_id, _copied(value, _coder(tag.type_info)))

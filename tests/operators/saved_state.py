@@ -1,4 +1,4 @@
-"""Keyed state of one operator in a JSON file: the very bytes that a release wrote, for the releases after it."""
+"""Keyed state of one operator in a JSON file: the bytes that a release wrote, for tests of later releases."""
 
 import base64
 import json
@@ -30,7 +30,7 @@ def read(path: Path) -> Snapshot:
 
 
 def _text(content: Any) -> Any:
-    """Bytes as base64; a tuple as a list, and a mapping as its pairs."""
+    """Encode bytes as base64, a tuple as a list, and a mapping as its pairs."""
     if isinstance(content, bytes):
         return base64.b64encode(content).decode()
     if isinstance(content, tuple):
@@ -47,5 +47,5 @@ def _content(text: Any) -> Any:
 
 
 def pickled(value: Any) -> bytes:
-    """As PyFlink stores a value of `Types.PICKLED_BYTE_ARRAY()`."""
+    """The bytes that PyFlink stores for a value of `Types.PICKLED_BYTE_ARRAY()`."""
     return bytes(FlinkCoder(from_type_info(Types.PICKLED_BYTE_ARRAY())).encode(value))

@@ -1,4 +1,4 @@
-"""The harness for the inference functions: elements reach them in the form in which the job sends them."""
+"""The harness for inference functions: elements have the form in which the job sends them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ _KEYED_CODER = FlinkCoder(from_type_info(KEYED))
 
 
 class SlotHarness(OperatorHarness):
-    """Packs elements as decode does, takes them through the row's type, and hands on the element without its key."""
+    """Packs elements as decode does, passes them through the row's type, and delivers them without the key."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class SlotHarness(OperatorHarness):
 
 
 def packed(element: Envelope | WarmUp, key: int = 0) -> Any:
-    """What an inference function gets of an element."""
+    """The form in which an inference function gets an element."""
     key_there, found = _KEYED_CODER.decode(_KEYED_CODER.encode(element_row(key, element)))
     assert key_there == key
     return found

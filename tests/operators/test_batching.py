@@ -1,4 +1,4 @@
-"""A batch closes by count or by time, and every item leaves in exactly one."""
+"""A batch closes by size or by time, and every item leaves in exactly one batch."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Every record becomes an envelope at its slot or a dead letter with its bytes and the reason."""
+"""Every record becomes an envelope for its slot, or a dead letter with its bytes and the reason."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""An engine of another kind is one module and one line in the registry."""
+"""Another engine needs one module and one line in the registry."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A job's configuration before it is submitted: its paths, and what the description of a job costs to import."""
+"""A job's configuration before submission: its paths, and the cost of importing a job's description."""
 
 import subprocess
 import sys

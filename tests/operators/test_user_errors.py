@@ -1,4 +1,4 @@
-"""A user's error in an operator leaves as one line, and is not raised: Flink would restart the job."""
+"""A user's error in an operator leaves as one line. It is not raised, because Flink would restart the job."""
 
 import json
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""An engine of another kind: it answers each request with its own prompt, one token a step."""
+"""A toy engine, which answers each request with its own prompt, one token per step."""
 
 from core.records import Choice, FinishReason, Request, Sampling
 from inference_service.completion import Completion, Failure, TokenEvent

@@ -1,4 +1,4 @@
-"""A tiny model, the cluster, and a run of whatever job the test's module names as `JOB`."""
+"""Fixtures: a tiny model, the cluster, and a run of the job in the module's `JOB`."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Kafka's own admin client, the one inside Flink's connector, made with properties that come as JSON lines on stdin.
+"""The Kafka admin client inside Flink's connector, with properties from JSON lines on stdin.
 
-Prints a line for each: the names of the topics that it sees, or why it does not.
+Prints one line for each: the topics that it sees, or its error.
 """
 
 import json

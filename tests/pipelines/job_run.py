@@ -1,4 +1,4 @@
-"""What the tests of jobs share: one job on topics of its own, and what it has written."""
+"""A helper for tests of jobs: one job with its own topics, and the records it has written."""
 
 import json
 import time
@@ -22,7 +22,7 @@ OPEN = KafkaAccessConfig()
 
 
 class Run:
-    """One job on topics of its own, and what it has written."""
+    """One job with its own topics, and the records it has written."""
 
     def __init__(
         self,
@@ -65,16 +65,16 @@ class Run:
         return self.job
 
     def producer(self, **settings: object) -> KafkaProducer:
-        """Another one than its own."""
+        """Make another producer than the run's own."""
         return KafkaProducer(**self._clients, **settings)
 
     def compress(self, topic: str, codec: str) -> None:
-        """Have the broker compress what it keeps of a topic."""
+        """Let the broker compress a topic."""
         with closing(KafkaAdminClient(**self._clients)) as admin:
             admin.alter_configs([ConfigResource("topic", topic, {"compression.type": codec})])
 
     def send(self, count: int, start: int = 0, *, by: KafkaProducer | None = None, **changes: object) -> None:
-        """`by`: another producer than the run's own."""
+        """Send requests. `by` is another producer than the run's own."""
         producer = by or self._producer
         for number in range(start, start + count):
             fields = {
@@ -120,7 +120,7 @@ class Run:
                         self.ready.append(json.loads(record.value))
 
     def settle(self) -> None:
-        """Read what was written until the job's end."""
+        """Read the topics up to the job's end."""
         assert self.job is not None
         self.job.wait_ended(240)
         self.read_until(lambda run: True)
@@ -144,18 +144,18 @@ def ids(count: int) -> list[str]:
 
 
 def checkpoints(run: Run) -> int:
-    """Completed ones of the run's job."""
+    """Number of the job's completed checkpoints."""
     answer = run.job.cluster.get(f"/jobs/{run.job.job_id}/checkpoints")
     return int(answer["counts"]["completed"])
 
 
 def processes_of(stack: LocalStack) -> list[psutil.Process]:
-    """All that the stack has started, those included that serve its running jobs."""
+    """All processes of the stack, including those of its running jobs."""
     return [process for part in stack.health() for started in part.processes for process in members(started)]
 
 
 def listening_on(processes: Iterable[psutil.Process]) -> set[str]:
-    """The addresses at which any of them takes connections."""
+    """Addresses at which these processes accept connections."""
     return {
         connection.laddr.ip.removeprefix("::ffff:")
         for process in processes
@@ -165,12 +165,12 @@ def listening_on(processes: Iterable[psutil.Process]) -> set[str]:
 
 
 def take_checkpoint(run: Run) -> None:
-    """Have one taken now, and wait until it is complete."""
+    """Trigger a checkpoint, and wait until it is complete."""
     _ask(run, "checkpoints", "checkpoints", {"checkpointType": "CONFIGURED"})
 
 
 def stop_with_savepoint(run: Run, folder: Path, *, drain: bool = False) -> str:
-    """End the run's job, without `drain` with what is in flight in the savepoint; where that is."""
+    """Stop the run's job; return the savepoint's path. Without `drain` it has the requests in flight."""
     location = _ask(run, "stop", "savepoints", {"targetDirectory": str(folder), "drain": drain})["location"]
     assert run.job.wait_ended(240) == "FINISHED"
     return str(location)
@@ -188,12 +188,12 @@ def _ask(run: Run, order: str, answers: str, body: dict[str, object]) -> dict[st
 
 
 def worker(stack: LocalStack) -> int:
-    """The Python worker of the one slot in use: the youngest below the stack's own TaskManager."""
+    """The Python worker of the only used slot: the youngest below the stack's TaskManager."""
     return _youngest(stack, "beam_boot")
 
 
 def slot_process(stack: LocalStack) -> int:
-    """The process of the one slot in use."""
+    """The process of the only used slot."""
     return _youngest(stack, "operators.slots.server")
 
 

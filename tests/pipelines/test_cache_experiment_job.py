@@ -1,4 +1,4 @@
-"""The job on the real Flink, Kafka and Redis: every request is answered once, whatever else the topic holds."""
+"""The job on the real Flink, Kafka and Redis: every request is answered once, whatever else the topic contains."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ HOSTILE: list[bytes | None] = [
 
 
 def test_a_bounded_run_answers_every_request_and_keeps_every_bad_record(run: Run) -> None:
-    """53 requests in batches of up to 4: the last batch of a slot is a partial one, and input ends while it waits."""
+    """53 requests in batches of up to 4: a slot's last batch is partial, and the input ends while it waits."""
     parallelism = 4
     ensure_topics(JobConfig(parallelism=parallelism, kafka=run.kafka))
     run.send(53)

@@ -1,7 +1,7 @@
-"""What the job promises of its answers, on the real Flink and Kafka: over copies, failures, restarts and rescaling.
+"""The delivery guarantees on the real Flink and Kafka: copies, failures, restarts and rescaling.
 
-A simulated device takes its time, so that requests are in flight for a while. Checkpoints are taken by hand alone: it
-is known what came after the last one.
+A simulated device keeps requests in flight for a while. Only the tests trigger checkpoints, so they know what came
+after the last one.
 """
 
 import os
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.integration
 JOB = ROOT / "pipelines" / "inference.py"
 STEP_MS = 40.0
 SHORT, LONG = 15, 200
-"""Tokens of answers that take parts of a second, and some seconds."""
+"""Tokens of a short answer, under a second, and of a long one, some seconds."""
 OPTIONS = ("--checkpoint-interval-ms", "600000", "--max-running", "16")
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options of a device that takes `STEP_MS` for every step, whatever is in it."""
+    """Options of a device on which every step takes `STEP_MS`."""
     path = tmp_path_factory.mktemp("profile") / "slow.json"
     overheads = {"prefill_overhead_ms": 1.0, "decode_overhead_ms": STEP_MS}
     path.write_text(DeviceProfile.instant().model_copy(update=overheads).model_dump_json())
@@ -49,7 +49,7 @@ def journal(run: Run) -> Iterator[KafkaJournal]:
 def test_a_killed_worker_and_a_start_without_state_ask_for_nothing_twice(
     run: Run, stack: LocalStack, slow: list[str]
 ) -> None:
-    """Answers that came after the last checkpoint are in its state as in flight, or are read again from Kafka."""
+    """Requests answered after the last checkpoint are in flight in its state, or are read again from Kafka."""
     run.submit("--parallelism", "1", *OPTIONS, *slow)
     run.read_until(lambda r: len(r.ready) == 1)
     run.send(4, start=0, max_new_tokens=SHORT)
@@ -133,7 +133,7 @@ def test_what_is_in_flight_goes_along_to_another_parallelism(run: Run, slow: lis
 
 
 def engines(responses: list[Response]) -> int:
-    """How many processes of slots have answered; fails where an engine has answered more than is here.
+    """Number of slot processes that have answered; fails if an engine gave more answers than are here.
 
     A process numbers the answers of its engine from 0: `SLOT-MILLISECONDS-NUMBER`.
     """
@@ -148,7 +148,7 @@ def engines(responses: list[Response]) -> int:
 
 
 def recorded(journal: KafkaJournal, topic: str, *, committed: bool = False) -> dict[str, list[bytes]]:
-    """The values under each key, those of aborted and open transactions included unless `committed`."""
+    """The values under each key. Without `committed`, those of aborted and open transactions are included."""
     found: dict[str, list[bytes]] = defaultdict(list)
     spans = {place: range(end) for place, end in journal.ends([topic], decided=committed).items()}
     for record in journal.read(spans, committed=committed):

@@ -1,6 +1,6 @@
-"""The production job on the real Flink, Kafka and Redis: continuous batching loses nothing and answers as one by one.
+"""The production job on the real Flink, Kafka and Redis: continuous batching loses nothing and does not change answers.
 
-Where a request has to be in flight for a while, a simulated device takes its time; the model is real everywhere else.
+If a request must be in flight for a while, the device is simulated; otherwise the model is real.
 """
 
 import os
@@ -45,7 +45,7 @@ STEP_MS = 40.0
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options of a device that takes `STEP_MS` for every step, whatever is in it."""
+    """Options of a device on which every step takes `STEP_MS`."""
     path = tmp_path_factory.mktemp("profile") / "slow.json"
     overheads = {"prefill_overhead_ms": 1.0, "decode_overhead_ms": STEP_MS}
     path.write_text(DeviceProfile.instant().model_copy(update=overheads).model_dump_json())
@@ -53,7 +53,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def one_by_one(model: Path, requests: Iterable[Request]) -> dict[str, tuple[int, ...]]:
-    """What the engine answers to each request alone, without any cache."""
+    """The engine's answer to each request alone, without a cache."""
     config = EngineConfig(model=str(model), device="cpu", max_model_len=128, max_running=1)
     engine = ContinuousEngine(load_checked_model(config), config, None, 8, SystemClock())
     found = {}
@@ -71,7 +71,7 @@ def send_aborted(run: Run, producer: KafkaProducer, count: int, start: int) -> N
 
 
 def tasks(job: FlinkJob, inputs: int) -> list[str]:
-    """The operators of each task of the job with at least so many inputs."""
+    """The operators of each task of the job that has at least this number of inputs."""
     nodes = job.cluster.get(f"/jobs/{job.job_id}/plan")["plan"]["nodes"]
     return [node["description"] for node in nodes if len(node.get("inputs", [])) >= inputs]
 
@@ -184,7 +184,7 @@ def test_a_slot_process_that_is_killed_under_load_costs_no_request_and_no_restar
 
 
 def scraped(port: int) -> dict[str, float]:
-    """What Prometheus would read of a slot, each name summed over its labels."""
+    """A slot's metrics as Prometheus reads them, summed over the labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
         families = text_string_to_metric_families(answer.read().decode())
         read: defaultdict[str, float] = defaultdict(float)
@@ -194,7 +194,7 @@ def scraped(port: int) -> dict[str, float]:
 
 
 def gauges(run: Run, *names: str) -> dict[str, float]:
-    """What Flink shows of them once it shows something; its own look at them is seconds old."""
+    """The gauges that Flink shows, as soon as it shows any. Its values are some seconds old."""
     cluster, job = run.job.cluster, f"/jobs/{run.job.job_id}"
     (vertex,) = [one["id"] for one in cluster.get(job)["vertices"] if "inference" in one["name"]]
     deadline_s = time.monotonic() + 60
@@ -211,7 +211,7 @@ def gauges(run: Run, *names: str) -> dict[str, float]:
 
 
 def test_new_sessions_go_around_an_overloaded_slot_and_old_ones_stay(run: Run, slow: list[str]) -> None:
-    """All sessions are at home at slot 0, which is given more than it can do."""
+    """All sessions have the default slot 0, which gets more load than it can serve."""
     run.submit("--parallelism", "2", "--max-running", "1", "--overload-ms", "300", *slow)
     run.read_until(lambda r: len(r.ready) == 2)
     at_home = [name for name in (f"u{number}" for number in range(200)) if default_slot(name, 2) == 0]
@@ -229,7 +229,7 @@ def test_new_sessions_go_around_an_overloaded_slot_and_old_ones_stay(run: Run, s
 
 
 def _neighbours(slots: int) -> tuple[str, str]:
-    """Two sessions that are at home at the same slot."""
+    """Two sessions with the same default slot."""
     first = "n0"
     return first, next(
         f"n{number}" for number in range(1, 100) if default_slot(f"n{number}", slots) == default_slot(first, slots)

@@ -1,4 +1,4 @@
-"""What a job is refused for, in one line each."""
+"""Reasons to refuse a job, in one line each."""
 
 import pytest
 from kafka import KafkaAdminClient
@@ -37,7 +37,7 @@ def test_what_flink_refuses_is_a_line_with_its_cause() -> None:
 
 
 class Silent:
-    """A broker that keeps its settings to itself, which the client takes for an answer."""
+    """A broker that hides its settings, which the client takes for an answer."""
 
     def describe_cluster(self) -> dict[str, list[dict[str, int]]]:
         return {"brokers": [{"broker_id": 1}]}

@@ -1,7 +1,7 @@
-"""Kafka that wants to know who asks, over TLS: by every client of ours, the connector's, and a whole job.
+"""Kafka with users and TLS: tested with every client of ours, the connector's clients, and a whole job.
 
-One real broker has a listener in plain text and one over TLS, both for users alone. What the job is told are paths: no
-page of Flink's, log or command line holds a secret.
+One real broker has a listener in plain text and one with TLS, both with users. The job gets only paths: no page of
+Flink, log or command line contains a secret.
 """
 
 import json
@@ -55,17 +55,17 @@ SCRAM_MODULE = "org.apache.kafka.common.security.scram.ScramLoginModule"
 
 
 def secret() -> str:
-    """With each of the signs that some reader on the way might take for its own."""
+    """A secret with every character that some parser on the way might interpret."""
     return f"{secrets.token_hex(8)} ';=#${{x:y}}!:,"
 
 
 @dataclass(frozen=True)
 class Secured:
-    """A broker for users alone."""
+    """A broker that accepts only users."""
 
     stack: LocalStack
     over_tls: str
-    """Its address for those who speak TLS."""
+    """Its address for TLS."""
     certificates: Certificates
     password: str
     credentials: Path
@@ -96,7 +96,7 @@ def credentials_file(path: Path, password: str, username: str = USER) -> Path:
 
 @pytest.fixture(scope="module")
 def secured(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """A broker of its own beside the shared Redis and Flink; its users log in by PLAIN and by SCRAM."""
+    """A separate broker, with the shared Redis and Flink. Its users log in by PLAIN and by SCRAM."""
     directory = tmp_path_factory.mktemp("secured")
     password = secret()
     made = make_certificates(directory / "tls")
@@ -134,7 +134,7 @@ def secured(stack: LocalStack, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 class TestProperties:
-    """Of the connector, without a broker."""
+    """Properties of the connector, without a broker."""
 
     def test_in_plain_text_there_is_nothing_else(self) -> None:
         assert security_properties(KafkaAccessConfig()) == {"security.protocol": "PLAINTEXT"}
@@ -164,7 +164,7 @@ class TestProperties:
             assert "${" in found["sasl.jaas.config"]
 
     def test_its_classes_are_in_the_connector(self) -> None:
-        """A connector that is built otherwise calls them otherwise, and the job would not start."""
+        """Another build of the connector may have other class names, and the job would not start."""
         (jar,) = (JARS / "connector").glob("flink-sql-connector-kafka-*.jar")
         held = subprocess.run(
             [sys.executable, "-m", "zipfile", "-l", str(jar)], capture_output=True, text=True, check=True
@@ -182,7 +182,7 @@ class TestProperties:
 
 
 def connector_clients(properties: Sequence[Mapping[str, str]], env: Mapping[str, str], lib: Path) -> list[object]:
-    """What the connector's own client says with each of `properties`, in a JVM with `env`."""
+    """Output of the connector's client with each of `properties`, in a JVM with `env`."""
     flink_home = Path(sys.modules["pyflink"].__path__[0])
     lib.mkdir()
     for jar in (*(flink_home / "lib").glob("*.jar"), *(JARS / "connector").glob("*.jar")):
@@ -205,7 +205,7 @@ def connector_clients(properties: Sequence[Mapping[str, str]], env: Mapping[str,
 @pytest.mark.integration
 class TestConnector:
     def test_the_connectors_own_client_logs_in(self, secured: Secured, tmp_path: Path) -> None:
-        """Kafka's config providers put the credentials in place, from a file and from the environment."""
+        """Kafka's config providers insert the credentials, from a file and from the environment."""
         admin = KafkaAdminClient(**kafka_settings(secured.brokers, secured.access()))
         admin.create_topics([NewTopic("connector-sees-this", 1, 1)])
         admin.close()
@@ -242,11 +242,11 @@ class TestConnector:
 
 @pytest.mark.integration
 class TestClients:
-    """Those of kafka-python, over each listener and by each mechanism, told all that they would tell at DEBUG."""
+    """Clients of kafka-python, with each listener and mechanism, and all their logs at DEBUG."""
 
     @pytest.fixture(autouse=True)
     def _impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """kafka-python tries for all of its time, whatever the broker says."""
+        """Shorten timeouts: kafka-python retries until its timeout, whatever the broker answers."""
         monkeypatch.setattr("experiments.kafka_topics.CONNECT_TIMEOUT_MS", 2000)
         monkeypatch.setattr("local_stack.kafka.PROBE_TIMEOUT_S", 2.0)
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TRACES = os.environ.get("INFERTUNER_TRACES")
-"""Folder of real traces under the names of their release; without it the tests run on made ones alone."""
+"""Folder of real traces with their released names. Without it the tests use only generated ones."""
 
 MADE_ROWS = [
     {"timestamp": 0, "input_length": 700, "output_length": 100, "hash_ids": [0, 1]},
@@ -76,7 +76,7 @@ def made_trace(write_trace: Callable[..., Path]) -> Path:
 
 @pytest.fixture(params=["made", "real"] if TRACES else ["made"])
 def any_trace(request: pytest.FixtureRequest, made_trace: Path) -> Path:
-    """Every Mooncake trace there is: the small made one, and the real one where its folder is named."""
+    """Each available Mooncake trace: the small generated one, and the real one if its folder is given."""
     return Path(TRACES or "") / "mooncake_conversation_trace.jsonl" if request.param == "real" else made_trace
 
 
@@ -89,13 +89,13 @@ def made_azure_trace(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["made", "real"] if TRACES else ["made"])
 def any_azure_trace(request: pytest.FixtureRequest, made_azure_trace: Path) -> Path:
-    """Every Azure trace there is, likewise."""
+    """Each available Azure trace, likewise."""
     return Path(TRACES or "") / "AzureLLMInferenceTrace_conv.csv" if request.param == "real" else made_azure_trace
 
 
 @pytest.fixture
 def made_burstgpt_trace(tmp_path: Path) -> Path:
-    """The first release's columns: no sessions."""
+    """A trace with the columns of the first release, without sessions."""
     path = tmp_path / "burstgpt.csv"
     path.write_text(MADE_BURSTGPT)
     return path
@@ -103,7 +103,7 @@ def made_burstgpt_trace(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made_burstgpt_sessions(tmp_path: Path) -> Path:
-    """The later release's columns."""
+    """A trace with the columns of the later release."""
     path = tmp_path / "burstgpt_sessions.csv"
     path.write_text(MADE_BURSTGPT_SESSIONS)
     return path
@@ -111,7 +111,7 @@ def made_burstgpt_sessions(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run_workloads() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python -m workloads` with these arguments, in a process of its own."""
+    """Run `python -m workloads` with these arguments in a new process."""
 
     def run(*arguments: str, hash_seed: str = "0", timeout_s: float = 30) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -41,7 +41,7 @@ class FakeDelivery:
 
 @dataclass
 class FakeProducer:
-    """Acknowledges at the flush, in order; `outcomes` states a delivery's error by the record's number."""
+    """Acknowledges records in order at the flush. `outcomes` has a delivery's error by the record's number."""
 
     clock: ManualClock
     outcomes: dict[int, KafkaError] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class FakeProducer:
 
 
 class ManualStop:
-    """A stop whose waits move the clock; it is set once `after` requests were let go."""
+    """A stop event whose waits advance the clock. It is set after `after` requests."""
 
     def __init__(self, clock: ManualClock, after: int = 10**9) -> None:
         self.clock = clock
@@ -249,7 +249,7 @@ def test_a_replay_says_what_it_left_out(made_burstgpt_sessions: Path) -> None:
 
 @pytest.fixture
 def kafka_config(stack: LocalStack) -> Iterator[KafkaConfig]:
-    """A requests topic of this test's own in the real Kafka."""
+    """The test's own requests topic in the real Kafka."""
     config = KafkaConfig(brokers=stack.addresses().brokers, topic_prefix=f"test-{uuid.uuid4().hex[:12]}")
     admin = KafkaAdminClient(bootstrap_servers=config.brokers)
     # A broker compresses with its topic's codec what comes otherwise.

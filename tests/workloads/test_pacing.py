@@ -7,7 +7,7 @@ from workloads.pacing import Backlog, OpenLoop
 
 
 class Waits:
-    """A wait that moves the clock, as sleeping would; `early` wakes it half-way, as a timer may."""
+    """A wait that advances the clock, as sleeping would. `early` ends it halfway, as a timer may."""
 
     def __init__(self, clock: ManualClock, *, early: bool = False) -> None:
         self.clock = clock

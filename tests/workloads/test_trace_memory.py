@@ -1,4 +1,4 @@
-"""Traces are read in the memory of a few rows, however many there are and however many sessions they have."""
+"""Reading a trace needs the memory of a few rows, whatever its number of rows and sessions."""
 
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ def trace_of(tmp_path: Path, trace_format: TraceFormat) -> Callable[[int], Path]
 
 
 def peak_bytes(read: Callable[[], int], expected: int) -> int:
-    """The most that was allocated at once while all rows were read."""
+    """Peak of allocated bytes while all rows are read."""
     tracemalloc.start()
     try:
         assert read() == expected

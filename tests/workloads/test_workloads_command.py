@@ -16,7 +16,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def complaint(finished: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a refused command."""
+    """The error line of a refused command."""
     assert finished.returncode == 2, finished.stderr
     assert finished.stdout == ""
     assert finished.stderr.startswith("error: ")

@@ -1,16 +1,16 @@
-"""Flink's rule of which subtask has a key, for keys that are INT: its murmur hash, without a JVM."""
+"""Flink's mapping from INT keys to subtasks: its murmur hash, without a JVM."""
 
 MAX_PARALLELISM = 128
-"""Number of key groups: that of our jobs."""
+"""Number of key groups of our jobs."""
 
 
 def subtask_of(key: int, parallelism: int) -> int:
-    """Index in `[0, parallelism)`."""
+    """Index of the key's subtask, in `[0, parallelism)`."""
     return key_group(key) * parallelism // MAX_PARALLELISM
 
 
 def key_group(key: int) -> int:
-    """PyFlink wraps a key in a row, and it is the row's hash code that decides."""
+    """Key group of a key. PyFlink wraps the key in a row, and the hash of that row decides."""
     return _murmur(_wrapped(62 + key)) % MAX_PARALLELISM
 
 

@@ -1,4 +1,4 @@
-"""Timers as Flink keeps them: once for each key, time and kind of time, and in the order of their times."""
+"""Timers as Flink keeps them: one for each key, time and kind of time, in the order of their times."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ BEFORE_ALL_TIME = -(2**63)
 
 @dataclass(frozen=True)
 class Timer:
-    """Rings at `timestamp`, in ms of processing time or of event time."""
+    """A timer at `timestamp`, in ms of processing time or of event time."""
 
     timestamp: int
     key: int
@@ -21,9 +21,9 @@ class Timer:
 
 
 class Timers(TimerService):
-    """What is set and has not rung, and what a function sees of it: the timers of its current key.
+    """The timers that have not fired. A function sees those of its current key.
 
-    At one time they ring in the order of setting, where Flink promises none.
+    Timers of the same time fire in the order of setting; Flink guarantees no order.
     """
 
     def __init__(self, clock: Clock, state: KeyedState, pending: Iterable[Timer]) -> None:
@@ -37,11 +37,11 @@ class Timers(TimerService):
     # For the harness.
 
     def pending(self, domain: TimeDomain) -> list[Timer]:
-        """The next one first."""
+        """Pending timers, the next one first."""
         return sorted((timer for timer in self._pending if timer.domain is domain), key=lambda timer: timer.timestamp)
 
     def take_due(self, domain: TimeDomain, until: float) -> list[Timer]:
-        """Take out what is due by then, which no longer hears of what the function sets or deletes meanwhile."""
+        """Remove and return the timers due at that time; later sets and deletes do not affect them."""
         due = [timer for timer in self.pending(domain) if timer.timestamp <= until]
         for timer in due:
             del self._pending[timer]
