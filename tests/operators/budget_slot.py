@@ -1,6 +1,6 @@
-"""A process that has a share of a budget and no model: `python -m tests.operators.budget_slot URL SLOT GAIN`.
+"""A process with a share of a budget and no model: `python -m tests.operators.budget_slot URL SLOT GAIN`.
 
-It prints what it is granted, whenever that changes, and does as it is told at once.
+It prints its grant whenever that changes, and follows it at once.
 """
 
 import sys

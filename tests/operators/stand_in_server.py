@@ -1,4 +1,4 @@
-"""A slot's process but for its engine, which is a stand-in: what a real one does seldom, it does when it is told to."""
+"""A slot's process with a stand-in engine that fails on demand."""
 
 import builtins
 import logging
@@ -23,7 +23,7 @@ AT_ONCE = " at once"
 
 
 class StandInSlot:
-    """Answers a request after as many steps as it wants tokens. Its prompt says what else happens in the third of them:
+    """Answers a request after one step per requested token. The prompt can cause a fault in the third step:
 
     `kill`, `stop`: the process is, by its signal; `tokenize`: it is killed before the request is in the queue;
     `stall`: the step never ends; `raise NAME`: the engine does. With ` at once` behind it, it happens in the first of

@@ -17,7 +17,7 @@ MARGIN_MS = 500
 
 
 class Topics:
-    """Requests `r0`, `r1`, ... a second apart, and what was written about them."""
+    """Requests `r0`, `r1`, ... one second apart, and the records written for them."""
 
     def __init__(self, requests: int = 5) -> None:
         self.journal = MemoryJournal()
@@ -71,7 +71,7 @@ def test_a_partition_that_came_later_holds_nothing_old() -> None:
 
 
 def test_the_letter_of_a_record_that_was_no_request_answers_none() -> None:
-    """A client may misspell a field, get a letter, and send the request again, with the same id."""
+    """A client may misspell a field, get a dead letter, and send the request again with the same id."""
     topics = Topics()
     topics.letter("r1", "decode")
     topics.journal.append(LETTERS, 0, "r2", b"a stranger's record")

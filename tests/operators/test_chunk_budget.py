@@ -1,4 +1,4 @@
-"""Slots in several processes come to the same shares of one budget, and one that dies loses its own."""
+"""Slots in several processes compute the same shares of one budget, and a dead slot loses its share."""
 
 import subprocess
 import sys

@@ -225,7 +225,7 @@ def test_a_restart_hands_the_slot_no_more_than_it_may_have(harness: OperatorHarn
 
 
 def test_keys_that_met_at_one_subtask_keep_their_state_apart(harness: OperatorHarness, slots: StandInSlots) -> None:
-    """As after a restart at a lower parallelism: an answer leaves under the key whose state holds its request."""
+    """As after a restart at a lower parallelism: an answer leaves under the key whose state has its request."""
     process(harness, 1)
     process(harness, 2, key=KEY + 1)
     slots.last.let_go(1, 2)

@@ -1,4 +1,4 @@
-"""Whether a record is a copy depends only on the records before it, and not on where a job began."""
+"""A copy is recognised by the records before it, wherever the reader began."""
 
 import json
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def test_what_is_no_request_makes_no_copies_and_takes_up_room() -> None:
 
 
 def test_a_request_that_was_aborted_makes_the_next_one_no_copy() -> None:
-    """A client whose transaction was aborted sends its requests again, under the same ids."""
+    """A client whose transaction was aborted sends its requests again with the same ids."""
     journal = MemoryJournal()
     journal.append(TOPIC, 0, None, request("a"), Transaction(TransactionState.ABORTED))
     journal.gap(TOPIC, 0)

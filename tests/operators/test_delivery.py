@@ -40,7 +40,7 @@ RESPONSES = {offset: response(request_id=str(offset)) for offset in range(1, 300
 """The responses of every other request. The rest get dead letters."""
 parallelisms = st.sampled_from([1, 2, 3])
 lost = st.sampled_from(["nothing", "one", "on their way"])
-"""Timers that a checkpoint does not hold."""
+"""Timers that a checkpoint misses."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 class DeliveryMachine(RuleBasedStateMachine):
-    """Requests are known by their offset in the topic; each has a session, and that a slot."""
+    """Requests are identified by their offset in the topic. Each has a session, which has a slot."""
 
     function: ClassVar[type[SlotFunction]]
 
@@ -160,7 +160,7 @@ class DeliveryMachine(RuleBasedStateMachine):
     # How.
 
     def _start(self, parallelism: int) -> None:
-        """From the last checkpoint."""
+        """Start from the last checkpoint."""
         self.began_with = self.checkpoint
         self.answered: Counter[int] = Counter()
         self.elements = self.checkpoint.elements.copy()
@@ -226,7 +226,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.ever_answered.add(offset)
 
     def _survive(self, what: Callable[[], None], again: bool = False) -> None:
-        """A function may fail with its slot: then the job begins again, as after a crash."""
+        """If a function fails with its slot, restart the job as after a crash."""
         while True:
             try:
                 return what()

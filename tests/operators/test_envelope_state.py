@@ -21,7 +21,7 @@ STATES = Path(__file__).parent / "states"
 died with request 1."""
 OPERATORS = {"continuous": ContinuousFunction, "micro_batch": MicroBatchFunction}
 RELEASES = ["0.1.0", "1"]
-"""0.1.0 stored instances; from then on a number is a version of the tuple."""
+"""Release 0.1.0 stored instances. Later releases store tuples with a version number."""
 
 
 @pytest.mark.parametrize("created_at_ms", [None, 5.5])

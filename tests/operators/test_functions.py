@@ -112,7 +112,7 @@ def test_timers_that_a_checkpoint_does_not_hold_strand_nothing(harness: Operator
 
 
 def test_keys_that_met_at_one_subtask_batch_by_themselves(harness: OperatorHarness, slots: StandInSlots) -> None:
-    """As after a restart at another parallelism: a batch leaves under the key whose state holds its requests."""
+    """As after a restart at another parallelism: a batch leaves under the key whose state has its requests."""
     process(harness, 0, 1)
     process(harness, 2, 3, key=KEY + 1)
     assert process(harness, 4) == [0, 1, 4]

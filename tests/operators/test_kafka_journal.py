@@ -20,7 +20,7 @@ CODECS = ("gzip", "snappy", "lz4", "zstd")
 
 
 class TopicPair(Protocol):
-    """Two topics of two partitions, and a journal of them."""
+    """Two topics with two partitions each, and their journal."""
 
     journal: Journal
 
@@ -35,7 +35,7 @@ class TopicPair(Protocol):
         ...
 
     def forget(self, number: int, before: int) -> None:
-        """The broker drops the records before that offset."""
+        """Let the broker drop the records before this offset."""
         ...
 
 

@@ -29,7 +29,7 @@ def test_sessions_spread_over_all_slots(slots: int) -> None:
 
 
 def test_the_slot_of_a_session_is_the_same_in_every_release() -> None:
-    """Written down: a change would send running conversations away from their chunks."""
+    """The expected slots are fixed values: a change would move running conversations away from their chunks."""
     assert [SessionAffinity(4).slot_of(f"s{number}") for number in range(6)] == [2, 1, 2, 0, 3, 0]
 
 

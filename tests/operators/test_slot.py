@@ -1,4 +1,4 @@
-"""A slot answers every envelope of a batch: with a response, or with a dead letter that says why."""
+"""A slot answers every envelope of a batch with a response, or with a dead letter and its reason."""
 
 import json
 from dataclasses import replace

@@ -54,7 +54,7 @@ while True:
 
 
 class AwaitedProcess(SlotProcess):
-    """A process that is ready; a test waits for one kind of message at a time."""
+    """A ready process. A test waits for one kind of message at a time."""
 
     def __init__(self, config: JobConfig) -> None:
         super().__init__(config, 0)

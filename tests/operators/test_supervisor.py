@@ -118,7 +118,7 @@ def ask(slot: Supervisor, requests: Sequence[Envelope], batching: Batching) -> O
 
 
 def mixed(poison: str, at: int = 2, count: int = 6, steps: int = 30) -> list[Envelope]:
-    """Requests that run for a while together, one of them poisonous."""
+    """Requests that run together for a while, one of which kills its process."""
     return [
         envelope(number, prompt=poison if number == at else "fine", max_new_tokens=steps) for number in range(count)
     ]

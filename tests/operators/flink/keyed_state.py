@@ -1,7 +1,7 @@
 """Keyed state as Flink keeps it: bytes, by name and current key.
 
-Values go in and out by the very coders that PyFlink takes for the types of their descriptors. So what is read is never
-the object that was written, and what those types cannot hold cannot be written here either.
+Values pass through the coders that PyFlink uses for the types of their descriptors. So a read never returns the written
+object, and a value that does not fit its type cannot be written.
 """
 
 from abc import ABC
@@ -16,11 +16,11 @@ from pyflink.fn_execution.coders import FieldCoder
 Key = int | None
 """None if a stream has no keys."""
 Contents = Mapping[tuple[str, int], Any]
-"""By name and key, only of what is not empty: bytes of a value, a tuple of them, or a mapping of them to others."""
+"""Non-empty state by name and key: the bytes of a value, a tuple of bytes, or a mapping of bytes to bytes."""
 
 
 class KeyedState:
-    """Stands where PyFlink's `StreamingRuntimeContext` expects the backend of keyed states."""
+    """Replaces the backend of keyed state in PyFlink's `StreamingRuntimeContext`."""
 
     def __init__(self, contents: Contents) -> None:
         self.current_key: Key = None
@@ -83,7 +83,7 @@ class StoredState(State, ABC):
             self._store.contents.pop(self._place, None)
 
     def _unchanged(self, elements: Iterable[Any]) -> Iterator[Any]:
-        """PyFlink reads from Java while it iterates: whoever writes meanwhile gets an error, or anything."""
+        """Fails a write during an iteration. PyFlink reads from Java while it iterates, so the result is undefined."""
         key = self._store.current_key
         return self._while_at(key, self._changes[key], iter(elements))
 
@@ -130,7 +130,7 @@ class StoredList(StoredState, ListState):
 
 
 class Reading:
-    """What PyFlink gives for a list: it can be iterated over, also anew; it has no length and is always true."""
+    """PyFlink's result for a list: it can be iterated several times, has no length, and is always true."""
 
     def __init__(self, state: StoredList) -> None:
         self._state = state
@@ -152,7 +152,7 @@ class StoredMap(StoredState, MapState):
         self._set((self._get() or {}) | {self._key_coder.encode(key): encoded})
 
     def put_all(self, dict_value: Any) -> None:
-        """As in PyFlink 2.3 it takes pairs, whatever its name and annotation say."""
+        """Takes pairs, as in PyFlink 2.3, in spite of its name and annotation."""
         for key, value in dict_value:
             self.put(key, value)
 

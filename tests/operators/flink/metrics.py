@@ -9,7 +9,7 @@ from pyflink.metrics import Counter, Distribution, Meter, MetricGroup
 
 
 class RecordedMetrics:
-    """All groups' metrics by name."""
+    """Metrics of all groups by name."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = defaultdict(int)

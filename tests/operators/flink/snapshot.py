@@ -22,11 +22,11 @@ class Snapshot:
         return cls(contents, tuple(timer for part in parts for timer in part.timers))
 
     def without(self, *timers: Timer) -> "Snapshot":
-        """The same, taken while these timers were on their way to Java: they are in no checkpoint."""
+        """The same snapshot without these timers, as if they were on their way to Java when it was taken."""
         return Snapshot(self.contents, tuple(timer for timer in self.timers if timer not in timers))
 
     def of_subtask(self, subtask: int, parallelism: int) -> "Snapshot":
-        """The keys whose key groups belong there."""
+        """The part of the snapshot whose key groups belong to a subtask."""
         contents = {
             (name, key): content
             for (name, key), content in self.contents.items()
