@@ -22,7 +22,7 @@ from core.errors import UserError
 from core.kafka_config import KafkaConfig
 from core.options import to_options
 from core.records import DeadLetter, Response
-from experiments.collector import wait_ready
+from experiments.collector import wait_for_slots
 from experiments.config import ROOT, RunConfig, in_own_space, with_addresses
 from experiments.flink_job import FlinkJob
 from experiments.kafka_topics import fresh_topics, reading
@@ -264,7 +264,7 @@ def running(
         cleanup.callback(_cancel_named, found, space)
         submitted = found.flink.submit(script, to_options(job))
         ready = cleanup.enter_context(reading(job.kafka, [job.kafka.ready_topic]))
-        slots = wait_ready(
+        slots = wait_for_slots(
             ready,
             job.parallelism,
             flink.ready_timeout_s,

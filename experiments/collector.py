@@ -146,7 +146,7 @@ OnProgress = Callable[[int], None]
 """Called with the number of requests that have an outcome."""
 
 
-def wait_ready(
+def wait_for_slots(
     consumer: KafkaConsumer, parallelism: int, timeout_s: float, watch: Callable[[], None], on_progress: OnProgress
 ) -> tuple[ReadySlot, ...]:
     """Wait until all slots have reported that they are ready; return their records. Raises `UserError` at a timeout."""

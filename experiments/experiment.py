@@ -80,7 +80,7 @@ def carry_out(experiment: Experiment, run: RunConfig, run_id: str) -> None:
     check_writable(experiment.out)
     raw = experiment.out / "raw" / run_id
     runs = []
-    with services(run, largest(variants)) as found:
+    with services(run, largest_job(variants)) as found:
         setting = Setting(
             experiment=experiment.name,
             run_id=run_id,
@@ -132,6 +132,6 @@ def finish(experiment: Experiment, runs: Sequence[RunRecords], raw: Path, run_id
         console.print(f"{name + ':':8}{path}", markup=False)
 
 
-def largest(variants: Sequence[Variant]) -> JobConfig:
+def largest_job(variants: Sequence[Variant]) -> JobConfig:
     """Return the job that needs the most slots."""
     return max((variant.job for variant in variants), key=lambda job: job.parallelism)

@@ -16,7 +16,7 @@ from core.credentials import in_one_line
 from core.errors import UserError
 from core.options import to_options
 from core.redis_config import RedisAccessConfig
-from experiments.collector import Collector, Ledger, wait_ready
+from experiments.collector import Collector, Ledger, wait_for_slots
 from experiments.config import RunConfig, Variant
 from experiments.flink_job import FlinkCluster, FlinkJob
 from experiments.kafka_topics import fresh_topics, reading
@@ -67,7 +67,7 @@ def run_variant(setting: Setting, variant: Variant, position: int) -> RunRecords
         collector = Collector(answers, job.kafka, ledger)
         with progress_bar("{task.description:22}") as bar:
             task = bar.add_task(f"{variant.name}: slots ready", total=job.parallelism)
-            slots = wait_ready(
+            slots = wait_for_slots(
                 ready,
                 job.parallelism,
                 run.ready_timeout_s,

@@ -111,7 +111,7 @@ class LocalTierAgainstModel(RuleBasedStateMachine):
         assert self.tier.size_bytes == actual
 
     @invariant()
-    def leased_chunks_are_in_place(self):
+    def pinned_chunks_are_in_place(self):
         for number, chunk in self.held:
             assert key(number) in self.tier
             assert same_bits(chunk, content(number))

@@ -233,7 +233,7 @@ def test_a_store_never_evicts_its_own_prompt(caches):
     assert cache.stats().chunks_refused == 3
 
 
-def test_what_is_leased_is_neither_evicted_nor_in_the_way_of_a_shrink(caches):
+def test_what_is_pinned_is_neither_evicted_nor_in_the_way_of_a_shrink(caches):
     cache, sizing = caches(), Scripted()
     cache._sizing = sizing
     sizing.capacity_chunks = 4
@@ -249,7 +249,7 @@ def test_what_is_leased_is_neither_evicted_nor_in_the_way_of_a_shrink(caches):
     assert hits(cache, prompt(3)) == (1, 0)
 
 
-def test_a_lease_ends_with_its_block_even_on_an_error(caches):
+def test_a_prefix_is_released_with_its_block_even_on_an_error(caches):
     cache = caches()
     store(cache, prompt(2))
     with suppress(KeyError), cache.lookup(prompt(2)):
@@ -271,7 +271,7 @@ def test_chunks_behind_a_gap_are_no_hits_and_are_let_go(caches):
     assert cache.stats().pinned_chunks == 0
 
 
-def test_the_lease_reports_the_capacity_and_use_of_its_moment(caches):
+def test_the_prefix_reports_the_capacity_and_use_of_its_moment(caches):
     cache = caches(capacity=5)
     store(cache, prompt(3))
     with cache.lookup(prompt(1)) as prefix:

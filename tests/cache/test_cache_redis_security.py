@@ -132,7 +132,7 @@ class TestRightAnswers:
         assert cache.flush(10)
         assert not admin.exists(key)
 
-    def test_the_boards_of_a_job_work(self, server, tls_url, admin, asks_as) -> None:
+    def test_the_shared_state_of_a_job_works(self, server, tls_url, admin, asks_as) -> None:
         for url in (server.url, tls_url):
             access = asks_as(NAMESPACE)
             loads = SharedLoads(url, f"{NAMESPACE}:job:group", 2, access)
@@ -237,7 +237,7 @@ class TestWrongAnswers:
         try:
             with caplog.at_level(logging.DEBUG):
                 assert misses(caches(server.url, access=access, breaker_failures=1)) > 0
-                report = LoadReporter(SharedLoads(server.url, "board", 1, access), 0, lambda: 1.0)
+                report = LoadReporter(SharedLoads(server.url, "loads", 1, access), 0, lambda: 1.0)
                 give_up_s = time.monotonic() + 10
                 while "load-report" not in caplog.text:
                     assert time.monotonic() < give_up_s

@@ -231,6 +231,12 @@ def test_what_is_no_json_is_told_as_for_ordinary_records(raw: bytes) -> None:
         read_request(raw, NOW_MS)
 
 
+def test_a_number_that_is_not_finite_is_refused_and_not_lost() -> None:
+    raw = batch_line({"messages": MESSAGES, "temperature": 17}).replace(b"17", b"1e400")
+    with pytest.raises(UserError, match=r"^body\.temperature: "):
+        read_request(raw, NOW_MS)
+
+
 def test_a_line_is_no_longer_than_a_record_may_be() -> None:
     with pytest.raises(UserError, match=r"^record: .* bytes are more than"):
         read_request(batch_line({"messages": MESSAGES}) + b" " * MAX_RECORD_BYTES, NOW_MS)

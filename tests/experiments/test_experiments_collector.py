@@ -13,7 +13,7 @@ from kafka import TopicPartition
 from core.errors import UserError
 from core.kafka_config import KafkaConfig
 from core.records import Request
-from experiments.collector import Collector, Ledger, wait_ready
+from experiments.collector import Collector, Ledger, wait_for_slots
 from workloads.kafka_generator import LoadReport
 from workloads.pacing import Lag
 
@@ -113,8 +113,8 @@ def test_an_answer_that_is_none_is_named_by_its_offset() -> None:
 
 def test_ready_once_every_slot_has_said_so() -> None:
     said = [json.dumps({"slot": n, "device": "cpu", "model": "m", "engine": "e", "load_s": 1.5}) for n in (1, 1, 0)]
-    slots = wait_ready(Consumer(KAFKA.ready_topic, said), 2, 60, nothing, nothing)
+    slots = wait_for_slots(Consumer(KAFKA.ready_topic, said), 2, 60, nothing, nothing)
     assert [slot.slot for slot in slots] == [0, 1]
     assert slots[0].model_dump()["load_s"] == 1.5
     with pytest.raises(UserError, match="2 of 3 slots are ready"):
-        wait_ready(Consumer(KAFKA.ready_topic, said), 3, 0.05, nothing, nothing)
+        wait_for_slots(Consumer(KAFKA.ready_topic, said), 3, 0.05, nothing, nothing)

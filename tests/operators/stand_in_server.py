@@ -22,7 +22,7 @@ STEP_S = 0.002
 AT_ONCE = " at once"
 
 
-class StandInSlot:
+class StandInInferenceSlot:
     """Answers a request after one step per requested token. The prompt can cause a fault in the third step:
 
     `kill`, `stop`: the process is, by its signal; `tokenize`: it is killed before the request is in the queue;
@@ -159,5 +159,5 @@ def response(envelope: Envelope, slot: int) -> Response:
 if __name__ == "__main__":
     # In the place of the module that would load libraries for seconds.
     sys.modules["operators.slots.slot"] = ModuleType("operators.slots.slot")
-    sys.modules["operators.slots.slot"].InferenceSlot = StandInSlot  # type: ignore[attr-defined]
+    sys.modules["operators.slots.slot"].InferenceSlot = StandInInferenceSlot  # type: ignore[attr-defined]
     runpy.run_module("operators.slots.server", run_name="__main__")

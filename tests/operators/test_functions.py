@@ -26,7 +26,7 @@ from tests.operators.slot_harness import SlotHarness
 from tests.operators.stand_in_slot import StandInSlots, envelope
 
 KEY = 7
-SPARE = [2000, 3000, 60_000, 120_000]
+RECOVERY = [2000, 3000, 60_000, 120_000]
 CONFIG = JobConfig(parallelism=1, batching=BatchingConfig(batch_size=3, max_wait_ms=100))
 
 
@@ -65,10 +65,10 @@ def test_a_full_batch_leaves_at_once_and_takes_its_state_along(harness: Operator
 
 def test_a_timer_closes_the_batch_that_it_was_set_for_and_no_other(harness: OperatorHarness) -> None:
     process(harness, 0)
-    assert timers(harness) == [1101, *SPARE]
+    assert timers(harness) == [1101, *RECOVERY]
     harness.advance(90)
     process(harness, 1, 2, 3)
-    assert timers(harness) == [1101, 1191, *SPARE]
+    assert timers(harness) == [1101, 1191, *RECOVERY]
     assert offsets(harness.advance(11)) == []
     assert offsets(harness.advance(90)) == [3]
 

@@ -14,7 +14,7 @@ from operators.shared_state.slot_loads import LoadReader, LoadReporter, SharedLo
 
 @pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_redis(None, tmp_path_factory.mktemp("board")) as url:
+    with running_redis(None, tmp_path_factory.mktemp("loads")) as url:
         yield url
 
 
@@ -28,9 +28,9 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 @pytest.mark.integration
 def test_what_a_slot_reports_is_what_is_seen_until_it_falls_silent(redis_url: str) -> None:
     queue = [120.0]
-    report = LoadReporter(SharedLoads(redis_url, "board-a", 2), 1, lambda: queue[0])
-    view = LoadReader(SharedLoads(redis_url, "board-a", 2))
-    other = LoadReader(SharedLoads(redis_url, "board-b", 2))
+    report = LoadReporter(SharedLoads(redis_url, "loads-a", 2), 1, lambda: queue[0])
+    view = LoadReader(SharedLoads(redis_url, "loads-a", 2))
+    other = LoadReader(SharedLoads(redis_url, "loads-b", 2))
     try:
         eventually(lambda: view.queues_ms == {1: 120.0})
         queue[0] = 7.0
@@ -45,20 +45,20 @@ def test_what_a_slot_reports_is_what_is_seen_until_it_falls_silent(redis_url: st
 
 @pytest.mark.integration
 def test_a_value_that_is_no_number_is_no_queue_and_no_end(redis_url: str) -> None:
-    view = LoadReader(SharedLoads(redis_url, "board-c", 1))
+    view = LoadReader(SharedLoads(redis_url, "loads-c", 1))
     try:
         with Redis.from_url(redis_url) as client:
-            client.set("board-c:queue:0", "many", px=500)
-            eventually(lambda: client.get("board-c:queue:0") is None)
-        SharedLoads(redis_url, "board-c", 1).write(0, 3.0)
+            client.set("loads-c:queue:0", "many", px=500)
+            eventually(lambda: client.get("loads-c:queue:0") is None)
+        SharedLoads(redis_url, "loads-c", 1).write(0, 3.0)
         eventually(lambda: view.queues_ms == {0: 3.0})
     finally:
         view.close()
 
 
 def test_without_redis_nothing_is_known_and_nothing_raises() -> None:
-    view = LoadReader(SharedLoads("redis://127.0.0.1:1/0", "board-d", 2))
-    report = LoadReporter(SharedLoads("redis://127.0.0.1:1/0", "board-d", 2), 0, lambda: 1.0)
+    view = LoadReader(SharedLoads("redis://127.0.0.1:1/0", "loads-d", 2))
+    report = LoadReporter(SharedLoads("redis://127.0.0.1:1/0", "loads-d", 2), 0, lambda: 1.0)
     assert view.queues_ms == {}
     view.close()
     report.close()
