@@ -35,7 +35,9 @@ class StopStrings:
         end = self._first_in(text)
         if end is None:
             return None
-        return answer_text(self._tokenizer, prompt, answer[: self._least]) + text[:end]
+        # What is not searched may end within a character, so it has no text of its own.
+        whole = answer_text(self._tokenizer, prompt, answer)
+        return whole[: len(whole) - len(text) + end]
 
     def _first_in(self, text: str) -> int | None:
         """Where the first stop string begins."""

@@ -152,10 +152,10 @@ def test_the_first_stop_string_is_found_wherever_it_is_spread_over_tokens(
     prompt = tokenizer("prompt")["input_ids"]
     for end in range(1, len(tokens) + 1):
         found = stop.text_before(prompt, tokens[:end])
-        free = answer_text(tokenizer, prompt, tokens[:least])
+        whole = answer_text(tokenizer, prompt, tokens[:end])
         searched = answer_text(tokenizer, [*prompt, *tokens[:least]], tokens[least:end]) if end > least else ""
         places = [searched.find(string) for string in strings if string in searched]
-        assert found == (free + searched[: min(places)] if places else None)
+        assert found == (whole[: len(whole) - len(searched) + min(places)] if places else None)
         if found is not None:
             break
 
