@@ -21,6 +21,8 @@ def answer_text(tokenizer: Any, prompt: Sequence[int], answer: Sequence[int]) ->
     A character that the answer leaves unfinished becomes a replacement character. A character that the prompt begins
     and the answer finishes belongs to the answer.
     """
+    if not answer:
+        return ""
 
     def decode(tokens: Sequence[int]) -> str:
         text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)

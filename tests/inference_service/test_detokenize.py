@@ -73,3 +73,5 @@ def test_special_tokens_are_no_text(kind: str) -> None:
 
 def test_an_answer_of_nothing_is_no_text() -> None:
     assert answer_text(byte_tokenizer(), [65, 66], []) == ""
+    # Not even where the prompt cannot be decoded: a deadline that passes must not end in an error.
+    assert answer_text(None, [65, 66], []) == ""
