@@ -79,6 +79,7 @@ class ActiveSequence:
     """Index of the answer among the `n` of its request."""
     stream: "TextStream | None" = None
     """Its text so far, if the request's tokens are told as they come."""
+    queued: bool = False
     left: bool = False
     """True once it is out of the engine."""
     arrival: int = 0

@@ -73,7 +73,7 @@ class ContinuousEngine:
         )
         self._warm_up_tokens = int(min(limits.step_tokens, MOST_PASS_TOKENS))
         self._scheduler = Scheduler(self._rows, limits)
-        self._requests: list[ActiveRequest] = []
+        self._requests: set[ActiveRequest] = set()
         self._unannounced: list[Request] = []
         """Requests that begin in this step, and that `on_begin` has not been told of."""
         self._done: list[Completion | Failure] = []
@@ -140,7 +140,7 @@ class ContinuousEngine:
         first = parent.sequences[0]
         if self._reuse is not None and first.reuses:
             self._reuse.prefetch(first, self._scheduler.prefill_ms_per_token)
-        self._requests.append(parent)
+        self._requests.add(parent)
         self._scheduler.add(first)
 
     def cancel(self, request: Request) -> bool:
@@ -205,7 +205,7 @@ class ContinuousEngine:
     def _expire(self) -> None:
         """Let go of requests whose time is over before their first token: waiting for a row must not hide it."""
         now_ms = self._clock.wall_ms()
-        for sequence in self._scheduler.late(now_ms):
+        for sequence in self._scheduler.take_late(now_ms):
             if sequence.left:
                 continue
             if now_ms < sequence.expires_ms:
@@ -213,8 +213,8 @@ class ContinuousEngine:
                 continue
             # Where the first choice did not get to compute the prompt, none of the others can begin.
             ended = sequence.parent.sequences if sequence.leader is None else [sequence]
+            self._take_out(*ended)
             for one in ended:
-                self._take_out(one)
                 if one.row < 0:
                     one.began_ms = now_ms
                 self._finish(one, FinishReason.DEADLINE)
@@ -226,7 +226,7 @@ class ContinuousEngine:
             self._unannounced.append(sequence.request)
         sequence.began_ms = self._clock.wall_ms()
         try:
-            held = 0 if sequence.leader is None else self._rows.copy_prompt(sequence.leader, sequence)
+            held = self._rows.copy_prompt(sequence)
             if not held and self._reuse is not None and sequence.reuses:
                 self._announce()
                 held = self._reuse.load(sequence)
@@ -365,19 +365,18 @@ class ContinuousEngine:
 
     def _let_go(self, parent: ActiveRequest) -> None:
         self._requests.remove(parent)
-        for sequence in parent.sequences:
-            self._take_out(sequence)
+        self._take_out(*parent.sequences)
 
-    def _take_out(self, sequence: ActiveSequence) -> None:
-        """Free what a sequence has, wherever it is."""
-        if sequence.left:
-            return
-        sequence.left = True
-        if sequence.row < 0:
-            self._scheduler.withdraw(sequence)
-            _drop_prefetch(sequence)
-        else:
-            self._rows.remove(sequence)
+    def _take_out(self, *sequences: ActiveSequence) -> None:
+        """Free what sequences have, wherever they are."""
+        here = [sequence for sequence in sequences if not sequence.left]
+        self._scheduler.withdraw(here)
+        for sequence in here:
+            sequence.left = True
+            if sequence.row < 0:
+                _drop_prefetch(sequence)
+            else:
+                self._rows.remove(sequence)
 
     def _store(self, sequence: ActiveSequence) -> None:
         if self._reuse is not None and not self._reuse.store(sequence):

@@ -59,14 +59,16 @@ class RowTable:
             last.row = sequence.row
             self.running[last.row] = last
 
-    def copy_prompt(self, source: ActiveSequence, target: ActiveSequence) -> int:
-        """Copy the keys and values of a prompt that both have, but for its last token; the number of tokens.
+    def copy_prompt(self, target: ActiveSequence) -> int:
+        """Copy the prompt's keys and values, but for its last token, from another choice of the same request.
 
-        Nothing is copied unless `source` runs and its whole prompt is known to be finite.
+        Returns the number of tokens: 0 unless another choice runs.
         """
-        tokens = len(source.prompt) - 1
-        if source not in self.running or source.finite < tokens:
+        # The prompt of a sequence that runs is known to be finite.
+        source = next((one for one in self.running if one.parent is target.parent), None)
+        if source is None:
             return 0
+        tokens = len(target.prompt) - 1
         self.memory.move_row(source.row, target.row, tokens)
         return tokens
 

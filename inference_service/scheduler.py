@@ -89,21 +89,28 @@ class Scheduler:
         leader = sequence.leader
         sequence.arrival = next(self._arrivals) if leader is None else leader.arrival
         self._next_expiry_ms = min(self._next_expiry_ms, sequence.ends_ms)
-        heapq.heappush(self._queue, (_order(sequence), sequence))
+        self._push(sequence)
 
-    def withdraw(self, sequence: ActiveSequence) -> None:
-        """Remove a sequence from the queue, if it is there."""
-        self._queue = [entry for entry in self._queue if entry[1] is not sequence]
+    def withdraw(self, sequences: Iterable[ActiveSequence]) -> None:
+        """Remove the sequences from the queue; those that are not there are passed over."""
+        going = {sequence for sequence in sequences if sequence.queued}
+        if not going:
+            return
+        self._queue = [entry for entry in self._queue if entry[1] not in going]
         heapq.heapify(self._queue)
+        for sequence in going:
+            sequence.queued = False
 
-    def late(self, now_ms: float) -> list[ActiveSequence]:
-        """Sequences without a first token whose time is over. They stay where they are."""
+    def take_late(self, now_ms: float) -> list[ActiveSequence]:
+        """Sequences without a first token whose time is over. They leave the queue, but not their rows."""
         if now_ms < self._next_expiry_ms:
             return []
         unstarted = [*(sequence for _, sequence in sorted(self._queue)), *self._rows.prefilling]
         remaining = [sequence for sequence in unstarted if now_ms < sequence.ends_ms]
         self._next_expiry_ms = min((sequence.ends_ms for sequence in remaining), default=math.inf)
-        return [sequence for sequence in unstarted if now_ms >= sequence.ends_ms]
+        late = [sequence for sequence in unstarted if now_ms >= sequence.ends_ms]
+        self.withdraw(late)
+        return late
 
     def plan(self, begin: Callable[[ActiveSequence], bool]) -> Plan:
         """Spend the step's budget on prompts.
@@ -132,27 +139,31 @@ class Scheduler:
         for sequence in sorted(prefilling[1:], key=_shortest):
             left -= take(sequence, left - kept)
         room = _Room(self._rows, self._limits.running_tokens)
-        passed: list[tuple[tuple[int, int, int], ActiveSequence]] = []
+        passed: list[ActiveSequence] = []
         while left > kept and self._queue:
             sequence = self._queue[0][1]
             if not room.has(sequence) or self._may_reuse(sequence, chosen):
                 break
-            entry = heapq.heappop(self._queue)
+            heapq.heappop(self._queue)
+            sequence.queued = False
             if sequence.is_fetching:
-                passed.append(entry)
+                passed.append(sequence)
                 room.keep(sequence)
                 continue
             sequence.began_with = len(self._rows.running) + len(prefilling) + 1
-            sequence.row = room.free_row(is_long=len(sequence.prompt) > self._limits.step_tokens)
+            # Most of a further choice's prompt is copied.
+            is_long = sequence.leader is None and len(sequence.prompt) > self._limits.step_tokens
+            sequence.row = room.free_row(is_long=is_long)
             if not begin(sequence):
                 continue
             sequence.long = sequence.missing > self._limits.step_tokens
             prefilling.append(sequence)
             left -= take(sequence, left - kept)
             room.give(sequence)
-        for entry in passed:
-            heapq.heappush(self._queue, entry)
-        if oldest is not None:
+        for sequence in passed:
+            self._push(sequence)
+        # It has left if another choice of its request could not begin.
+        if oldest is not None and not oldest.left:
             take(oldest, left)
         timed = [sequence for sequence in chosen if self._is_timed(sequence)]
         return Plan(_passes([sequence for sequence in chosen if not self._is_timed(sequence)]), timed)
@@ -181,6 +192,10 @@ class Scheduler:
         others_ms, self._timed_ms = took_ms - self._timed_ms, 0.0
         earned_ms = others_ms * LONG_SHARE / (1 - LONG_SHARE)
         self._debt_ms = max(0.0, self._debt_ms - earned_ms) if self._rows.running else 0.0
+
+    def _push(self, sequence: ActiveSequence) -> None:
+        heapq.heappush(self._queue, (_order(sequence), sequence))
+        sequence.queued = True
 
     def _may_reuse(self, sequence: ActiveSequence, chosen: Sequence[ActiveSequence]) -> bool:
         """True if this step computes a chunk that the sequence begins with as well: a step later it can reuse it.

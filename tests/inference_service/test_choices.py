@@ -56,6 +56,15 @@ def test_choices_are_the_same_in_any_company(
     assert not list(engine._rows)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 9])
+def test_the_prompt_is_computed_once_while_any_of_its_choices_runs(qwen2: LoadedModel, rows: int) -> None:
+    """The first one leaves before the last ones can begin."""
+    engine = make_engine(qwen2, max_running=rows)
+    (found,) = answers(engine.run([ask("a", PROMPT, 3, n=8)])).values()
+    assert token_ids(found) == [plain_answer(qwen2, PROMPT, 3)] * 8
+    assert engine.stats.prefilled_tokens == len(PROMPT) + 7
+
+
 def test_greedy_choices_are_the_models_own_answer(model: LoadedModel) -> None:
     (found,) = answers(make_engine(model, max_running=2).run([ask("a", PROMPT, 6, n=3)])).values()
     assert token_ids(found) == [plain_answer(model, PROMPT, 6)] * 3
@@ -82,6 +91,19 @@ def test_a_choice_that_fails_fails_its_request_once(qwen2: LoadedModel) -> None:
     )
     assert engine.unfinished == 0
     assert not list(engine._rows)
+
+
+def test_a_choice_that_cannot_begin_takes_out_those_that_are_in_pieces(qwen2: LoadedModel) -> None:
+    cache = MemoryCache(qwen2.chunk_shape(CHUNK), lambda index: "gone")
+    engine = make_engine(qwen2, cache=cache, step_prefill_tokens=8)
+    engine.submit(ask("a", PROMPT, 1, n=3), 0.0)
+    while not any(sequence.choice for sequence in engine._rows.prefilling):
+        engine.step()
+    cache.refuses = {PROMPT}
+    (failure,) = engine.step()
+    assert isinstance(failure, Failure)
+    assert failure.reason == "cache failed: RuntimeError: the cache is broken"
+    assert (engine.unfinished, list(engine._rows), engine.stats.waiting) == (0, [], 0)
 
 
 @pytest.mark.parametrize("steps", range(5))
