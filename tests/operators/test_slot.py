@@ -56,6 +56,16 @@ def answered(slot: InferenceSlot, one: Envelope) -> Response:
     return response_of(answer)
 
 
+def test_a_line_of_an_openai_batch_file_is_answered_to_the_end_of_the_context(slot: InferenceSlot) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], "ignore_eos": True}
+    line = {"custom_id": "c1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    one = replace(envelope(9), raw=json.dumps(line).encode(), created_at_ms=SystemClock().wall_ms() - 5000)
+    response = answered(slot, one)
+    assert (response.request_id, response.session_id, response.created_at_ms) == ("c1", "c1", one.created_at_ms)
+    assert (response.finish_reason, response.prompt_tokens + response.output_tokens) == ("context", 64)
+    assert response.e2e_ms > 5000
+
+
 def test_one_answer_for_each_of_a_mixed_batch(slot: InferenceSlot) -> None:
     batch = [
         envelope(0),
