@@ -1,1 +1,1 @@
-"""The engine: one model over one pool of key/value slots, prefilled one by one and decoded together."""
+"""The engine: one model over one pool of key/value rows, with continuous batching."""

@@ -19,9 +19,9 @@ SEED = 0
 
 
 def default_model_path() -> Path:
-    """Folder of the default model; built there on the first call.
+    """Folder of the default model, which the first call builds.
 
-    It lies below `$INFERTUNER_HOME`, or in the folder `.local` beside the code.
+    It is below `$INFERTUNER_HOME`, or in the folder `.local` beside the code.
     """
     home = Path(os.environ.get("INFERTUNER_HOME") or Path(__file__).resolve().parents[1] / ".local")
     path = home / "models" / NAME
@@ -50,7 +50,7 @@ def build_default_model(path: Path, seed: int = SEED) -> None:
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-        # Wider than the usual 0.02: a model left at that copies its last token for ever.
+        # Wider than the usual 0.02, with which the model would repeat its last token for ever.
         initializer_range=0.06,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

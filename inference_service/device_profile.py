@@ -22,7 +22,7 @@ class DeviceProfile(Config):
 
     device: str = Field(min_length=1, description="name of the device")
     model: str = Field(min_length=1, description="name of the model")
-    dtype: str = Field(pattern=f"^({'|'.join(DTYPES)})$", description="of weights and key/value")
+    dtype: str = Field(pattern=f"^({'|'.join(DTYPES)})$", description="data type of weights, keys and values")
     measured: bool = Field(description="true: measured on the device; false: set by hand")
     source: str = Field(description="what made this profile")
 
@@ -33,13 +33,13 @@ class DeviceProfile(Config):
     vocab_size: int = Field(ge=1)
     max_model_len: int = Field(ge=2, description="longest sequence that the model takes, in tokens")
 
-    weight_bytes: int = Field(ge=0, description="weights that every forward pass reads; embedding rows are not among")
+    weight_bytes: int = Field(ge=0, description="weights that every forward pass reads, without embedding rows")
     kv_bytes_per_token: int = Field(ge=0, description="keys and values of one token in all layers")
-    flops_per_token: int = Field(ge=0, description="of the layers' matrices, for each token of a pass")
-    head_flops: int = Field(ge=0, description="of the output matrix, once for each row of a pass")
-    attention_flops: int = Field(ge=0, description="for each pair of a query token and a token that it attends to")
+    flops_per_token: int = Field(ge=0, description="operations of the layers' matrices per token of a pass")
+    head_flops: int = Field(ge=0, description="operations of the output matrix per row of a pass")
+    attention_flops: int = Field(ge=0, description="operations per pair of a query token and a token it attends to")
 
-    flops_per_s: float | None = Field(gt=0, description="arithmetic that is reached")
+    flops_per_s: float | None = Field(gt=0, description="reached rate of arithmetic")
     bytes_per_s: float | None = Field(gt=0, description="rate at which weights are read")
     kv_bytes_per_s: float | None = Field(gt=0, description="rate at which keys and values are read")
     prefill_overhead_ms: float = Field(ge=0, description="fixed cost of a prefill pass")
@@ -49,16 +49,16 @@ class DeviceProfile(Config):
     def pass_ms(self, lengths: Sequence[int], spans: Sequence[tuple[int, int]] = ()) -> float:
         """Time of one pass over one token in each of the first rows, which hold `lengths` tokens, and over `spans`.
 
-        Each of the spans, `(tokens, start)`, is of `tokens` tokens of a further row that already holds `start`.
+        A span `(tokens, start)` computes `tokens` tokens of a further row that already holds `start` tokens.
 
-        `overhead_ms + max(flops / flops_per_s, weight_bytes / bytes_per_s + kv_bytes / kv_bytes_per_s)`: the weights
-        are read once, and each row once. The pool hands out all of the first rows up to the end of the longest,
-        masked: `held = rows * (max(lengths) + 1)` positions. Token i of a span attends to `start + i + 1`. Logits are
-        made of the last token of each row:
+        The time is `overhead_ms + max(flops / flops_per_s, weight_bytes / bytes_per_s + kv_bytes / kv_bytes_per_s)`.
+        The weights are read once, and each row once. The first rows are read up to the end of the longest, masked:
+        `held = rows * (max(lengths) + 1)` positions. Token i of a span attends to `start + i + 1` positions. Logits are
+        computed for the last token of each row:
         flops = all tokens * flops_per_token + all rows * head_flops + attention_flops * (held + the spans' pairs),
         kv_bytes = kv_bytes_per_token * (held + the spans' start + tokens),
-        overhead_ms = the greater of `prefill_overhead_ms`, with spans, and `decode_overhead_ms`, with rows, and
-        `decode_row_overhead_ms` for each of the rows.
+        overhead_ms = the greater of `prefill_overhead_ms` (with spans) and `decode_overhead_ms` (with rows), plus
+        `decode_row_overhead_ms` per row.
         """
         rows = len(lengths)
         held = rows * (max(lengths, default=0) + 1)

@@ -1,4 +1,4 @@
-"""How a model's `generation_config.json` wants its tokens chosen, and what of it the engine does not do."""
+"""Sampling parameters of a model's `generation_config.json`, and those that the engine does not honour."""
 
 import logging
 from collections.abc import Collection
@@ -42,7 +42,7 @@ _OF_REQUEST = (
 """Parameters that a request may give, by the same name in `Request` and `Sampling`."""
 _NOT_OF_THE_CHOICE = frozenset(
     (
-        # The engine's own: end tokens are read with the model, a request states its length, rows are the cache.
+        # The engine handles these itself: end tokens come with the model, lengths with a request, rows are the cache.
         "eos_token_id",
         "pad_token_id",
         "bos_token_id",
@@ -57,7 +57,7 @@ _NOT_OF_THE_CHOICE = frozenset(
         "disable_compile",
         "continuous_batching_config",
         "low_memory",
-        # What `generate` returns, and who wrote the file.
+        # The return values of `generate`, and the origin of the file.
         "return_dict_in_generate",
         "output_attentions",
         "output_hidden_states",
@@ -83,13 +83,13 @@ _NOT_OF_THE_CHOICE = frozenset(
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """How tokens are chosen where a request does not say. The default takes the most likely ones."""
+    """Sampling parameters that a request does not set. The default is greedy."""
 
     sampling: Sampling = field(default_factory=Sampling)
     rules: TokenRules = field(default_factory=TokenRules)
 
     def of(self, request: Request) -> Sampling:
-        """The sampling parameters of `request`: its own where it gives them, these defaults otherwise.
+        """The sampling parameters of `request`: its own, and these defaults for those that it does not set.
 
         The seed is the request's, or derived from its id; none for greedy sampling.
         """
@@ -100,16 +100,16 @@ class GenerationDefaults:
 
 
 def seed_of(request_id: str) -> int:
-    """A seed below 2**63, the same for a request wherever and whenever it is answered."""
+    """A seed below 2**63, the same for a request id on every host and at any time."""
     return xxhash.xxh3_64_intdigest(request_id.encode(errors="surrogatepass")) >> 1
 
 
 def read_generation_defaults(
     settings: dict[str, Any], vocabulary: int, end_tokens: Collection[int]
 ) -> GenerationDefaults:
-    """Defaults of a model, of the `settings` in its generation configuration.
+    """Read a model's defaults from the `settings` of its generation configuration.
 
-    Logs one line that names what is set there and not honoured. Raises `UserError` for settings without a meaning.
+    Logs one line that names settings which are not honoured. Raises `UserError` for invalid settings.
     """
     given = {name: value for name, value in settings.items() if value is not None and not name.startswith("_")}
     if ignored := sorted(name for name in given if not _is_known(name) and not _is_neutral(name, given[name])):
@@ -125,7 +125,7 @@ def read_generation_defaults(
     fields = {name: given[name] for name in names if name in given}
     try:
         sampling = Sampling(
-            # A temperature is of no effect there unless it is to be sampled.
+            # In `generate` a temperature has no effect without `do_sample`.
             temperature=given.get("temperature", 1.0) if given.get("do_sample") else 0.0,
             token_rules=rules.names,
             **fields,
@@ -148,7 +148,7 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 
 def _ids(given: dict[str, Any], name: str, vocabulary: int) -> tuple[int, ...]:
-    """The token ids of a setting, those outside of the vocabulary left out, as `generate` does."""
+    """The token ids of a setting. As in `generate`, ids outside of the vocabulary are left out."""
     value = given.get(name, ())
     listed = [value] if isinstance(value, int) else value
     if not isinstance(listed, list | tuple) or not all(isinstance(token, int) for token in listed):

@@ -43,17 +43,17 @@ class LoadedModel:
     dtype: torch.dtype
     identity: ModelIdentity
     max_len: int
-    """Longest sequence the engine may hold: `max_model_len`, or the model's own limit where that is less."""
+    """Maximum length of a sequence: `max_model_len`, or the model's own limit if that is less."""
     eos_token_ids: frozenset[int]
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
-    """How tokens are chosen where a request does not say."""
+    """Sampling parameters that a request does not set."""
     own_limit: str | None = None
-    """The limit of the model that `max_len` is; none if `max_model_len` could raise it."""
+    """The model's own limit, if that is `max_len`; none if `max_model_len` could raise it."""
     allow_special_tokens: bool = False
     packs: bool = False
-    """True if it is known to compute pieces of several sequences in one pass."""
+    """True if the self-test has shown that it computes pieces of several sequences in one pass."""
     batches: bool = True
-    """Where it does not pack: whether it computes single tokens of rows of unequal lengths in one pass."""
+    """True if it computes single tokens of rows of unequal lengths in one pass. Only used if it does not pack."""
     windows: tuple[AttentionWindow, ...] = ()
     """The window of each layer. Empty: every layer attends to all earlier tokens."""
 
@@ -75,23 +75,23 @@ class LoadedModel:
         return chunk_shape(self.model.config.get_text_config(), chunk_tokens, self.dtype)
 
     def make_runner(self, rows: int, chunk_tokens: int) -> Runner:
-        """A runner over a pool of `rows` rows. Raises `UserError` where the device has no memory for it."""
+        """A runner over a pool of `rows` rows. Raises `UserError` if the device has no memory for it."""
         shape = self.chunk_shape(chunk_tokens)
         try:
             return Runner(self, KVPool(shape, rows, self.max_len, self.device))
         except torch.AcceleratorError:
             raise
-        except RuntimeError as error:  # of either device's allocator
+        except RuntimeError as error:  # the allocators of both devices raise it
             raise no_room_for_rows(self.name, rows * row_bytes(shape, self.max_len), self.device) from error
 
     def wait_for_device(self) -> None:
-        """On a GPU the copies into a pool may still be under way when the call that asked for them is back."""
+        """Wait for copies into the pool: on a GPU they may still run when the call that started them has returned."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def chunk_shape(config: Any, chunk_tokens: int, dtype: torch.dtype) -> ChunkShape:
-    """Keys and values of `chunk_tokens` tokens, of a model with this (text) configuration."""
+    """Shape of the keys and values of `chunk_tokens` tokens, for a model with this (text) configuration."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ChunkShape(config.num_hidden_layers, heads, chunk_tokens, head_dim, dtype)
@@ -103,9 +103,9 @@ def row_bytes(shape: ChunkShape, max_len: int) -> int:
 
 
 def resolve_device(device: str, slot: int) -> torch.device:
-    """The device of slot `slot`: `auto` and `cuda` give each slot a GPU of its own, round robin.
+    """The device of slot `slot`. `auto` and `cuda` assign the GPUs to the slots in turn.
 
-    Raises `UserError` where the GPU asked for does not exist.
+    Raises `UserError` if the GPU does not exist.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and count == 0):
@@ -119,9 +119,9 @@ def resolve_device(device: str, slot: int) -> torch.device:
 
 
 def resolve_model(model: str) -> tuple[str, str]:
-    """`(what transformers loads, the name in results)` of a path, a hub name, or `default`.
+    """Return `(source for transformers, name in results)` of a path, a hub name, or `default`.
 
-    Raises `UserError` for a path that holds no model.
+    Raises `UserError` for a path without a model.
     """
     if model == "default":
         path = default_model_path()
@@ -142,11 +142,11 @@ def resolve_dtype(dtype: str, device: torch.device, model_config: Any) -> torch.
 
 
 def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
-    """Load weights and tokenizer. Raises `UserError` in one line where that is not possible."""
+    """Load weights and tokenizer. Raises `UserError` if that is not possible."""
     device = resolve_device(config.device, slot)
     source, name = resolve_model(config.model)
     try:
-        # Without a word on code of the model's own, the library would ask on stdin whether to run it.
+        # Without this argument the library would ask on stdin if it may run the model's own code.
         model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if getattr(model_config, "is_encoder_decoder", False):
             raise UserError(f"model: {name!r} is an encoder-decoder; the engine runs decoder-only causal models")
@@ -195,7 +195,7 @@ def load_model(config: EngineConfig, slot: int = 0) -> LoadedModel:
 
 
 def _why(asked: str, error: Exception) -> str:
-    """The rest of a line that begins with what cannot be loaded."""
+    """The reason, as the rest of a line that names the model."""
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
         return ": it has Python code of its own (auto_map), which is not run; choose a model that transformers has"
@@ -205,7 +205,7 @@ def _why(asked: str, error: Exception) -> str:
 
 
 def _longest(config: Any, max_model_len: int, name: str) -> tuple[int, str | None]:
-    """The longest sequence in tokens, and what limits it where `max_model_len` cannot raise it."""
+    """Maximum length of a sequence in tokens, and the limit's name if `max_model_len` cannot raise it."""
     own = getattr(config, "max_position_embeddings", None)
     if own is None or own > max_model_len:
         return max_model_len, None
@@ -221,9 +221,9 @@ def _longest(config: Any, max_model_len: int, name: str) -> tuple[int, str | Non
 
 
 def _check_weights(name: str, loading: Any) -> None:
-    """The library fills weights that are missing with random numbers, drops those that are left over, and only warns.
+    """Refuse missing and unexpected weights. The library fills the former with random numbers and drops the latter.
 
-    What it drops on purpose, such as buffers of older versions, it does not list.
+    It only warns of both. It does not list what it drops on purpose, such as buffers of older versions.
     """
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
@@ -249,18 +249,18 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 def _load_tokenizer(source: str) -> Any:
     declared = get_tokenizer_config(source).get("tokenizer_class")
-    # A generic tokenizer is whole in tokenizer.json. For some architectures (Qwen2) AutoTokenizer would put their usual
-    # normalisation and special tokens in the place of what was saved.
+    # tokenizer.json has all of a generic tokenizer. For some architectures (Qwen2) AutoTokenizer would replace the
+    # saved normalisation and special tokens by the architecture's usual ones.
     loader: Any = PreTrainedTokenizerFast if declared == "TokenizersBackend" else AutoTokenizer
     tokenizer = loader.from_pretrained(source, trust_remote_code=False)
-    # Where the files are missing, the library makes one without a vocabulary and says nothing.
+    # If the files are missing, the library silently makes a tokenizer without a vocabulary.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"model: there is no tokenizer in {source!r}; save one beside the weights")
     return tokenizer
 
 
 def _weights_digest(model: torch.nn.Module) -> str:
-    """Digest of the weights as loaded: whatever file, revision or conversion they came from, equal weights agree."""
+    """Digest of the weights as loaded. Equal weights have equal digests, whatever file or conversion they come from."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().contiguous().cpu().flatten()
@@ -279,7 +279,7 @@ _NOT_COMPUTED_WITH = {"dtype", "torch_dtype", "transformers_version", "use_cache
 
 
 def _settings(config: Any) -> str:
-    """All that the configuration says of how the weights are used: positions (rope), activation, norms, ..."""
+    """Settings of the configuration that determine how weights are used: positions (rope), activation, norms, ..."""
     settings = config.to_dict()
     used = {name: settings[name] for name in settings if name not in _NOT_COMPUTED_WITH and not name.startswith("_")}
     return json.dumps(used, sort_keys=True, default=str)

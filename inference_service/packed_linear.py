@@ -1,8 +1,9 @@
-"""Linear layers on a CPU with their weights in the layout of oneDNN's kernels, packed once at load.
+"""Linear layers on a CPU with weights in the layout of oneDNN's kernels, packed once at load.
 
-`torch.nn.functional.linear` hands float32 products to a general matrix product that lays the weights out anew in each
-call: for the few rows of a decode step that is most of the work. Packed, products of 8 rows take half the time on an
-AMD EPYC core, those of 256 rows three quarters. Sums are taken in another order, so that logits differ by rounding.
+`torch.nn.functional.linear` computes float32 products by a general matrix product, which lays out the weights again in
+each call. For the few rows of a decode step this is most of the work. With packed weights, products of 8 rows take half
+the time on an AMD EPYC core, and those of 256 rows three quarters. The order of sums differs, so logits differ by
+rounding.
 """
 
 import torch
@@ -12,7 +13,7 @@ ROWS = 256
 
 
 class PackedLinear(torch.nn.Module):
-    """`linear` with packed weights. What it held is freed, unless an embedding shares it."""
+    """`linear` with packed weights. The original weights are freed, unless an embedding shares them."""
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class PackedLinear(torch.nn.Module):
 
 
 def pack_linears(model: torch.nn.Module) -> int:
-    """Pack the float32 linear layers on a CPU, in place; how many those were. Sub-classes of `Linear` stay."""
+    """Pack the float32 linear layers on a CPU in place; return their number. Subclasses of `Linear` are not packed."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
     packed = 0

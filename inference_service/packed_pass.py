@@ -1,8 +1,8 @@
 """Pieces of several sequences in one forward pass, one after the other, without padding.
 
-All that a model computes for each token by itself (its linear layers, most of the work) then reads its weights once for
-all of them. Attention alone must tell the sequences apart: it is taken piece by piece over each one's own row of the
-pool, and for single tokens of the first rows together. (Packed batches of prefill and decode: Orca's selective
+Layers that compute each token by itself (the linear layers, most of the work) then read their weights once for all
+sequences. Only attention must separate the sequences: it is computed piece by piece over each sequence's row of the
+pool, and together for single tokens of the first rows. (Packed batches of prefill and decode: Orca's selective
 batching, OSDI 2022; Sarathi-Serve's hybrid batches, OSDI 2024.)
 """
 
@@ -17,16 +17,16 @@ from inference_service.attention_window import AttentionWindow
 from inference_service.kv_pool import KVPool
 
 _NO_LENGTH = 1 << 24
-"""Tokens, more than any sequence has."""
+"""A number of tokens above the length of any sequence."""
 Masks = tuple[int, torch.Tensor | None]
-"""First position of a row that is read, and the mask over what follows. None: all of it, each token up to itself."""
+"""First position of a row that is read, and the mask over the rest. None: each token attends to all up to itself."""
 
 
 class PackedPass:
     """One pass over `pieces`, of which the first `rows` are single tokens of the pool's first rows.
 
-    It stands where a model expects its `past_key_values`: new keys and values go into the pool, layer by layer, and
-    the attention function, which is called next, reads whole rows from there, as far back as the layer's window goes.
+    The model gets it as `past_key_values`. It writes new keys and values to the pool, layer by layer. The attention
+    function, which is called next, reads whole rows from the pool, as far back as the layer's window goes.
     """
 
     is_compileable = False
@@ -74,7 +74,7 @@ class PackedPass:
             self._span_masks[window] = [
                 _span_mask(window, piece, own, additive) for piece, own in zip(pieces[rows:], positions, strict=True)
             ]
-        # Of four dimensions, so that models make none of their own; the attention function does not look at it.
+        # A mask of four dimensions, so that models make none themselves. The attention function ignores it.
         self.no_mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
 
     # The interface of `past_key_values`.
@@ -82,7 +82,7 @@ class PackedPass:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new `[1, kv_heads, tokens, head_dim]` to their rows; they come back as they are."""
+        """Write the new `[1, kv_heads, tokens, head_dim]` to their rows; return them unchanged."""
         self._layer = layer_idx
         rows = self._rows
         if rows:
@@ -94,7 +94,7 @@ class PackedPass:
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """No length holds for all sequences. A model that computes with this one fails the self-test."""
+        """The sequences have no common length, so a model that computes with this one fails the self-test."""
         return _NO_LENGTH
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -113,7 +113,7 @@ class PackedPass:
         value: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Each token over its own row: `[1, heads, tokens, head_dim]` to `[1, tokens, heads, head_dim]`."""
+        """Attention of each token over its row: `[1, heads, tokens, head_dim]` to `[1, tokens, heads, head_dim]`."""
         window = self._windows[self._layer]
         outputs = []
         if self._rows:
@@ -129,7 +129,7 @@ class PackedPass:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def note_mask(self, mask: torch.Tensor, mask_function: Callable[..., Any], local_size: int | None) -> None:
-        """A mask that a model makes although it is given one is not looked at either."""
+        """Ignore masks that the model makes in spite of the given one."""
 
 
 def _from(first: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,7 +137,7 @@ def _from(first: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.T
 
 
 def _span_mask(window: AttentionWindow, piece: Piece, positions: torch.Tensor, additive: torch.dtype | None) -> Masks:
-    """No mask where the piece is all that its tokens see, which SDPA has a faster way for, nor for a single token."""
+    """The mask of a piece. None for a single token, and for a piece that begins its row: SDPA has a faster way then."""
     first = window.first_seen(piece.start)
     causal = first == piece.start == window.first_seen(piece.end - 1)
     if len(piece.tokens) == 1 or (causal and additive is None):
@@ -146,7 +146,7 @@ def _span_mask(window: AttentionWindow, piece: Piece, positions: torch.Tensor, a
 
 
 def as_given(mask: torch.Tensor, additive: torch.dtype | None) -> torch.Tensor:
-    """A boolean mask, or 0 where it is true and the least number elsewhere, in the type `additive`."""
+    """The boolean mask; with `additive`, that type's 0 where the mask is true and its least number elsewhere."""
     if additive is None:
         return mask
     zeros = torch.zeros(mask.shape, dtype=additive, device=mask.device)

@@ -1,8 +1,8 @@
-"""The simulated device: it stands where a model and its runner stand, and waits as long as they would compute.
+"""The simulated device: it replaces a model and its runner, and waits for as long as they would compute.
 
-The engine over it is the ordinary one, so scheduling, batching, deadlines and admission are real; the time of a forward
-pass is a measured device's, by its profile, and the answers are letters without meaning. Its name and its device say
-`simulated` in every result.
+The engine is the normal one, so scheduling, batching, deadlines and admission are real. The time of a forward pass
+comes from a device profile, and the answers are letters without meaning. Every result says `simulated` as name and
+device.
 """
 
 import string
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from inference_service.grammar_compiler import Grammars
 
 MOST_LATE_MS = 10.0
-"""Longest delay of waking that is taken off later waits: a process that stood still must not catch up at once."""
+"""Maximum lateness of a wait that later waits make up for: a process that was stopped must not catch up at once."""
 
 Wait = Callable[[float], None]
-"""Returns after so many milliseconds."""
+"""Waits for the given number of milliseconds."""
 
 
 def sleep_ms(duration_ms: float) -> None:
@@ -39,11 +39,11 @@ def sleep_ms(duration_ms: float) -> None:
 
 
 class Timeline:
-    """When the device is busy.
+    """Tracks when the device is busy.
 
-    A sleep ends late, by a share of a millisecond or more on a busy machine. The device was done all the same, so the
-    next pass begins as much earlier as the last wait ended late. What the host does between two passes is no delay:
-    the device idles meanwhile, as a real one does.
+    A sleep ends late, by a fraction of a millisecond or more on a busy machine, but the device would have been done in
+    time. So the next pass begins earlier by this lateness. Between two passes of the host the device idles, as a real
+    one does.
     """
 
     def __init__(self, clock: Clock, wait: Wait) -> None:
@@ -52,7 +52,7 @@ class Timeline:
         self._late_ms = 0.0
 
     def spend(self, cost_ms: float) -> None:
-        """Return once a pass of `cost_ms` is done."""
+        """Wait until a pass of `cost_ms` is done."""
         if cost_ms <= 0:
             return
         now_ms = self._clock.monotonic_ms()
@@ -85,16 +85,16 @@ class NoRows:
 
 
 class SimulatedRunner:
-    """Forward passes that only take time. The next token depends on the one before it and its position alone."""
+    """Forward passes that only take time. The next token depends only on the one before it and its position."""
 
     def __init__(
         self, profile: DeviceProfile, rows: int, letters: Sequence[int], vocab: int, timeline: Timeline
     ) -> None:
-        """`letters`: token ids that answers are made of; `vocab`: width of the logits."""
+        """`letters` are the token ids of answers; `vocab` is the width of the logits."""
         self.rows = rows
         self.pool = NoRows()
         self._profile = profile
-        # Certainty of one letter, so that the answer is the same at every temperature.
+        # One letter has probability 1, so that the answer is the same at every temperature.
         self._certain = torch.full((len(letters), vocab), -torch.inf)
         self._certain[torch.arange(len(letters)), torch.tensor(letters)] = 0.0
         self._timeline = timeline
@@ -116,7 +116,7 @@ class SimulatedRunner:
 
 
 class SimulatedModel:
-    """A model as the engine sees it, of which only the shape and the times are there."""
+    """A model as the engine sees it, with only a shape and times."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class SimulatedModel:
         *,
         allow_special_tokens: bool = False,
     ) -> None:
-        """`max_len`: longest sequence, in tokens; `wait` and `clock` must agree on what a millisecond is."""
+        """`max_len` is the maximum length of a sequence in tokens. `wait` and `clock` must use the same time."""
         self.profile = profile
         self.name = f"simulated-{profile.model}"
         self.device = f"simulated:{slot}"
@@ -136,10 +136,10 @@ class SimulatedModel:
         self.max_len = max_len
         self.own_limit = "max_model_len of its profile" if max_len >= profile.max_model_len else None
         self.tokenizer: Any = byte_tokenizer()
-        # Nothing is looked up in a table, so a prompt may have any token of the model's or of the tokenizer's.
+        # There is no embedding table, so a prompt may have any token of the model or of the tokenizer.
         self.vocab_size = max(profile.vocab_size, len(self.tokenizer))
         self.eos_token_ids: frozenset[int] = frozenset()
-        """None: every answer has the length that was asked for."""
+        """Empty, so every answer has the requested length."""
         self.generation = GenerationDefaults()
         self.prompt_encoder = PromptEncoder(self.tokenizer, self.name, allow_special_tokens)
         self._timeline = Timeline(clock or SystemClock(), wait)
@@ -153,16 +153,16 @@ class SimulatedModel:
         return ChunkShape(profile.layers, profile.kv_heads, chunk_tokens, profile.head_dim, self.dtype)
 
     def make_runner(self, rows: int, chunk_tokens: int) -> SimulatedRunner:
-        # Answers are text of the tokenizer's, so the logits are as wide as it is, whatever the model's vocabulary.
+        # Answers are the tokenizer's text, so the logits have its width, whatever the model's vocabulary.
         letters = self.tokenizer(string.ascii_lowercase)["input_ids"]
         return SimulatedRunner(self.profile, rows, letters, len(self.tokenizer), self._timeline)
 
     def wait_for_device(self) -> None:
-        """No copy is ever under way."""
+        """Do nothing: there are no copies to wait for."""
 
 
 def make(config: EngineConfig, setting: EngineSetting) -> ContinuousEngine:
-    """The scheduler and the requests are real; the device of `config.profile` is simulated. Nothing is cached."""
+    """An engine on the simulated device of `config.profile`. Scheduler and requests are real; nothing is cached."""
     torch.set_num_threads(setting.threads)
     return ContinuousEngine(
         load_simulated(config, setting.slot),
@@ -177,7 +177,7 @@ def make(config: EngineConfig, setting: EngineSetting) -> ContinuousEngine:
 
 
 def load_simulated(config: EngineConfig, slot: int = 0) -> SimulatedModel:
-    """The device of `config.profile`, in slot `slot`. Raises `UserError` where the profile cannot be read."""
+    """The device of `config.profile`, in slot `slot`. Raises `UserError` if the profile cannot be read."""
     if config.profile is None:
         raise UserError("--profile: missing for the simulated engine; name a file that benchmarks/engine.py wrote")
     profile = DeviceProfile.read(config.profile)

@@ -16,7 +16,7 @@ class StopStrings:
         self._strings = strings
         self._tokenizer = tokenizer
         self._least = least
-        # A token that is part of a string adds a byte of it at least.
+        # A token in a stop string adds at least one byte of it.
         self._window = LONGEST_CHARACTER * max(map(len, strings)) + MARGIN_TOKENS
 
     def text_before(self, prompt: Sequence[int], answer: Sequence[int]) -> str | None:
@@ -40,5 +40,5 @@ class StopStrings:
         return whole[: len(whole) - len(text) + end]
 
     def _first_in(self, text: str) -> int | None:
-        """Where the first stop string begins."""
+        """Index at which the first stop string begins."""
         return min((place for string in self._strings if (place := text.find(string)) >= 0), default=None)

@@ -1,7 +1,7 @@
 """Refuse, at load, a model that the pool would run wrong.
 
-The pool holds keys and values of one shape in every layer, for all positions, and each layer attends to all of them, to
-a sliding window or to a chunk. The configuration tells of most models that need something else; a self-test against the
+The pool has keys and values of one shape in every layer, for all positions. Each layer attends to all positions, to a
+sliding window or to a chunk. The configuration reveals most models that need something else. A self-test against the
 model's own forward pass finds the rest.
 
 Passes and model have the same logits up to rounding. In float32 this gives the same answer in every batch. In bfloat16
@@ -27,16 +27,16 @@ from inference_service.runner import Runner
 logger = logging.getLogger(__name__)
 
 SELF_TEST_TOKENS = 40
-"""Tokens of the self-test, where no number of the configuration asks for more."""
+"""Least number of tokens of the self-test. Lengths in the configuration may require more."""
 _BEYOND_BORDER = 8
 _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}
-"""Largest difference of logits, as a share of their largest magnitude, that rounding may explain."""
+"""Maximum difference of logits that rounding may cause, as a share of their largest magnitude."""
 
 
 def checked(model: LoadedModel) -> LoadedModel:
-    """The model with the largest passes that are known to give its own logits, up to rounding in its dtype.
+    """Return the model, set to the largest passes that give its own logits, up to rounding in its dtype.
 
-    Raises `UserError` that names the layer or setting which the pool cannot hold exactly.
+    Raises `UserError` that names the layer or setting for which the pool is not exact.
     """
     _check_config(model)
     model = with_packing(model)
@@ -58,7 +58,7 @@ def _check_config(model: LoadedModel) -> None:
 
 
 def _check_rope(model: LoadedModel, config: Any) -> None:
-    """LongRoPE turns all keys by other angles once a sequence is long: chunks of short and long ones differ."""
+    """Refuse LongRoPE beyond its original length: it then rotates all keys differently, so cached chunks differ."""
     for rope in _rope_settings(config):
         limit = rope.get("original_max_position_embeddings")
         if rope.get("rope_type") == "longrope" and limit is not None and limit < model.max_len:
@@ -70,14 +70,14 @@ def _check_rope(model: LoadedModel, config: Any) -> None:
 
 
 def _rope_settings(config: Any) -> Iterator[dict[str, Any]]:
-    """The settings of rope: of all layers, and of each type of layer where those differ."""
+    """The settings of rope: those of all layers, or of each type of layer if they differ."""
     parameters = getattr(config, "rope_parameters", None) or {}
     yield parameters
     yield from (value for value in parameters.values() if isinstance(value, dict))
 
 
 def with_packing(model: LoadedModel) -> LoadedModel:
-    """The model, set to packed passes where those give its own logits; else as it is: slower, and as right."""
+    """Return the model, set to packed passes if they give its own logits; otherwise unchanged, slower but right."""
     attention = model.model.config._attn_implementation
     if attention not in OURS or not model.model._can_set_attn_implementation():
         return model
@@ -86,7 +86,7 @@ def with_packing(model: LoadedModel) -> LoadedModel:
         model = replace(model, windows=find_windows(model.model, model.chunk_shape(1).layers, model.max_len))
         packing = replace(model, packs=True)
         check_logits(packing)
-    except Exception as error:  # whatever it raises, it is served without
+    except Exception as error:  # after any error the model is served without packed passes
         logger.info("%s takes no packed passes: %s", model.name, " ".join(str(error).split())[:400])
         model.model.set_attn_implementation(attention)
         return model
@@ -94,7 +94,7 @@ def with_packing(model: LoadedModel) -> LoadedModel:
 
 
 def _with_batches(model: LoadedModel) -> LoadedModel:
-    """The model, computing rows together where that gives its own logits, and else each by itself."""
+    """Return the model, set to compute rows together if that gives its own logits, otherwise each row alone."""
     try:
         check_logits(model)
     except UserError as error:
@@ -108,10 +108,10 @@ def _with_batches(model: LoadedModel) -> LoadedModel:
 
 
 def check_logits(model: LoadedModel) -> None:
-    """The self-test. Raises `UserError` where logits over the pool are not those of the model alone."""
+    """Run the self-test. Raises `UserError` if logits over the pool differ from those of the model alone."""
     try:
         compared = _logits_both_ways(model)
-    except Exception as error:  # whatever a model of unknown make raises, the answer is the same: not this one
+    except Exception as error:  # an unknown model may raise anything, and is refused in any case
         raise _refusal(model, f"it does not run over the pool: {type(error).__name__}: {error}") from error
     for position, found, expected in compared:
         tolerance = _TOLERANCE[model.dtype] * float(expected.abs().max().clamp(min=1e-6))
@@ -126,9 +126,9 @@ def check_logits(model: LoadedModel) -> None:
 
 @torch.inference_mode()
 def _logits_both_ways(model: LoadedModel) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Position, logits with the pool and logits of the model alone, for prompts in pieces, with reuse and together.
+    """Positions with logits over the pool and logits of the model alone: prompts in pieces, with reuse, and together.
 
-    Logits are `[vocabulary]`. The cost is that of about three prompts of `_self_test_tokens`.
+    Logits are `[vocabulary]`. This costs as much as about three prompts of `_self_test_tokens`.
     """
     count = _self_test_tokens(model)
     chunk = max(1, (count - 4) // 2)
@@ -143,14 +143,14 @@ def _logits_both_ways(model: LoadedModel) -> list[tuple[int, torch.Tensor, torch
     alone = {id(one): _logits_alone(model, one), id(other): _logits_alone(model, other)}
 
     def run(*spans: tuple[int, int, int]) -> None:
-        """A pass over what stands in `row` from `start` to before `end`, of each of the spans."""
+        """Run a pass over the tokens from `start` to before `end` of `row`, for each span `(row, start, end)`."""
         pieces = [Piece(row, start, prompts[row][start:end]) for row, start, end in spans if end > start]
         for piece, found in zip(pieces, runner.forward(pieces), strict=True):
             prompt = prompts[piece.row]
             compared.append((piece.end - 1, found, alone[id(prompt)][piece.end - 1 - len(prompt)].float()))
 
-    # Row 0 computes two chunks; row 1 gets the first by reuse, goes on from there while row 0 decodes and row 2 begins,
-    # and stands close to row 0 when all decode.
+    # Row 0 computes two chunks. Row 1 reuses the first and continues from there while row 0 decodes and row 2 begins.
+    # When all decode, rows 0 and 1 have similar lengths.
     run((0, 0, 2 * chunk))
     copy = torch.empty(shape.size, dtype=shape.dtype)
     pool.chunk_reader(0, chunk)(0, copy)
@@ -174,7 +174,7 @@ def _logits_alone(model: LoadedModel, prompt: list[int]) -> torch.Tensor:
 
 
 def _self_test_tokens(model: LoadedModel) -> int:
-    """Length of the self-test: past the largest border that a row can cross, so that what changes there shows."""
+    """Length of the self-test. It is beyond the largest length that a row can cross and where attention changes."""
     config = model.model.config.get_text_config()
     borders = [*_numbers_of_attention(config.to_dict()), *(window.size or 0 for window in model.windows)]
     crossed = max((border for border in borders if border < model.max_len), default=0)
@@ -182,13 +182,13 @@ def _self_test_tokens(model: LoadedModel) -> int:
 
 
 _CHANGES_ATTENTION = re.compile("window|chunk|block|local|span|position|length|context|ctx|seq|floor|keep|sparse")
-"""In names of settings that count tokens at which attention may change."""
+"""Matches names of settings that may be a length at which attention changes."""
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
 def _numbers_of_attention(settings: dict[str, Any]) -> Iterator[int]:
     """Integers of the configuration that may be a length at which attention changes."""
-    # Other types of rope turn each position by the same angles at any length.
+    # Other types of rope rotate each position by the same angles at any length.
     static_rope = "rope_type" in settings and settings["rope_type"] not in _ROPE_BY_LENGTH
     scales_by_position = settings.get("llama_4_scaling_beta")
     for name, value in settings.items():
