@@ -35,7 +35,7 @@ from core.errors import UserError, exit_on_user_error
 from inference_service.config import EngineConfig
 from operators.config import JobConfig, Placement, PlacementConfig
 from operators.job_files import with_absolute_paths
-from workloads.independent import session_at_home
+from workloads.independent import session_with_default_slot
 from workloads.timed_request import TimedRequest, Workload, request_id
 from workloads.token_ids import made_token_ids
 
@@ -105,7 +105,7 @@ class SkewedSessions:
     def _turns(self, session: int) -> Iterator[TimedRequest]:
         config = self._config
         user_id = f"user-{self._seed}-{session + 1:06d}"
-        session_id = session_at_home(user_id, self._home(session), SLOTS)
+        session_id = session_with_default_slot(user_id, self._default_slot(session), SLOTS)
         for turn in range(config.turns):
             # Fewer tokens of a name are a prefix of more tokens, so each prompt begins with the one before.
             tokens = config.prompt_tokens + turn * config.turn_tokens
@@ -118,7 +118,7 @@ class SkewedSessions:
                 prompt_token_ids=made_token_ids(self._seed, user_id, tokens, vocab_size=256),
             )
 
-    def _home(self, session: int) -> int:
+    def _default_slot(self, session: int) -> int:
         sessions = self._config.sessions
         at_zero = round(self._config.skew * sessions)
         return 1 - ((session + 1) * at_zero // sessions - session * at_zero // sessions)

@@ -49,7 +49,7 @@ MAY_IMPORT = {
 }
 """What each package may import besides itself. `cache.protocol` allows that one module only.
 
-A folder or a module within a package may have a rule of its own. The policy laboratory runs the cache itself, which all
+A folder or a module within a package may have a rule of its own. The policy lab runs the cache itself, which all
 other experiments reach through a job. A module with a rule of its own may not import the rest of its package.
 """
 

@@ -48,7 +48,7 @@ class IndependentWorkload:
             yield TimedRequest(
                 at_ms=at_ms,
                 request_id=request_id("independent", config.seed, index),
-                session_id=session_at_home(user_id, index % options.even_over, options.even_over),
+                session_id=session_with_default_slot(user_id, index % options.even_over, options.even_over),
                 user_id=user_id,
                 max_new_tokens=drawn_length(lengths, options.answer_tokens, options.length_cv, config.max_new_tokens),
                 prompt_token_ids=made_token_ids(config.seed, index, prompt_tokens, config.vocab_size),
@@ -61,7 +61,7 @@ class IndependentWorkload:
         return 1000 * spread / rate
 
 
-def session_at_home(user_id: str, slot: int, slots: int) -> str:
+def session_with_default_slot(user_id: str, slot: int, slots: int) -> str:
     """Return the user's first session id whose default slot is `slot` of `slots`.
 
     For each divisor d of `slots`, its default slot of d is `slot % d`.

@@ -127,14 +127,14 @@ def made_stack(monkeypatch: pytest.MonkeyPatch) -> dict[str, JobConfig]:
 
 
 @pytest.mark.parametrize(("skew", "sessions"), [(0.9, 60), (0.9, 10), (0.5, 60), (0.8, 5), (1.0, 7)])
-def test_the_share_of_sessions_at_home_at_slot_0_is_exact(skew: float, sessions: int) -> None:
+def test_the_share_of_sessions_with_default_slot_0_is_exact(skew: float, sessions: int) -> None:
     load = SkewedSessions(PlacementBenchmarkConfig(skew=skew, sessions=sessions), 0)
     homes = [default_slot(session, SLOTS) for session in by_session(load)]
     assert len(homes) == sessions
     assert homes.count(0) == round(skew * sessions)
 
 
-def test_those_at_home_at_slot_1_are_spread_evenly() -> None:
+def test_sessions_of_slot_1_are_spread_evenly() -> None:
     homes = [default_slot(session, SLOTS) for session in by_session(SkewedSessions(PlacementBenchmarkConfig(), 0))]
     ones = [place for place, home in enumerate(homes) if home == 1]
     assert {later - one for one, later in pairwise(ones)} == {10}

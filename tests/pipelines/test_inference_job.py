@@ -214,9 +214,9 @@ def test_new_sessions_go_around_an_overloaded_slot_and_old_ones_stay(run: Run, s
     """All sessions have the default slot 0, which gets more load than it can serve."""
     run.submit("--parallelism", "2", "--max-running", "1", "--overload-ms", "300", *slow)
     run.read_until(lambda r: len(r.ready) == 2)
-    at_home = [name for name in (f"u{number}" for number in range(200)) if default_slot(name, 2) == 0]
+    of_slot_0 = [name for name in (f"u{number}" for number in range(200)) if default_slot(name, 2) == 0]
     for number in range(40):
-        run.send(1, start=number, session_id=at_home[number // 2], max_new_tokens=5)
+        run.send(1, start=number, session_id=of_slot_0[number // 2], max_new_tokens=5)
         time.sleep(0.05)  # the load's own pace: a session's two requests come apart, and loads are told in between
     run.read_until(lambda r: len(r.responses) == 40)
     assert run.answered() == ids(40)
