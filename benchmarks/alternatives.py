@@ -95,7 +95,7 @@ def _of_the_cores() -> tuple[Layout, ...]:
 class AlternativesConfig(Config):
     """The loads, and how often they are measured."""
 
-    out: Path = Field(default=Path("results/benchmarks/alternatives.json"), description="where the result is written")
+    out: Path = Field(default=Path("results/benchmarks/alternatives.json"), description="path of the report")
     rounds: int = Field(default=3, ge=1, description="measured rounds of each load")
     requests: int = Field(default=48, ge=1, description="requests of a round that share nothing")
     trace: Path | None = Field(
@@ -122,7 +122,7 @@ class AlternativesConfig(Config):
     most_mismatched: float = Field(
         default=0.05, ge=0, le=1, description="share of an alternative's answers that may differ from ours by rounding"
     )
-    seed: int = Field(default=0, ge=0, lt=1 << 32, description="of the requests")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="random seed of the requests")
     flink: FlinkConfig = FlinkConfig()
     job: JobConfig = JobConfig()
 

@@ -63,7 +63,7 @@ class BatchingEngine(EngineConfig):
 class BatchingBenchmarkConfig(Config):
     """The loads, and how often they are measured."""
 
-    out: Path = Field(default=Path("results/benchmarks/batching.json"), description="where the result is written")
+    out: Path = Field(default=Path("results/benchmarks/batching.json"), description="path of the report")
     trace: Path | None = Field(default=None, description="Azure trace, CSV; none: random lengths with the same means")
     rounds: int = Field(default=2, ge=1, description="measured rounds")
     requests: int = Field(default=48, ge=8, description="requests of the backlog, and as many of the paced load")
@@ -74,7 +74,7 @@ class BatchingBenchmarkConfig(Config):
     short_rate_per_s: float = Field(default=3.0, gt=0, description="rate of the short requests")
     long_prompt_tokens: int = Field(default=1900, ge=1, description="prompt of the long request")
     long_answer_tokens: int = Field(default=64, ge=1, description="answer of the long request")
-    seed: int = Field(default=0, ge=0, lt=1 << 32, description="of the requests")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="random seed of the requests")
     engine: BatchingEngine = BatchingEngine()
     flink: FlinkConfig = FlinkConfig()
 

@@ -45,7 +45,7 @@ FIELDS = bytes(112)
 class ChunkSealsConfig(Config):
     """The lookups, and how often they are measured."""
 
-    out: Path = Field(default=Path("results/benchmarks/chunk_seals.json"), description="where the result is written")
+    out: Path = Field(default=Path("results/benchmarks/chunk_seals.json"), description="path of the report")
     rounds: int = Field(default=40, ge=1, description="measured rounds of each size, after one to warm up")
     chunks: int = Field(default=16, ge=1, description="chunks that one lookup fetches")
     redis_url: RedisUrl | None = Field(

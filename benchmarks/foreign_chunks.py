@@ -70,7 +70,7 @@ WORLDS = (*(World(model) for model in MODELS), World(_BASE, authenticated=True))
 class ForeignChunksConfig(Config):
     """Number of lookups, and the Redis."""
 
-    out: Path = Field(default=Path("results/benchmarks/foreign_chunks.json"), description="where the result is written")
+    out: Path = Field(default=Path("results/benchmarks/foreign_chunks.json"), description="path of the report")
     lookups: int = Field(default=1_000_000, ge=1, description="total number of lookups")
     redis_url: RedisUrl | None = Field(
         default=None, description="redis://host:port of your own Redis; none: one is started"

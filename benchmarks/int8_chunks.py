@@ -52,7 +52,7 @@ _NO_NAME = bytes(32)
 class Int8Config(Config):
     """The prompts, and how often they are measured."""
 
-    out: Path = Field(default=Path("results/benchmarks/int8_chunks.json"), description="where the result is written")
+    out: Path = Field(default=Path("results/benchmarks/int8_chunks.json"), description="path of the report")
     prompts: int = Field(default=8, ge=1, description="measured prompts, after one to warm up")
     prompt_tokens: int = Field(default=1024, ge=1, description="length of each in tokens: full chunks")
     positions: int = Field(default=64, ge=1, description="tokens after each prompt at which logits are compared")

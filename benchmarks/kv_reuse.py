@@ -50,7 +50,7 @@ class BenchmarkEngine(EngineConfig):
 class KvReuseConfig(Config):
     """The prompts, and how often they are measured."""
 
-    out: Path = Field(default=Path("results/benchmarks/kv_reuse.json"), description="where the result is written")
+    out: Path = Field(default=Path("results/benchmarks/kv_reuse.json"), description="path of the report")
     rounds: int = Field(default=7, ge=1, description="measured rounds of each prompt length, after one to warm up")
     prompts: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_numbers)] = Field(
         default=(256, 1024, 2048), min_length=1, description="prompt lengths in tokens, as 256,1024: full chunks"

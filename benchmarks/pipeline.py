@@ -65,7 +65,7 @@ class PipelineEngine(EngineConfig):
 class PipelineConfig(Config):
     """The loads, and how often they are measured."""
 
-    out: Path = Field(default=Path("results/benchmarks/pipeline.json"), description="where the result is written")
+    out: Path = Field(default=Path("results/benchmarks/pipeline.json"), description="path of the report")
     rounds: int = Field(default=3, ge=1, description="measured rounds of saturation")
     requests: int = Field(default=64, ge=2, description="requests of one saturating backlog")
     latency_requests: int = Field(default=60, ge=2, description="requests of the paced load at 10 %")
@@ -76,7 +76,7 @@ class PipelineConfig(Config):
     length_cv: float = Field(default=0.5, ge=0, le=10, description="deviation of both lengths over their mean")
     records: int = Field(default=5000, ge=100, description="records of a backlog for the zero-time engine")
     zero_rounds: int = Field(default=5, ge=1, description="measured rounds of the zero-time engine")
-    seed: int = Field(default=0, ge=0, lt=1 << 32, description="of the requests")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="random seed of the requests")
     engine: PipelineEngine = PipelineEngine()
     flink: FlinkConfig = FlinkConfig()
 

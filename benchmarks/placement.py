@@ -59,7 +59,8 @@ class PlacementBenchmarkConfig(Config):
     """The loads, and how often they are measured."""
 
     out: Path = Field(
-        default=Path("results/benchmarks/placement.json"), description="where the result is written, a figure beside it"
+        default=Path("results/benchmarks/placement.json"),
+        description="path of the report; a figure is written beside it",
     )
     rounds: int = Field(default=4, ge=1, description="measured rounds")
     sessions: int = Field(default=60, ge=1, description="sessions of a round")
@@ -72,7 +73,7 @@ class PlacementBenchmarkConfig(Config):
     prompt_tokens: int = Field(default=128, ge=1, description="prompt of a session's first turn")
     turn_tokens: int = Field(default=64, ge=1, description="tokens that each later turn adds to the prompt")
     answer_tokens: int = Field(default=16, ge=1, description="length of an answer")
-    seed: int = Field(default=0, ge=0, lt=1 << 32, description="of the requests")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="random seed of the requests")
     engine: PlacementEngine = PlacementEngine()
     flink: FlinkConfig = FlinkConfig()
 

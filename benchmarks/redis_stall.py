@@ -50,7 +50,7 @@ RUNS = ("no_cache", "unknown", "known")
 class RedisStallConfig(Config):
     """The load, and the delay of Redis."""
 
-    out: Path = Field(default=Path("results/benchmarks/redis_stall.json"), description="where the result is written")
+    out: Path = Field(default=Path("results/benchmarks/redis_stall.json"), description="path of the report")
     rounds: int = Field(default=5, ge=1, description="measured rounds, after one to warm up")
     delay_ms: float = Field(default=80.0, ge=0, description="delay of each answer of Redis")
     running: int = Field(default=8, ge=1, description="requests that decode all the time")

@@ -47,7 +47,7 @@ MARKERS = {"FLUID": "s", "FREQUENCY": "D", "MRC, target": "*", "MRC, price": "o"
 class StudyConfig(Config):
     """Compares sizing policies on generated loads."""
 
-    seed: int = Field(default=0, ge=0, description="of the loads")
+    seed: int = Field(default=0, ge=0, description="random seed of the loads")
     out: Path = Field(
         default=ROOT / "results" / "policy_lab" / "sizing_policies.csv", description="CSV; the figure is put beside it"
     )

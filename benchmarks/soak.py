@@ -52,15 +52,15 @@ class SoakConfig(Config):
 
     out: Path = Field(
         default=Path("results/benchmarks/soak.json"),
-        description="where the result is written, CSV and figure beside it",
+        description="path of the report; CSV and figure are written beside it",
     )
-    minutes: float = Field(default=30.0, gt=0, le=10_000, description="how long the load lasts")
-    rate: float = Field(default=2.0, gt=0, le=1000, description="requests a second")
+    minutes: float = Field(default=30.0, gt=0, le=10_000, description="duration of the load")
+    rate: float = Field(default=2.0, gt=0, le=1000, description="requests per second")
     sessions: int = Field(default=8, ge=1, le=100_000, description="conversations at a time")
     turns: int = Field(default=5, ge=1, le=1000, description="requests of a conversation; then a new one replaces it")
     sample_every_s: float = Field(default=5.0, gt=0, description="time between two samples")
     parallelism: int = Field(default=2, ge=1, le=128, description="slots")
-    seed: int = Field(default=0, ge=0, lt=1 << 32, description="of the load")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="random seed of the load")
     engine: SoakEngine = SoakEngine()
     cache: CacheConfig = CacheConfig()
     flink: FlinkConfig = FlinkConfig()

@@ -95,12 +95,12 @@ def _names(text: object) -> object:
 class VllmCpuConfig(Config):
     """The models, and how often they are measured."""
 
-    out: Path = Field(default=Path("results/benchmarks/vllm_cpu.json"), description="where the result is written")
+    out: Path = Field(default=Path("results/benchmarks/vllm_cpu.json"), description="path of the report")
     models: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         default=tuple(PREFIXES), min_length=1, description="default, large, or both"
     )
     rounds: int = Field(default=5, ge=1, description="measured rounds of all loads, after one to warm up")
-    threads: int = Field(default=2, ge=1, description="of either")
+    threads: int = Field(default=2, ge=1, description="CPU threads of each engine")
     least_equal: float = Field(
         default=0.9, ge=0, le=1, description="share of answers that must be equal; rounding may change a few"
     )

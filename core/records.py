@@ -168,15 +168,19 @@ class Request(BaseModel):
     top_k: int | None = Field(default=None, ge=0, le=1 << 32, description="sample from this many tokens; 0: from all")
     top_p: float | None = Field(default=None, gt=0, le=1, description="sample from the likeliest tokens of this mass")
     min_p: float | None = Field(default=None, ge=0, le=1, description="least probability, relative to the greatest")
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100, description="of tokens of prompt and answer")
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2, description="of each token in the answer so far")
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, le=100, description="penalty on tokens of prompt and answer"
+    )
+    presence_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="penalty on each token in the answer so far"
+    )
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, description="the same for each occurrence")
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         default=None, max_length=MAX_BIASED_TOKENS, description="by token id, added to its logit"
     )
     seed: int | None = Field(default=None, ge=0, lt=1 << 63, description="none: derived from request_id")
     logprobs: int | None = Field(
-        default=None, ge=0, le=20, description="report log-probabilities, and of so many of the likeliest tokens"
+        default=None, ge=0, le=20, description="report log-probabilities, and those of this many likeliest tokens"
     )
     prompt_logprobs: int | None = Field(
         default=None, ge=0, le=20, description="the same for the tokens of the prompt, all of which are then computed"
@@ -195,7 +199,7 @@ class Request(BaseModel):
     ignore_eos: Annotated[bool, _default_for_null(False)] = Field(
         default=False, description="do not end at the model's own end tokens"
     )
-    response_format: ResponseFormat | None = Field(default=None, description="what the text of the answer must be")
+    response_format: ResponseFormat | None = Field(default=None, description="format of the answer's text")
     deadline_ms: float | None = Field(default=None, gt=0, le=1e12, description="time allowed, from created_at_ms on")
     priority: Annotated[int, _default_for_null(0)] = Field(
         default=0, ge=-1000, le=1000, description="higher is served first"
@@ -233,7 +237,7 @@ class Request(BaseModel):
 
 
 class Sampling(BaseModel):
-    """How the tokens of an answer are chosen. The defaults change nothing: the most likely token is taken."""
+    """Sampling parameters of an answer. With the defaults the most likely token is taken."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -246,14 +250,14 @@ class Sampling(BaseModel):
     frequency_penalty: float = Field(default=0.0, description="the same, times the number of occurrences")
     logit_bias: dict[int, float] = Field(default={}, description="by token id, added to its logit")
     min_new_tokens: int = Field(default=0, ge=0, description="tokens before the answer may end")
-    seed: int | None = Field(default=None, ge=0, lt=1 << 63, description="of the draws; none where it is greedy")
+    seed: int | None = Field(default=None, ge=0, lt=1 << 63, description="seed of the random numbers; none if greedy")
     token_rules: tuple[str, ...] = Field(
         default=(), description="lists of generation_config.json that forbid or force tokens"
     )
 
     @model_serializer
     def _without_defaults(self) -> dict[str, Any]:
-        """Only what changes something is written: most answers need none of it."""
+        """Write only parameters that change something, because most answers have none."""
         return {name: value for name, value in self.__dict__.items() if value != _NEUTRAL[name]}
 
 
@@ -301,13 +305,13 @@ class Response(BaseModel):
     )
     finish_reason: FinishReason
     further_choices: tuple[Choice, ...] = Field(
-        default=(), description="the answers after the first one, where the request's n is above 1"
+        default=(), description="the answers after the first one, if the request's n is above 1"
     )
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = Field(
         default=None, description="one for each prompt token, none for the first, if the request asked for them"
     )
     sampling: Sampling | None = Field(
-        default=None, description="how its tokens were chosen; none in records of versions that did not say"
+        default=None, description="sampling parameters that were used; none in records of older versions"
     )
     slot: int = Field(ge=0, description="index of the inference subtask that answered")
     device: str
@@ -316,7 +320,7 @@ class Response(BaseModel):
     batch_id: str = Field(description="one id for all requests that entered the engine as one micro-batch")
     batch_size: int = Field(
         ge=1,
-        description="requests in that micro-batch; continuous: that ran in the engine when this one began, with it",
+        description="requests in the micro-batch; continuous: requests running when this one began, itself included",
     )
     decode_rows: float | None = Field(
         default=None, ge=1, description="mean number of sequences that decoded together in its steps; none without one"
@@ -326,18 +330,18 @@ class Response(BaseModel):
     local_tokens: int = Field(ge=0, description="prompt tokens whose key/value came from the local tier")
     remote_tokens: int = Field(ge=0, description="prompt tokens whose key/value came from Redis")
     computed_tokens: int = Field(ge=0, description="prompt tokens that were prefilled")
-    output_tokens: int = Field(ge=0, description="of all choices together")
+    output_tokens: int = Field(ge=0, description="tokens of all choices together")
 
-    created_at_ms: float = Field(description="the request's")
-    completed_at_ms: float = Field(description="Unix time at which the answer leaves: with its whole micro-batch")
-    wait_ms: float = Field(ge=0, description="arrival at the operator until its prefill begins")
-    ttft_ms: float | None = Field(description="created_at_ms until the first token; none where there is no token")
+    created_at_ms: float = Field(description="created_at_ms of the request")
+    completed_at_ms: float = Field(description="Unix time at which the answer leaves; micro: with its whole batch")
+    wait_ms: float = Field(ge=0, description="from arrival at the operator to the begin of the prefill")
+    ttft_ms: float | None = Field(description="from created_at_ms to the first token; none without a token")
     tpot_ms: float | None = Field(description="mean time per output token after the first; none below two tokens")
-    inference_ms: float = Field(ge=0, description="begin of the prefill until the last token")
-    e2e_ms: float = Field(description="created_at_ms until completed_at_ms")
+    inference_ms: float = Field(ge=0, description="from the begin of the prefill to the last token")
+    e2e_ms: float = Field(description="from created_at_ms to completed_at_ms")
 
-    cache_capacity_chunks: int = Field(ge=0, description="what the local tier may hold, when this request looked up")
-    cache_used_chunks: int = Field(ge=0, description="what the local tier held at that moment")
+    cache_capacity_chunks: int = Field(ge=0, description="capacity of the local tier at this request's lookup")
+    cache_used_chunks: int = Field(ge=0, description="chunks in the local tier at that time")
     chunk_bytes: int = Field(ge=0, description="size of one chunk's tensors")
 
     @model_validator(mode="after")

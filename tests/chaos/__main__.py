@@ -56,14 +56,14 @@ SHOWN: tuple[Shown, ...] = (
 class ChaosConfig(Config):
     """Scenarios, load, and folder of the results."""
 
-    scenarios: str = Field(default=",".join(NAMES), min_length=1, description="which, separated by commas")
+    scenarios: str = Field(default=",".join(NAMES), min_length=1, description="scenarios, separated by commas")
     requests: int = Field(default=80, ge=8, le=100_000, description="requests of a scenario; every tenth is sent twice")
-    rate: float = Field(default=3.0, gt=0, le=1000, description="requests a second")
+    rate: float = Field(default=3.0, gt=0, le=1000, description="requests per second")
     hostile_records: int = Field(default=10_000, ge=8, le=1_000_000, description="records of hostile input")
-    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of the load")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="random seed of the load")
     model: str = Field(default="default", min_length=1, description="path or name of a causal LM; default: built here")
-    checkpoint_interval_ms: int = Field(default=2000, ge=100, description="of the job under chaos")
-    patience_s: float = Field(default=90.0, gt=0, description="longest wait for the next answer")
+    checkpoint_interval_ms: int = Field(default=2000, ge=100, description="checkpoint interval of the job")
+    patience_s: float = Field(default=90.0, gt=0, description="maximum wait for the next answer")
     out: Path = Field(default=ROOT / "results" / "chaos", description="folder of the results")
     dir: Path = Field(
         default=ROOT / ".local" / "chaos", description="folder of the stack; its logs stay after a failure"
@@ -150,7 +150,7 @@ class Suite:
         self._trials: list[Trial] = []
         self._rows: list[Row] = []
         self.said: list[str] = []
-        """What has gone wrong, a line each."""
+        """Problems so far, one line each."""
 
     def add(self, name: str, stack: ChaosStack, on_progress: OnProgress) -> None:
         """Run the scenario and write all results so far. Raises `UserError` if it cannot run."""
