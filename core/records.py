@@ -45,7 +45,7 @@ MAX_RESULT_BYTES = 4 * MAX_RECORD_BYTES
 MAX_DEAD_LETTER_RAW_BYTES = 2 * MAX_RECORD_BYTES
 """Maximum bytes of the original record that a dead letter keeps."""
 RECORD_OVERHEAD_BYTES = 32 << 10
-"""More than the other fields of an answer, its key and Kafka's own share of its record take together."""
+"""More than an answer's fields without lists and texts, its key and Kafka's own share of its record take together."""
 MAX_REASON_CHARACTERS = 4096
 """A reason may quote what the record holds, or an error of a library; it is cut here."""
 
@@ -308,7 +308,9 @@ class Response(BaseModel):
         default=(), description="the answers after the first one, if the request's n is above 1"
     )
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = Field(
-        default=None, description="one for each prompt token, none for the first, if the request asked for them"
+        default=None,
+        description="one for each prompt token, none for the first, if the request asked for them; fewer if the "
+        "deadline passed before the whole prompt was computed",
     )
     sampling: Sampling | None = Field(
         default=None, description="sampling parameters that were used; none in records of older versions"
@@ -336,7 +338,10 @@ class Response(BaseModel):
     completed_at_ms: float = Field(description="Unix time at which the answer leaves; micro: with its whole batch")
     wait_ms: float = Field(ge=0, description="from arrival at the operator to the begin of the prefill")
     ttft_ms: float | None = Field(description="from created_at_ms to the first token; none without a token")
-    tpot_ms: float | None = Field(description="mean time per output token after the first; none below two tokens")
+    tpot_ms: float | None = Field(
+        description="mean time per output token after the first, of several choices over the tokens of the longest; "
+        "none below two tokens"
+    )
     inference_ms: float = Field(ge=0, description="from the begin of the prefill to the last token")
     e2e_ms: float = Field(description="from created_at_ms to completed_at_ms")
 
@@ -357,9 +362,11 @@ class Response(BaseModel):
         """True if its record is above `MAX_RESULT_BYTES`, so that the topic would refuse it."""
         # Most are short: then nothing is written to find that out.
         written_bytes = _logprob_bytes(self.prompt_logprobs)
+        if self.sampling is not None:
+            written_bytes += 40 * len(self.sampling.logit_bias)
         choices: tuple[Response | Choice, ...] = (self, *self.further_choices)
         for one in choices:
-            written_bytes += 12 * len(one.text) + 12 * len(one.token_ids) + _logprob_bytes(one.logprobs)
+            written_bytes += 100 + 12 * len(one.text) + 12 * len(one.token_ids) + _logprob_bytes(one.logprobs)
         if RECORD_OVERHEAD_BYTES + written_bytes <= MAX_RESULT_BYTES:
             return False
         return RECORD_OVERHEAD_BYTES + len(self.to_json()) > MAX_RESULT_BYTES

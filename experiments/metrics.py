@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from core.records import FinishReason, Response
+from core.records import Choice, FinishReason, Response
 from experiments.records import RunRecords
 
 PARTS = ("transit", "wait", "prefill", "decode", "leaving")
@@ -20,10 +20,16 @@ PARTS = ("transit", "wait", "prefill", "decode", "leaving")
 
 
 def frame(responses: Sequence[Response]) -> pd.DataFrame:
-    """One row per response, in the order of completion. The columns exist even without rows."""
+    """One row per response, in the order of completion. The columns exist even without rows.
+
+    `decode_steps`: those that `tpot_ms` is the mean of.
+    """
     left_out = {"token_ids", "logprobs", "prompt_logprobs", "further_choices", "sampling"}
-    columns = [name for name in Response.model_fields if name not in left_out]
-    rows = [response.model_dump(mode="json", exclude=left_out) for response in responses]
+    columns = [*(name for name in Response.model_fields if name not in left_out), "decode_steps"]
+    rows = [
+        response.model_dump(mode="json", exclude=left_out) | {"decode_steps": _decode_steps(response)}
+        for response in responses
+    ]
     return pd.DataFrame(rows, columns=columns).sort_values("completed_at_ms", ignore_index=True)
 
 
@@ -75,13 +81,10 @@ def parts_ms(answers: pd.DataFrame) -> pd.DataFrame:
     """Parts of each request's latency: one row per response, with the columns `PARTS`, which add up to `e2e_ms`.
 
     transit: from creation to arrival at the operator; wait: to the begin of its prefill; prefill: to the first token;
-    decode: to its own last token; leaving: until the answer leaves with its micro-batch. If an answer has no token, all
-    its time after the wait is prefill.
+    decode: to the last token of its choices; leaving: until the answer leaves with its micro-batch. If an answer has
+    no token, all its time after the wait is prefill.
     """
-    # The step that gave an end-of-sequence token added no token to the answer.
-    stopped = answers["finish_reason"] == FinishReason.STOP
-    steps = (answers["output_tokens"] - 1 + stopped).clip(lower=0)
-    decode = (answers["tpot_ms"].astype(float) * steps).fillna(0.0)
+    decode = (answers["tpot_ms"].astype(float) * answers["decode_steps"]).fillna(0.0)
     to_prefill = answers["inference_ms"] - decode
     first_token = answers["ttft_ms"].astype(float).fillna(answers["e2e_ms"])
     begin = first_token - to_prefill
@@ -178,6 +181,14 @@ def _covered_ms(slot: pd.DataFrame) -> float:
     # For each interval, the latest end of the intervals that began earlier.
     reached = np.concatenate(([-np.inf], np.maximum.accumulate(ends)[:-1]))
     return float(np.maximum(ends - np.maximum(begins, reached), 0.0).sum())
+
+
+def _decode_steps(response: Response) -> int:
+    """Steps after the first token, of the choice that has most."""
+    # The step that gave an end-of-sequence token added no token to the answer.
+    choices: tuple[Response | Choice, ...] = (response, *response.further_choices)
+    steps = (len(one.token_ids) - 1 + (one.finish_reason is FinishReason.STOP) for one in choices)
+    return max(0, *steps)
 
 
 def _values(answers: pd.DataFrame, column: str) -> npt.NDArray[np.float64]:

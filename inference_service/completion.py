@@ -28,7 +28,7 @@ class Completion:
     choices: tuple[Choice, ...]
     """As many as the request's `n`, in the order of their indices."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None
-    """One for each prompt token if the request asked for them. The first one is none: nothing precedes it."""
+    """One for each computed prompt token if the request asked for them. The first is none: nothing precedes it."""
     sampling: Sampling
     prompt_tokens: int
     local_tokens: int

@@ -53,7 +53,10 @@ class Engine(Protocol):
 
     @property
     def waiting_since_ms(self) -> float | None:
-        """Wall time of arrival of the request that has waited longest without having begun; none if none waits."""
+        """Arrival (wall time) of the request that has waited longest; none if none waits.
+
+        A request waits until the last of its choices has begun.
+        """
         ...
 
     def submit(self, request: Request, arrived_ms: float, on_token: TokenListener | None = None) -> None:

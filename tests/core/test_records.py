@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.records import MAX_RECORD_BYTES, MAX_RESULT_BYTES, DeadLetter, FinishReason, Request, Response, Sampling
+from core.records import (
+    MAX_RECORD_BYTES,
+    MAX_RESULT_BYTES,
+    RECORD_OVERHEAD_BYTES,
+    Choice,
+    DeadLetter,
+    FinishReason,
+    Request,
+    Response,
+    Sampling,
+)
 
 REQUEST = {
     "request_id": "r1",
@@ -307,6 +317,13 @@ def test_an_answer_is_too_long_exactly_if_its_topic_could_refuse_it() -> None:
     for long in (answer(100_000, "雨" * 700_000), answer(1_000_000, "😀" * 200_000)):
         assert len(long.to_json()) > MAX_RESULT_BYTES - (40 << 10)
         assert long.is_too_long
+    # All that it may hold beside a text that nearly fills the record.
+    full = {
+        "text": "\U0001f600" * ((MAX_RESULT_BYTES - RECORD_OVERHEAD_BYTES - 100) // 12),
+        "sampling": Sampling(logit_bias={100_000 + token: -1.2345678901234567 for token in range(1024)}),
+        "further_choices": (Choice(text="", token_ids=(), finish_reason=FinishReason.DEADLINE),) * 127,
+    }
+    assert Response(**{**RESPONSE, **full}).is_too_long
 
 
 @given(raw=st.none() | st.binary())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache.registry import SIZING
-from core.records import Response
+from core.records import Choice, FinishReason, Response
 from experiments import cache_metrics, metrics
 from experiments.cache_experiments import with_strategy
 from operators.config import JobConfig
@@ -82,6 +82,14 @@ def test_the_step_that_ended_an_answer_is_decode_too() -> None:
     fields = {"output_tokens": 2, "tpot_ms": 10.0, "ttft_ms": 60.0, "inference_ms": 40.0, "e2e_ms": 90.0}
     ended, cut = (response(finish_reason=reason, **fields) for reason in ("stop", "length"))
     assert list(metrics.parts_ms(metrics.frame([ended, cut]))["decode"]) == [20.0, 10.0]
+
+
+def test_the_parts_of_a_request_for_several_answers_add_up() -> None:
+    further = (Choice(text="", token_ids=(1,) * 3, finish_reason=FinishReason.STOP),)
+    fields = {"token_ids": (1, 1), "further_choices": further, "output_tokens": 5, "tpot_ms": 10.0}
+    made = response(wait_ms=20.0, ttft_ms=60.0, inference_ms=40.0, e2e_ms=90.0, **fields)
+    (parts,) = metrics.parts_ms(metrics.frame([made])).to_dict("records")
+    assert parts == {"transit": 30.0, "wait": 20.0, "prefill": 10.0, "decode": 30.0, "leaving": 0.0}
 
 
 def test_an_answer_without_a_token_was_all_prefill() -> None:
