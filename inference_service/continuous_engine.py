@@ -266,7 +266,9 @@ class ContinuousEngine:
         self._announce()
         outcomes = self._forward.run([*running, *chosen])
         tokens = sum(sequence.piece_tokens for sequence in chosen)
-        self._scheduler.learn_pass(len(running), tokens, self._clock.monotonic_ms() - began_ms)
+        # The logits of scored tokens cost more than the tokens.
+        if not any(sequence.is_scored for sequence in chosen):
+            self._scheduler.learn_pass(len(running), tokens, self._clock.monotonic_ms() - began_ms)
         self._counted.prefilled_tokens += tokens
         self._counted.decode_passes += bool(running)
         self._counted.decoded_tokens += len(running)

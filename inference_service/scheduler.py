@@ -180,7 +180,8 @@ class Scheduler:
         sequence.ms_per_token = took_ms / sequence.piece_tokens
         self._debt_ms += took_ms
         self._timed_ms += took_ms
-        self.learn_prefill_cost(sequence.piece_tokens, took_ms)
+        if not sequence.is_scored:
+            self.learn_prefill_cost(sequence.piece_tokens, took_ms)
 
     def learn_prefill_cost(self, tokens: int, took_ms: float) -> None:
         """Average over long prefills. A short one is mostly the fixed cost of a pass."""

@@ -221,6 +221,8 @@ def test_the_cost_of_a_prefill_is_learnt_from_whole_chunks(qwen2: LoadedModel) -
     clock = TickingClock()
     engine = make_engine(qwen2, cache=cache, clock=clock, max_running=1)
     clock.drive(engine, 40.0)
+    # Log-probabilities of the prompt cost more than its tokens.
+    engine.run([ask("scored", tokens_of(1, 20), 1, prompt_logprobs=1)])
     for length in (CHUNK - 1, 20, 10, 3, 20):
         engine.run([ask("a", tokens_of(length, length), 1)])
     assert cache.costs == pytest.approx([None, None, 2.0, 0.8 * 2.0 + 0.2 * 4.0, 0.8 * 2.0 + 0.2 * 4.0])
