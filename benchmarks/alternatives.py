@@ -64,7 +64,7 @@ PACKAGES = ("apache-beam", "kafka-python")
 
 @dataclass(frozen=True)
 class Layout:
-    """How an alternative uses the cores."""
+    """Processes and threads of an alternative."""
 
     processes: int
     threads: int

@@ -20,7 +20,7 @@ C = TypeVar("C", bound=Config)
 
 
 class RunConfig(Config):
-    """Where an experiment runs and how long it waits. Every experiment has these options."""
+    """Services, folders and timeouts of an experiment. Every experiment has these options."""
 
     flink_url: str | None = Field(
         default=None, pattern=r"^http://[^\s:/]+:\d{1,5}/?$", description="http://HOST:PORT of a Flink of your own"

@@ -12,10 +12,10 @@ from local_stack import LocalStack, StackConfig
 from local_stack.processes import is_alive
 from local_stack.service import log_tail
 
-# The models are tiny and several processes share the cores: a second thread would mostly wait for a core, spinning.
+# The models are tiny and several processes share the cores, so a second thread would mostly spin and wait for a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What a machine is busy with besides decides how long an example takes.
+# The duration of an example depends on other work of the machine.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 

@@ -34,7 +34,7 @@ class PendingSend(Protocol):
 
 
 class Producer(Protocol):
-    """What the generator needs of a `kafka.KafkaProducer`."""
+    """The part of `kafka.KafkaProducer` that the generator uses."""
 
     def send(self, topic: str, value: bytes, key: bytes) -> PendingSend: ...
 
@@ -44,7 +44,7 @@ class Producer(Protocol):
 
 
 class Stop(Protocol):
-    """What the generator needs of a `threading.Event`."""
+    """The part of `threading.Event` that the generator uses."""
 
     def wait(self, timeout: float) -> bool: ...
 

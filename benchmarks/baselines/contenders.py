@@ -22,7 +22,7 @@ from workloads.timed_request import Workload
 
 @dataclass(frozen=True)
 class Taken:
-    """One load, answered."""
+    """The outcome of one load."""
 
     took_s: float
     """Time from sending the first request until the last answer."""

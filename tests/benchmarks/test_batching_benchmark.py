@@ -108,13 +108,13 @@ def test_a_whole_run_on_made_jobs_writes_a_complete_report(
     batching.main()
     report = json.loads(out.read_text())
     figures = report["figures"]
-    # All jobs are alike here.
+    # All jobs are equal here.
     assert figures["continuous_over_micro8_throughput"] == figures["continuous_over_micro8_p95_8_rows"] == 1.0
     assert figures["short_p95_with_long_over_without"] == 1.0
     assert figures["continuous_requests_per_s"] == 100.0
     assert figures["paced_requests_per_s"] == 60.0
     assert len(report["samples"]["micro8_paced_ms"]) == 20
-    # The long request's own latency is not among them.
+    # The latency of the long request itself is not included.
     assert len(report["samples"]["continuous_short_ms_with_long"]) == 60
     assert report["settings"]["lengths"] == "trace.csv"
     assert "lengths: trace.csv" in capsys.readouterr().out

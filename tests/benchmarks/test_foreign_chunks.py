@@ -26,7 +26,7 @@ def test_no_chunk_is_foreign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert (status, figures["foreign_chunks"]) == (0, 0)
     assert figures["lookups"] == LOOKUPS
     assert figures["lookups_of_nothing"] > LOOKUPS / 3
-    # Neither an empty cache nor one that has it all would show anything.
+    # An empty cache, or one that has every chunk, would prove nothing.
     assert min(figures["local_chunks"], figures["remote_chunks"], figures["chunks_stored"]) > LOOKUPS / 20
     assert figures["evictions"] > LOOKUPS / 20
     assert (figures["remote_corrupt"], figures["remote_errors"]) == (0, 0)
@@ -37,7 +37,7 @@ def test_keys_that_leave_one_thing_out_show(monkeypatch: pytest.MonkeyPatch, tmp
     tagged = keys._tagged
     monkeypatch.setattr(keys, "_tagged", lambda tag, value: b"" if tag == forgotten else tagged(tag, value))
     status, figures = run(monkeypatch, tmp_path, 1000)
-    # Between two keys of a seal nothing comes over, but is taken for damage.
+    # A chunk sealed with another key is treated as damaged.
     shown = figures["remote_corrupt"] if forgotten == "seal" else figures["foreign_chunks"]
     assert shown > 0
     assert status == (0 if forgotten == "seal" else 1)

@@ -203,13 +203,13 @@ def test_a_whole_run_on_a_made_job_writes_a_complete_report(
     pipeline.main()
     report = json.loads(out.read_text())
     figures = report["figures"]
-    # An answer each 10 ms against one each 8 ms; read back after 10 ms against 4 ms alone.
+    # One answer per 10 ms against one per 8 ms; latency 10 ms through the pipeline against 4 ms alone.
     assert figures["saturation_ratio"] == 0.8
     assert (figures["added_latency_p50_ms"], figures["added_latency_p95_ms"]) == (6.0, 6.0)
     assert figures["records_per_s_zero_engine_p1"] == figures["records_per_s_zero_engine_p2"] == 100.0
     assert figures["zero_engine_over_pass_through_p1"] == figures["zero_engine_over_pass_through_p2"] == 0.5
     assert (figures["records_per_s_loop"], figures["records_per_s_run_inference"]) == (250.0, 500.0)
-    # A second of each part for 500 records; 4 ms of each record's 10 ms.
+    # One second of each part for 500 records; 4 ms of the 10 ms per record.
     assert figures["cpu_s_per_1000_python_workers_zero_engine_p2"] == 2.0
     assert figures["operator_0_busy_percent_zero_engine_p1"] == 40.0
     operators = {"zero_engine": ["decode", "inference"], "pass_through": ["decode", "inference"]}

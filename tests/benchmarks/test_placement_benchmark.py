@@ -158,7 +158,7 @@ def test_sessions_begin_at_even_gaps_and_turns_come_at_theirs() -> None:
     assert len(load) == SkewedSessions(SMALL, 0).requests == 30
     assert [timed.at_ms for timed in load] == sorted(timed.at_ms for timed in load)
     sessions = list(by_session(SkewedSessions(SMALL, 0)).values())
-    # Three requests each at 6 a second in all.
+    # Three requests each, at 6 per second in all.
     assert [turns[0].at_ms for turns in sessions] == pytest.approx([500.0 * place for place in range(10)])
     for turns in sessions:
         assert [timed.at_ms - turns[0].at_ms for timed in turns] == pytest.approx([0.0, 700.0, 1400.0])
@@ -245,7 +245,7 @@ def test_a_whole_run_on_made_jobs_writes_report_and_figure(
     report = json.loads(out.read_text())
     figures = report["figures"]
     assert list(made_stack) == ["session", "balanced"]
-    # Both answer as fast here.
+    # Both have the same speed here.
     assert figures["session_over_balanced_p95"] == figures["balanced_over_session_throughput"] == 1.0
     assert (figures["session_slot0_share"], figures["balanced_slot0_share"]) == (0.9, 0.5)
     assert figures["session_token_hit_rate_percent"] == 40.0

@@ -77,7 +77,7 @@ def test_one_model_at_a_time_gives_the_figures_of_both(monkeypatch: pytest.Monke
     assert all(both["figures"][name] == value for name, value in first["figures"].items())
     assert both["figures"]["equal_answers"] == 1
     assert {len(values) for values in both["samples"].values()} == {2}
-    # Throughput: above 1 is ours faster.
+    # A ratio of throughputs above 1 means that ours is faster.
     ours, vllm = (both["samples"][f"{side}_decode1_s"] for side in ("ours", "vllm"))
     ratio = both["figures"]["ours_over_vllm_decode1"]
     assert ratio == pytest.approx(sum(theirs / own for theirs, own in zip(vllm, ours, strict=True)) / 2, rel=1e-2)

@@ -57,7 +57,7 @@ def test_no_other_way_to_share_gains_more(curves: list[GainCurve], more: int, le
     shares = budget.share({slot: SlotReport(one, 0) for slot, one in enumerate(curves)})
     assert sum(shares.values()) <= budget.chunks
     assert all(least <= share <= greatest for share in shares.values())
-    # Nothing is left that anybody may have.
+    # No free budget is left.
     assert sum(shares.values()) == min(budget.chunks, slots * greatest)
     best = max(
         sum(gained(one, share) for one, share in zip(curves, other, strict=True))
@@ -74,7 +74,7 @@ def test_nobody_grows_into_what_another_holds(reports: dict[int, SlotReport]) ->
     assert shares == budget.share(dict(reversed(reports.items())))
     held = sum(report.capacity_chunks for report in reports.values())
     assert sum(max(shares[slot], reports[slot].capacity_chunks) for slot in reports) <= max(40, held)
-    # Once all have done as they were told, everybody has what gains the most.
+    # After all slots have followed their grants, each has the chunks that gain the most.
     for _ in range(2):
         told = budget.share(reports)
         reports = {slot: SlotReport(report.curve, told[slot]) for slot, report in reports.items()}
@@ -122,7 +122,7 @@ def test_the_policy_tells_its_gains_and_follows_its_grant() -> None:
         assert policy.observe(now_ms, [key(1), key(2)]) == 20
     assert len(shares.offered) == 1
     policy.observe(2000, [key(1), key(2)])
-    # Two look-ups of three found both, in 2 s.
+    # Two lookups out of three found both chunks, in 2 s.
     assert shares.offered[1:] == [report((2, 1.0), holds=20)]
     shares.granted_chunks = 7
     assert policy.observe(2500, []) == policy.capacity_chunks == 7

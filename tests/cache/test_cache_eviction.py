@@ -269,7 +269,7 @@ class TestReuseAges:
         table.learn([])
         density = table.density[0]
         assert all(density[age] < density[age + 1] for age in range(6))
-        # Kept up to the end of bin 6, and out of sight on average in its middle.
+        # Kept to the end of bin 6; on average a key leaves in its middle.
         expected = (100 / 101) / (EDGES[6] + (EDGES[7] - EDGES[6]) * (1 - 100 / 101 / 2))
         assert density[0] == pytest.approx(expected, rel=0.03)
 

@@ -134,7 +134,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
             self.cache.store(tokens, reader(tokens, salt, fail_at=at), salt)
         except RuntimeError:
             missing = at
-        # What came before the failure is whole; the failed chunk and what follows were not read.
+        # The chunks before the failure are complete; the failed chunk and those after it were not read.
         self.stored.update(self.chunks_of(tokens, salt)[:missing])
 
     @precondition(lambda self: self.prefixes)
@@ -184,7 +184,7 @@ class CacheAgainstDictionary(RuleBasedStateMachine):
                 prefix.release()
             for fetch, _, _ in self.fetches:
                 fetch.cancel()
-            # One that was cancelled or taken earlier may still be reading.
+            # A prefetch that was cancelled or taken earlier may still be reading.
             for fetch in self.begun:
                 fetch.finish()
             assert self.cache.stats().fetched_bytes == 0

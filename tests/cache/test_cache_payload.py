@@ -59,7 +59,7 @@ def test_no_element_is_off_by_more_than_half_its_scale(shape, make, data):
     back, record = through(chunk, shape)
     assert back.dtype == shape.dtype
     exact = chunk.double()
-    # Beyond that only what rounding the quotient, and the product to the chunk's dtype, may add.
+    # Beyond that, only the rounding of the quotient, and of the product to the chunk's dtype.
     dtype = torch.finfo(shape.dtype)
     rounding = exact.abs() * dtype.eps + dtype.smallest_normal * dtype.eps
     assert ((back.double() - exact).abs() <= scales_of(record, shape).double() / 2 + rounding).all()
@@ -90,7 +90,7 @@ def test_a_key_has_a_scale_for_its_channel_and_a_value_for_its_token():
     chunk = torch.ones(SHAPE.size)
     chunk[:, 0, :, :, 2] = 1000.0
     chunk[:, 1, :, 3] = 1000.0
-    # What shares no scale with the great ones comes back as well as if these were not there.
+    # Numbers that share no scale with the large ones are as exact as without them.
     assert torch.allclose(through(chunk, SHAPE)[0], chunk, rtol=1e-4)
 
 
@@ -162,7 +162,7 @@ def test_a_code_that_none_is_made_with_is_refused_under_a_right_checksum(index):
 @pytest.mark.parametrize("codecs", [(RemoteCodec.RAW, INT8), (INT8, RemoteCodec.RAW)])
 def test_a_record_of_the_other_codec_is_refused_whatever_its_size(codecs):
     written, asked = codecs
-    # A float32 of each channel beside a byte of each element: here both codecs take as many bytes.
+    # One float32 per channel and one byte per element: here both codecs take equally many bytes.
     same_size = replace(SHAPE, chunk_tokens=4, head_dim=4, dtype=torch.bfloat16)
     assert record_bytes(same_size, INT8) == record_bytes(same_size)
     for shape in (SHAPE, same_size):

@@ -129,7 +129,7 @@ def test_prompts_with_one_beginning_fetch_it_once(fetcher_of) -> None:
     assert finished(long)
     assert redis.asked == [keys(prompt(2)), keys(prompt(3))[2:]]
     assert fetcher.held_bytes == 3 * SHAPE.size_bytes
-    # The chunks outlive the one that they were fetched for.
+    # The chunks are kept although the request for which they were fetched is gone.
     short.cancel()
     assert fetcher.held_bytes == 3 * SHAPE.size_bytes
     assert set(long.take()) == set(keys(prompt(3)))
@@ -196,7 +196,7 @@ def test_what_has_come_stays_within_its_bound_and_all_of_it_is_let_go(limit, ord
         assert fetcher.held_bytes <= limit * SHAPE.size_bytes
         if cancels:
             fetches[len(fetches) // 2].cancel()
-    # By the queue's order, as an engine takes them.
+    # In the order of the queue, as an engine takes them.
     for fetch in sorted(fetches, key=lambda fetch: -orders[fetches.index(fetch)][2]):
         if not fetch._taken:
             assert finished(fetch)

@@ -152,7 +152,7 @@ class TestDamage:
         assert cache.stats().remote_corrupt == 1
         assert cache.flush(10)
         assert not client.exists(KEYS[2])
-        # The cache mends it: what was recomputed is written, and then found.
+        # The cache repairs it: the recomputed chunk is written, and then found.
         store(cache, TOKENS)
         assert cache.flush(10)
         assert hits(caches(redis_server.url), TOKENS) == (0, N)
@@ -250,7 +250,7 @@ class TestOutage:
 
     @pytest.mark.parametrize(
         ("answered", "usable"),
-        # What comes: five lengths as ":384\r\n", then values as "$384\r\n", 384 bytes and "\r\n".
+        # Redis sends five lengths as ":384\r\n", then values as "$384\r\n", 384 bytes and "\r\n".
         [(0, 0), (3, 0), (30, 0), (33, 0), (36 + 100, 0), (30 + 391, 0), (30 + 392, 1), (30 + 3 * 392 + 7, 3)],
     )
     def test_truncated_answers_leave_the_chunks_that_came_whole(self, proxy, filled, caches, answered, usable):
@@ -386,7 +386,7 @@ class TestClusterMode:
     @pytest.fixture
     def cluster(self, tmp_path):
         """A cluster node that serves no slot of the keys."""
-        # Its own choice for the other nodes' port is 10,000 above, which may be no port.
+        # Its default for the cluster bus is this port plus 10,000, which may not be a valid port.
         server = RedisServer(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
         yield server
         server.stop()

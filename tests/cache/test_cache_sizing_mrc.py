@@ -44,7 +44,7 @@ def round_of(policy: MRC, distinct: int, requests: int = 10, start_ms: float = 0
 
 def test_the_smallest_capacity_that_reaches_the_target() -> None:
     policy = MRC(config(mrc_target_hit_rate=0.45))
-    # Of ten look-ups of 8 keys the first misses all, and the keys lie at depths 1 to 8: 9 hits for each capacity more.
+    # Ten lookups of 8 keys: the first misses all; the keys are at depths 1 to 8, so each further chunk gains 9 hits.
     assert round_of(policy, 8) == 4  # 36 of 80.
 
 
@@ -64,11 +64,11 @@ def test_a_price_is_paid_for_whatever_the_hit_rate() -> None:
 def test_hits_too_few_are_made_up_for_and_hits_above_the_target_are_spent() -> None:
     patient = MRC(config(mrc_target_hit_rate=0.5, capacity_chunks=1, mrc_grow_factor=8.0))
     hasty = MRC(config(mrc_target_hit_rate=0.5, capacity_chunks=1, mrc_catch_up=1.0))
-    # 5 chunks would have hit 45 of 80. But of the 72 before the last look-up only 8 were: 28 are owed besides.
+    # 5 chunks would have hit 45 of 80. But only 8 of the 72 before the last lookup were hits, so 28 more are missing.
     assert round_of(patient, 8) == 5
     assert round_of(hasty, 8) == 8
     spent = MRC(config(mrc_target_hit_rate=0.5, mrc_catch_up=1.0))
-    # 72 of 80 found, 32 more than were asked for, when the eleventh look-up begins.
+    # 72 of 80 are found when the eleventh lookup begins, 32 more than the target.
     assert round_of(spent, 8, requests=20) < 5
 
 
@@ -140,7 +140,7 @@ def test_capacity_and_memory_stay_within_their_bounds(
 
 @pytest.mark.parametrize("answer_tokens", [0, 40])
 def test_it_knows_what_its_cache_has_hit(answer_tokens: int) -> None:
-    # Nothing that is owed is forgotten, so that it tells of all hits.
+    # Missing hits are never forgotten, so they include all hits.
     sizing = config(max_capacity_chunks=500, mrc_shrink_factor=1.3, mrc_warmup_requests=20, mrc_horizon_requests=1e12)
     policy = MRC(sizing)
     stats = replay(policy, phases(200, 0), answer_tokens)

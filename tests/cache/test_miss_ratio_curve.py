@@ -132,7 +132,7 @@ def test_a_sample_errs_by_little(seed: int) -> None:
     error = np.abs(sampled.hits(capacities) - exact.hits(capacities)) / exact.accesses
     assert error.max() < 0.06
     assert error.mean() < 0.02
-    # There is something to get wrong: the curve rises over most of its length.
+    # The test can fail: the curve rises over most of its length.
     assert exact.hits([8000])[0] > 1.3 * exact.hits([500])[0] > 0
 
 

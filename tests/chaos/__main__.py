@@ -89,7 +89,7 @@ class ChaosConfig(Config):
 
     @property
     def job(self) -> JobConfig:
-        # A small local tier, so that most of what is reused has to come from Redis.
+        # A small local tier, so that most reused chunks come from Redis.
         sizing = SizingConfig(capacity_chunks=8, min_capacity_chunks=8)
         return with_absolute_paths(
             JobConfig(

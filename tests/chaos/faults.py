@@ -304,7 +304,7 @@ class RedisFlipped(Fault):
             self._stop.wait(self.EVERY_S)
 
     def _deleted(self) -> int:
-        # Nothing but the cache unlinks while a job runs, and only what it found damaged.
+        # While a job runs, only the cache unlinks keys, and only damaged ones.
         commands: Any = self.stack.redis.info("commandstats")
         return int(commands.get("cmdstat_unlink", {}).get("calls", 0))
 
@@ -348,7 +348,7 @@ class DiskFull(Fault):
     def close(self) -> None:
         if self._mounted:
             self._ballast.unlink(missing_ok=True)
-            # Lazily, as Flink may still delete what it has there.
+            # Unmount lazily, because Flink may still delete its files there.
             subprocess.run(["umount", "--lazy", str(self.stack.checkpoints)], check=True)
 
 

@@ -121,7 +121,7 @@ def _stalls_ms(answers: Sequence[tuple[float, float]], fault_ms: float) -> Itera
     oldest_owed_ms = math.inf
     before = [-math.inf, *(received_ms for received_ms, _ in answers)]
     for (received_ms, created_ms), before_ms in reversed(list(zip(answers, before, strict=False))):
-        # What is owed at a moment is all that is answered later.
+        # All requests answered later are owed at this time.
         oldest_owed_ms = min(oldest_owed_ms, created_ms)
         if received_ms > fault_ms:
             yield received_ms - max(before_ms, oldest_owed_ms, fault_ms)

@@ -103,7 +103,7 @@ def test_recovery_is_that_of_the_slot_that_takes_longest(trial: Trial) -> None:
     # Slot 1 owes an answer from the creation of request 5 on, and gives it at 8.5 s.
     assert recovery_s(trial) == pytest.approx(3.5)
     assert slowest_s(trial) == pytest.approx(3.5)
-    # A fault in the midst of that counts from there; without any, an answer takes half a second.
+    # The stall counts from a fault in the middle of it; without a fault, an answer takes half a second.
     assert recovery_s(replace(trial, fault_ms=BEGAN_MS + 7000)) == pytest.approx(1.5)
     assert recovery_s(replace(trial, fault_ms=BEGAN_MS + 8900)) == pytest.approx(0.5)
     trial.book.sent(created("t/lost", 9.5))

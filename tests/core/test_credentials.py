@@ -22,7 +22,7 @@ KEY = "0123456789abcdef" * 2
 def _empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("REDIS_USERNAME", "REDIS_PASSWORD", "KAFKA_USERNAME", "KAFKA_PASSWORD", "CHUNK_KEY"):
         monkeypatch.delenv(f"INFERTUNER_{name}", raising=False)
-    # Of these short ones no other test's text may lose its letters.
+    # These secrets are short, so they must not be masked in texts of other tests.
     monkeypatch.setattr("core.credentials._read", set())
 
 

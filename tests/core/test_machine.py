@@ -31,7 +31,7 @@ V2 = {
 }
 V1 = {
     "proc/self/cgroup": "9:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/abc",
-    # Inside a container the group of the process is what is mounted.
+    # Inside a container the mount is the group of the process.
     "proc/self/mountinfo": "32 31 0:29 /docker/abc /sys/fs/cgroup/cpu,cpuacct ro master:9 - cgroup cgroup "
     "rw,cpu,cpuacct\n35 31 0:32 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory",
 }

@@ -76,7 +76,7 @@ def test_a_command_may_differ_in_its_defaults_and_still_be_told_everything() -> 
     set_own_defaults(parser, {"batching": Batching.MICRO})
     assert from_options(JobConfig, parser.parse_args([])).batching.batching is Batching.MICRO
     assert "(default: micro)" in " ".join(parser.format_help().split())
-    # What is said in full is the same for every command.
+    # The full help text is the same for every command.
     assert from_options(JobConfig, parser.parse_args(to_options(JobConfig()))) == JobConfig()
 
 

@@ -312,7 +312,7 @@ def test_an_answer_is_too_long_exactly_if_its_topic_could_refuse_it() -> None:
         return Response(**{**RESPONSE, "text": text, "token_ids": (1,) * tokens, "output_tokens": tokens})
 
     assert not answer(100_000, "x" * 400_000).is_too_long
-    # Six bytes each in the record, so that not all that might be too long is.
+    # A character may take six bytes in the record, so this text might be too long; it is not.
     assert not answer(100_000, "雨" * 400_000).is_too_long
     for long in (answer(100_000, "雨" * 700_000), answer(1_000_000, "😀" * 200_000)):
         assert len(long.to_json()) > MAX_RESULT_BYTES - (40 << 10)

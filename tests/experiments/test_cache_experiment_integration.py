@@ -66,7 +66,7 @@ def test_two_strategies_on_one_load(stack: LocalStack, tmp_path: Path) -> None:
     static, fluid = read_runs(next((tmp_path / "raw").iterdir()))
     assert [sent.request_id for sent in static.sent] == [sent.request_id for sent in fluid.sent]
     assert [slot.slot for slot in static.manifest.slots] == [0]
-    # A cold cache for each: the first request of neither finds anything.
+    # Each has a cold cache, so the first request of each finds nothing.
     for run in (static, fluid):
         first = next(answer for answer in run.responses if answer.request_id == run.sent[0].request_id)
         assert (first.local_tokens, first.remote_tokens) == (0, 0)

@@ -252,7 +252,7 @@ def test_mean_capacity_lies_between_the_least_and_the_peak(responses: list[Respo
 
 @given(RESPONSES, st.randoms(use_true_random=False))
 def test_the_order_of_the_records_does_not_matter(responses: list[Response], dice: random.Random) -> None:
-    # Two look-ups of one slot at the same time have no order of their own.
+    # Two lookups of one slot at the same time have no defined order.
     began = metrics.began_at_ms(metrics.frame(responses))
     unique = list({(made.slot, at_ms): made for made, at_ms in zip(responses, began, strict=True)}.values())
     shuffled = dice.sample(unique, len(unique))

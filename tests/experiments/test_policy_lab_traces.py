@@ -92,7 +92,7 @@ def test_our_policies_are_not_below_lru_and_mq(load) -> None:
         hits = {name: served(requests, name, capacity, Drive.REQUEST).prefix_hits for name in names}
         assert hits["DENSITY"] >= max(hits["LRU"], hits["MQ"])
         assert hits["LEADER"] >= hits["LRU"]
-        # What it costs to find out who leads: of a short load more than of a long one.
+        # The cost of finding the better policy is a larger share of a short load.
         assert hits["LEADER"] >= 0.9 * hits["DENSITY"]
 
 

@@ -30,7 +30,7 @@ def byte_level_bpe() -> PreTrainedTokenizerFast:
         CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     )
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    # What models call and calls tools with is no special token.
+    # The tokens for tool calls are not special tokens.
     tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("wordlet", normalized=False)])
     return _finished(tokenizer, eos_token="<|im_end|>")
 
@@ -93,7 +93,7 @@ def _sentencepiece_bpe() -> Tokenizer:
         vocab_size=450, special_tokens=["<unk>", "<s>", "</s>", *BYTES], show_progress=False, limit_alphabet=60
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    # Bytes are pieces of the vocabulary, and no special tokens: only the model itself writes with them.
+    # Bytes are pieces of the vocabulary and not special tokens.
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [added for added in content["added_tokens"] if added["content"] not in BYTES]
     content["pre_tokenizer"] = None

@@ -84,9 +84,9 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[AttentionWindow, ...]]] = {
     "olmo3": (lambda: mixed(hf.Olmo3Config), (SLIDING, FULL)),
     "smollm3": (lambda: mixed(hf.SmolLM3Config, use_sliding_window=True), (SLIDING, FULL)),
     "llama4, attention chunks": (lambda: llama4(attn_temperature_tuning=False), (CHUNKED, FULL)),
-    # Layers without rope scale queries by the position that they count themselves, for rows of equal lengths.
+    # Layers without rope scale queries by positions that they count themselves, which assumes rows of equal lengths.
     "llama4, scaled by position": (lambda: llama4(no_rope_layers=[1, 0], floor_scale=20), (CHUNKED, FULL)),
-    # Its layers mask by themselves, for rows of equal lengths.
+    # Its layers make their own masks, which assume rows of equal lengths.
     "gpt-neo, local attention": (lambda: hf.GPTNeoConfig(**NEO, window_size=WINDOW), ()),
 }
 

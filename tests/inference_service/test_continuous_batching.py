@@ -116,7 +116,7 @@ def test_running_sequences_decode_in_every_step_of_a_long_prompt(model: LoadedMo
     engine.submit(ask("long", tokens_of(2, 40), 2), 0.0)
     for _ in range(9):
         engine.step()
-    # The long prompt's time is unlimited here, so that its pieces share the passes of what runs.
+    # The long prompt's time is unlimited here, so its pieces share the passes of running sequences.
     assert watch.passes == [(1, [4])] * 9
 
 
@@ -128,7 +128,7 @@ def test_a_short_prompt_overtakes_a_long_one_which_still_gets_half(model: Loaded
     assert [one.request.request_id for one in engine.step()] == ["short"]
     for number in range(20):
         engine.submit(ask(f"more{number}", tokens_of(3 + number, 8), 1), 0.0)
-    # 36 tokens are left of it, of which a crowd of others leaves it 4 a step.
+    # 36 of its tokens are left, and many other prompts leave it only 4 per step.
     assert steps_until_done(engine, "long") == 9
 
 
@@ -179,7 +179,7 @@ def test_what_comes_while_a_long_prompt_is_alone_waits_for_one_piece(model: Load
     assert watch.passes == [(0, [20])]
     engine.submit(ask("short", tokens_of(3, 4), 1), 0.0)
     assert [one.request.request_id for one in engine.step()] == ["short"]
-    # In a step with others a piece has twice the time of one that decoding sequences wait for, and at least a chunk.
+    # If nothing decodes, a piece has twice the time, and at least one chunk.
     assert watch.passes[1:] == [(0, [4]), (0, [8])]
     steps_until_done(engine, "long")
     assert watch.passes[3:] == [(0, [20]), (0, [12])]
@@ -390,7 +390,7 @@ def test_the_engine_counts_what_fails_and_tells_what_it_holds(model: LoadedModel
     assert (last.waiting, last.prefilling, last.running) == (1, 1, 1)
     finish(engine)
     assert engine.stats.failed_passes > 0
-    # Of each prompt, and of the answer that fills a chunk.
+    # Chunks of each prompt, and the chunk that the answer fills.
     assert engine.stats.failed_stores == 4
     assert engine.stats.passes == len(held) == held[-1].passes
 
@@ -447,7 +447,7 @@ def test_memory_that_one_request_has_too_little_of_is_freed_for_the_others(
         return False
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(held)))
-    # pytest's log keeps tracebacks, and with them what a pass had.
+    # pytest's log keeps tracebacks, and with them the tensors of a pass.
     monkeypatch.setattr(forward.logger, "disabled", True)
     Watch(engine, exhausts)
     done = finish(engine)
@@ -457,7 +457,7 @@ def test_memory_that_one_request_has_too_little_of_is_freed_for_the_others(
     found = answers(one for one in done if not isinstance(one, Failure))
     for request in requests:
         assert found[request.request_id].token_ids == plain_answer(model, request.prompt_token_ids, 6)
-    # Of the pass with all of them, and of the one with it alone.
+    # The failed pass with all of them, and the one with it alone.
     assert emptied == [1, 2]
     assert alive
     assert not any(alive)

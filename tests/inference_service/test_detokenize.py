@@ -51,9 +51,9 @@ def test_an_unfinished_character_spoils_no_other(kind: str) -> None:
     assert answer_text(tokenizer, prompt, answer) == "\u4e66\u6c34"
     assert answer_text(tokenizer, prompt, answer[:-1]).rstrip("\ufffd") == "\u4e66"
     assert answer_text(tokenizer, prompt, answer[:1]).rstrip("\ufffd") == ""
-    # A prompt of tokens may end within a character: what completes it is the answer's.
+    # A prompt of token ids may end within a character. The tokens that complete it belong to the answer.
     assert answer_text(tokenizer, prompt[:-1], [prompt[-1], *answer]) == "\u7530\u4e66\u6c34"
-    # A byte that continues nothing spoils nothing of the prompt.
+    # A stray byte does not change the text of the prompt.
     assert answer_text(tokenizer, prompt, [prompt[-1], *tokenizer("a")["input_ids"]]).strip("\ufffd").endswith("a")
 
 
@@ -63,7 +63,7 @@ def test_special_tokens_are_no_text(kind: str) -> None:
     ids = tokenizer("The capital", add_special_tokens=False)["input_ids"]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    # Where nothing but special tokens stands before it, the answer begins the text.
+    # If only special tokens precede it, the answer begins the text.
     assert answer_text(tokenizer, [start] * 20, ids) == decoded(tokenizer, ids)
     assert (
         answer_text(tokenizer, [*ids, end, start], [*ids, end])
@@ -73,5 +73,5 @@ def test_special_tokens_are_no_text(kind: str) -> None:
 
 def test_an_answer_of_nothing_is_no_text() -> None:
     assert answer_text(byte_tokenizer(), [65, 66], []) == ""
-    # Not even where the prompt cannot be decoded: a deadline that passes must not end in an error.
+    # Even if the prompt cannot be decoded: a passed deadline must not end in an error.
     assert answer_text(None, [65, 66], []) == ""

@@ -49,7 +49,7 @@ def test_a_short_prefill_takes_the_time_to_read_weights_and_row() -> None:
 def test_a_prompt_in_two_pieces_is_the_same_arithmetic() -> None:
     whole = PROFILE.prefill_ms(100, 0)
     pieces = PROFILE.prefill_ms(60, 0) + PROFILE.prefill_ms(40, 60)
-    # What is paid twice: the overhead of a pass, and the logits after its last token.
+    # Two passes pay twice for the overhead of a pass, and for the logits after its last token.
     assert pieces - whole == pytest.approx(3.0 + 200 / 1e3)
 
 

@@ -67,7 +67,7 @@ def test_an_answer_ends_where_the_row_is_full(model: LoadedModel, prompt: int) -
 
 def with_end_token(path: Path, folder: Path, token: int | list[int]) -> LoadedModel:
     """The same weights with a generation configuration in which `token` ends an answer."""
-    # As the library loads it: packed layers cannot be saved.
+    # The model as the library loads it, because packed layers cannot be saved.
     model = load_model(EngineConfig(model=str(path), device="cpu")).model
     model.generation_config.eos_token_id = token
     model.save_pretrained(folder)

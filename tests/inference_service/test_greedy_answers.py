@@ -112,7 +112,7 @@ def test_the_next_turn_reuses_the_answer_too(model: LoadedModel) -> None:
     second = answers(engine.run([ask(name, turn) for name, turn in turns.items()]))
     for name, one in second.items():
         assert one.token_ids == plain_answer(model, turns[name], 6)
-        # Of an answer all but the last token has been run, and so has key/value.
+        # All tokens of an answer except the last have run through the model, so they have keys and values.
         held = len(turns[name]) - 4
         assert one.local_tokens == held // CHUNK * CHUNK > len(prompts[name]) // CHUNK * CHUNK
 

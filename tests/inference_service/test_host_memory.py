@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_blocks_serve_the_next_tensors_of_their_size() -> None:
-    # In a process of its own, whose heap nothing else has shaped.
+    # In a new process, whose heap no other test has changed.
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    # The heap has grown by then. Five times six new blocks of 16 MiB would be 122,880 pages.
+    # The heap has grown by now. Without reuse, five times six blocks of 16 MiB would be 122,880 page faults.
     assert int(done.stdout) < 4096

@@ -156,7 +156,7 @@ def test_end_tokens_are_those_of_all_that_name_some(saved: Path) -> None:
     rewrite(saved / "generation_config.json", eos_token_id=[1, 2])
     rewrite(saved / "config.json", eos_token_id=3)
     assert load_tiny(saved).eos_token_ids == {1, 2, 3, EOS_ID}
-    # Often it is the tokenizer alone that knows of the end of a turn.
+    # Often only the tokenizer knows the end-of-turn token.
     rewrite(saved / "generation_config.json", eos_token_id=None)
     rewrite(saved / "config.json", eos_token_id=None)
     assert load_tiny(saved).eos_token_ids == {EOS_ID}

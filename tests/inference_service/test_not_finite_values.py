@@ -27,7 +27,7 @@ LINE = "the model's values are not finite in float32 for this request; look for 
 def poisoned_model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     path = save_tiny(tmp_path_factory.mktemp("poison") / "qwen2", hf.Qwen2Config(**LAYERS_OF_TWO))
     model = load_tiny(path)
-    # The self-test has passed without it.
+    # The self-test has passed, because it does not use this token.
     with torch.no_grad():
         model.model.get_input_embeddings().weight[POISON] = float("nan")
     return model
@@ -77,7 +77,7 @@ def test_only_the_poisoned_fail(poisoned: LoadedModel, seed: int, rows: int, bud
     done: list[Completion | Failure] = []
     for number in range(12):
         length, kind, temperature = chance.randint(1, 40), chance.randrange(4), chance.choice([0.0, 1.0])
-        # Of few seeds, so that prompts begin with each other's chunks.
+        # Few seeds, so that prompts begin with each other's chunks.
         tokens = clean(kind, length) if chance.random() < 0.6 else with_poison(kind, length, chance.randrange(length))
         name = f"r{number}"
         expected[name] = None if POISON in tokens else alone(poisoned, tokens, temperature)
@@ -90,7 +90,7 @@ def test_only_the_poisoned_fail(poisoned: LoadedModel, seed: int, rows: int, bud
     assert found == expected
     assert {one.reason for one in done if isinstance(one, Failure)} <= {LINE}
     assert unfinished_rows_are_finite(engine)
-    # `MemoryCache` refuses what is not finite; that nothing of the poisoned was even offered is seen by its keys.
+    # `MemoryCache` refuses chunks that are not finite. Its keys show that no chunk of the poisoned request was offered.
     assert cache is None or not any(POISON in tokens for _, tokens in cache.stored)
 
 

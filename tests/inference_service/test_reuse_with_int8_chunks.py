@@ -88,7 +88,7 @@ def test_greedy_answers_agree_nearly_always(model: LoadedModel, opened: Opener) 
 
     def run(cache: TwoLevelCache) -> dict[str, bool]:
         engine = make_engine(model, cache=cache, max_running=4)
-        # Nothing learnt yet, so that no transfer is passed over for being slower than a prefill this small.
+        # No costs are learnt yet, so no transfer is skipped for being slower than such a small prefill.
         engine._scheduler.learn_prefill_cost = lambda tokens, took_ms: None  # type: ignore[method-assign]
         done = answers(engine.run([ask(name, tokens) for name, tokens in prompts.items()]))
         assert {one.remote_tokens for one in done.values()} <= {0, 39}

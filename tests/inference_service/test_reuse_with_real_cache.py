@@ -50,7 +50,7 @@ def opened(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Opener]:
 def run(model: LoadedModel, cache: TwoLevelCache | None, names: list[str] | None = None) -> dict[str, Completion]:
     """Run requests in a new engine, and check that its answers are the plain ones."""
     engine = make_engine(model, cache=cache, max_running=3)
-    # Nothing learnt yet, so that no transfer is passed over for being slower than a prefill this small.
+    # No costs are learnt yet, so no transfer is skipped for being slower than such a small prefill.
     engine._scheduler.learn_prefill_cost = lambda tokens, took_ms: None
     done = answers(engine.run([ask(name, PROMPTS[name]) for name in names or PROMPTS]))
     for name, one in done.items():

@@ -47,7 +47,7 @@ def test_without_a_seed_it_is_made_of_the_request_id(qwen2: LoadedModel) -> None
     assert len({one.token_ids for one in found.values()}) == 3
     again = answers(make_engine(qwen2).run(reversed(requests)))
     assert {name: one.token_ids for name, one in again.items()} == {n: one.token_ids for n, one in found.items()}
-    # What the answer says of its seed is what gives it again, under any id.
+    # The reported seed gives the same answer again, with any request id.
     said = found["b"].sampling.seed
     assert said == seed_of("b")
     assert answers(make_engine(qwen2).run([ask("z", PROMPT, 12, temperature=1.0, seed=said)]))["z"].token_ids == (
@@ -217,7 +217,7 @@ def test_every_token_is_drawn_as_transformers_would(rows: list[Any], vocabulary:
             uniform = row.draw.sampler.uniforms(row.draw.index)[0, 0]
             before = float(cumulated[token - 1]) if token else 0.0
             assert before - 1e-5 <= uniform <= float(cumulated[token]) + 1e-5
-    # Each alone, and in another order and company: the same.
+    # Each request has the same answer alone, in another order, and in another batch.
     for token, row in zip(found, made, strict=True):
         assert BatchSampler().sample(row.logits[None].clone(), [row.draw]) == [token]
     turned = [*reversed(made), made_row(vocabulary, seed=1, sampling=Sampling(temperature=1.0, top_k=200))]
@@ -272,7 +272,7 @@ def test_a_row_without_a_taken_proposal_is_drawn_again_with_other_numbers(monkey
         if index != 1:
             return numbers
         asked.append(attempt)
-        # A proposal in the last place of a group, which the peak is not, is as good as never taken.
+        # A proposal at the last position of a group, where the peak is not, is almost never accepted.
         return numbers if attempt == 2 else [[0.999] * PROPOSALS, [0.999] * PROPOSALS]
 
     monkeypatch.setattr(SequenceSampler, "uniforms", refused_at_first)

@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: hf.GPT2Config(**GPT2, add_cross_attention=True),
         "cross attention (add_cross_attention)",
     ),
-    # As wide as a fresh model usually is: what attention sees shows in the fourth digit only.
+    # The usual width of fresh weights, where attention only changes the fourth digit.
     "bert, which sees what follows": (
         lambda: hf.BertConfig(
             vocab_size=258, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64

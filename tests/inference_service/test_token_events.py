@@ -36,7 +36,7 @@ def test_text_is_never_cut_within_a_character_or_a_stop_string(kind: str, texts:
         assert whole.startswith(said)
         if stop not in answer_text(tokenizer, prompt, answer[:end]):
             assert stop not in whole or len(said) <= whole.index(stop)
-    # Nothing is held back but what may become a stop string.
+    # Only text that may become a stop string is held back.
     assert len(whole) - len(said) < len(stop)
     assert said + stream.end(answer, whole) == whole
 

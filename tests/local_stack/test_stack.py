@@ -150,7 +150,7 @@ def test_what_a_killed_run_left_is_cleaned_up_by_the_next_start(redis_only: Stac
         (after,) = started_by(running)
         assert after.pid != before.pid
         assert is_alive(after)
-        # One that runs and does not answer is ended as well.
+        # A process that runs and does not answer is ended as well.
         psutil.Process(after.pid).suspend()
         assert LocalStack(redis_only.model_copy(update={"stop_grace_s": 0.2})).start() is True
         assert not is_alive(after)
@@ -160,7 +160,7 @@ def test_what_a_killed_run_left_is_cleaned_up_by_the_next_start(redis_only: Stac
 def test_descendants_end_although_their_leader_was_killed(redis_only: StackConfig) -> None:
     with LocalStack(redis_only) as running:
         (redis,) = started_by(running)
-        # Takes Redis's place in the state: a leader that dies and leaves a child, as a killed TaskManager may.
+        # Replaces Redis in the state: a session leader that dies and leaves a child, as a killed TaskManager may.
         leader = subprocess.Popen(["bash", "-c", "sleep 600 & wait"], start_new_session=True)
         process = psutil.Process(leader.pid)
         while not (children := process.children()):

@@ -157,7 +157,7 @@ def response(envelope: Envelope, slot: int) -> Response:
 
 
 if __name__ == "__main__":
-    # In the place of the module that would load libraries for seconds.
+    # Replaces the module that would load libraries for seconds.
     sys.modules["operators.slots.slot"] = ModuleType("operators.slots.slot")
     sys.modules["operators.slots.slot"].InferenceSlot = StandInInferenceSlot  # type: ignore[attr-defined]
     runpy.run_module("operators.slots.server", run_name="__main__")

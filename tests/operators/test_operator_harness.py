@@ -344,7 +344,7 @@ def test_at_the_end_of_input_event_time_timers_ring_and_processing_time_timers_d
     harness.process(("set", 1500), KEY)
     harness.process(("set", END_OF_TIME, EVENT), KEY)
     harness.process(("write", "again"), KEY)
-    # A timer that is set meanwhile and due rings too: Flink comes back until there is none.
+    # A due timer that is set meanwhile fires too: Flink continues until there is none.
     assert values(harness.end_input()) == [("rang", KEY, END_OF_TIME, END_OF_TIME)] * 2
     assert harness.timers(PROCESSING) == []
     assert harness.advance(10_000) == []

@@ -65,7 +65,7 @@ def test_a_killed_worker_and_a_start_without_state_ask_for_nothing_twice(
     run.send(2, start=14, max_new_tokens=SHORT)
     run.send(4, start=16, max_new_tokens=LONG)
     run.read_until(lambda r: len(set(r.answered())) == 16)
-    # It takes the place of the group beyond what is in flight.
+    # It moves the group's offset beyond the requests in flight.
     take_checkpoint(run)
     run.job.cancel()
     run.submit("--parallelism", "1", *OPTIONS, *slow)
@@ -88,7 +88,7 @@ def test_exactly_once_writes_again_what_a_failure_took_back_and_does_not_ask_for
     take_checkpoint(run)
     run.send(1, start=14, model="another")
     run.send(4, start=10, max_new_tokens=SHORT)
-    # The last short one came after the checkpoint, and the letter before it.
+    # The last short answer came after the checkpoint, and the dead letter before it.
     until(lambda: {"r0", "r13"} <= recorded(journal, run.kafka.responses_topic).keys())
     topics = (run.kafka.responses_topic, run.kafka.dead_letters_topic)
     before = [recorded(journal, topic) for topic in topics]
@@ -99,7 +99,7 @@ def test_exactly_once_writes_again_what_a_failure_took_back_and_does_not_ask_for
     visible = [recorded(journal, topic, committed=True) for topic in topics]
     assert {name: len(values) for name, values in visible[0].items()} == dict.fromkeys(ids(14), 1)
     assert {name: len(values) for name, values in visible[1].items()} == {"r14": 1}
-    # The very bytes, which nobody but this test has seen: they were in transactions that the failure ended.
+    # The same bytes, although the failure aborted their transactions, so that no other reader has seen them.
     for topic, was, seen, found in zip(topics, before, committed, visible, strict=True):
         taken_back = was.keys() - seen.keys()
         assert taken_back

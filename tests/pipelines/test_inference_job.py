@@ -85,7 +85,7 @@ def test_a_bounded_run_answers_everything_as_the_engine_alone_would(run: Run, mo
     with closing(run.producer(transactional_id=run.kafka.topic_prefix)) as transactional:
         transactional.init_transactions()
         send_aborted(run, transactional, 3, start=0)
-        # None of them is a copy of one that was aborted.
+        # None of them counts as a copy of an aborted one.
         run.send(10, max_new_tokens=12)
         for start, codec in zip((10, 20, 30, 40), ("gzip", "snappy", "lz4", "zstd"), strict=True):
             with closing(run.producer(compression_type=codec)) as compressing:
@@ -100,7 +100,7 @@ def test_a_bounded_run_answers_everything_as_the_engine_alone_would(run: Run, mo
     assert run.job.state() == "FINISHED"
     assert run.job.failures() == []
     assert sorted(ready["slot"] for ready in run.ready) == list(range(parallelism))
-    # Where streams that have come apart meet again, barriers that overtake on one way only lead to deadlocks.
+    # If two streams of one source meet again, barriers that overtake records on only one of them can deadlock.
     (meeting,) = tasks(run.job, inputs=2)
     assert "decode" in meeting
     assert "inference" not in meeting
@@ -117,7 +117,7 @@ def test_a_bounded_run_answers_everything_as_the_engine_alone_would(run: Run, mo
         assert {answer.slot for answer in run.responses if answer.session_id == f"s{session}"} <= {home}
     wanted = one_by_one(model, [request for request in run.sent if request.request_id in ids(50)])
     assert {name: answers[name].token_ids for name in ids(50)} == wanted
-    # They ran together, as far as the cap let them.
+    # They ran together, within the cap.
     assert max(answer.decode_rows or 0 for answer in run.responses) > 1.5
     assert max(answer.batch_size for answer in run.responses) <= 6
 

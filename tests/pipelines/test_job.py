@@ -68,7 +68,7 @@ def test_a_topic_that_would_refuse_what_the_job_writes_is_told(stack: LocalStack
         other = kafka.model_copy(update={"topic_prefix": "wide"})
         admin.create_topics([NewTopic(other.responses_topic, 1, 1, topic_configs=wide)])
         ensure_topics(JobConfig(kafka=other))
-        # Those that it has made itself are right.
+        # Topics that it has created itself have the right settings.
         ensure_topics(JobConfig(kafka=other))
     finally:
         admin.close()

@@ -187,7 +187,7 @@ def connector_clients(properties: Sequence[Mapping[str, str]], env: Mapping[str,
     lib.mkdir()
     for jar in (*(flink_home / "lib").glob("*.jar"), *(JARS / "connector").glob("*.jar")):
         (lib / jar.name).symlink_to(jar)
-    # Only with FLINK_HOME does PyFlink believe FLINK_LIB_DIR.
+    # PyFlink uses FLINK_LIB_DIR only if FLINK_HOME is set.
     paths = {"FLINK_HOME": str(flink_home), "FLINK_LIB_DIR": str(lib), "PYTHONPATH": str(ROOT)}
     quick = {"default.api.timeout.ms": "20000", "request.timeout.ms": "20000"}
     done = subprocess.run(
@@ -330,7 +330,7 @@ def test_a_whole_job_and_nothing_that_it_leaves_holds_a_secret(
             *("--kafka-credentials-file", str(secured.credentials), "--redis-credentials-file", str(redis_file)),
             *("--chunk-key-file", str(key_file)),
         )
-        # By then all of its processes are there.
+        # All of its processes run by now.
         run.read_until(lambda so_far: len(so_far.ready) == 1)
         started = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
         run.settle()

@@ -13,7 +13,7 @@ TRACES = os.environ.get("INFERTUNER_TRACES")
 
 MADE_ROWS = [
     {"timestamp": 0, "input_length": 700, "output_length": 100, "hash_ids": [0, 1]},
-    # Extends the first by a second whole block, block 0 being everybody's: still a session of its own.
+    # Extends the first by a second whole block. All requests share block 0, so this is still a new session.
     {"timestamp": 0, "input_length": 1500, "output_length": 2, "hash_ids": [0, 2, 3]},
     {"timestamp": 3000, "input_length": 1024, "output_length": 2000, "hash_ids": [0, 4]},
     # Extends the row before, twice; the second time by way of its own extension.

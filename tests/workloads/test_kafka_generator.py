@@ -252,7 +252,7 @@ def kafka_config(stack: LocalStack) -> Iterator[KafkaConfig]:
     """The test's own requests topic in the real Kafka."""
     config = KafkaConfig(brokers=stack.addresses().brokers, topic_prefix=f"test-{uuid.uuid4().hex[:12]}")
     admin = KafkaAdminClient(bootstrap_servers=config.brokers)
-    # A broker compresses with its topic's codec what comes otherwise.
+    # A broker recompresses records of another codec with its topic's codec.
     codec = {"compression.type": "zstd"}
     admin.create_topics([NewTopic(config.requests_topic, num_partitions=2, replication_factor=1, topic_configs=codec)])
     yield config

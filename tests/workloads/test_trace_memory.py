@@ -67,7 +67,7 @@ def test_blocks_of_ten_times_the_rows_take_no_more_memory(
     trace_of: Callable[[int], Path], trace_format: TraceFormat
 ) -> None:
     few, many = trace_of(FEW), trace_of(MANY)
-    # Once before: what is made at the first use of a library stays.
+    # Run once before, because a library's first use allocates memory that stays.
     small = [peak_bytes(lambda: count(read_blocks(few, trace_format)), FEW) for _ in range(2)][1]
     large = peak_bytes(lambda: count(read_blocks(many, trace_format)), MANY)
     assert large < small + 16 * KIB
@@ -92,6 +92,6 @@ def test_the_sessions_of_a_mooncake_replay_take_no_more_memory_than_they_may() -
         sessions = PrefixSessions(shared_blocks=1, remembered=FEW // 2)
         return max(sessions.of([0, 2 * at + 1, 2 * at + 2]) for at in range(prompts))
 
-    # Python's dictionaries grow once more where keys come and go; what is never forgotten would be ten times as much.
+    # Python's dictionaries grow when keys come and go. A real leak would be ten times as large.
     small = peak_bytes(lambda: tell_apart(FEW), FEW)
     assert peak_bytes(lambda: tell_apart(MANY), MANY) < 2 * small

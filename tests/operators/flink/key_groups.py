@@ -22,7 +22,7 @@ def _murmur(code: int) -> int:
     code = _wrapped((code ^ code >> 16) * 0x85EBCA6B)
     code = _wrapped((code ^ code >> 13) * 0xC2B2AE35)
     code ^= code >> 16
-    # As Java has it: the absolute value of what is a signed number there.
+    # As in Java, where this is the absolute value of a signed number.
     return min(code, 2**32 - code) % 2**31
 
 
