@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from core.records import Request, TokenLogprob
-
 if TYPE_CHECKING:
     from cache.protocol import Prefetch
+    from core.records import Request, TokenLogprob
     from inference_service.completion import Completion
     from inference_service.engine import TokenListener
     from inference_service.sampling import Draw, SequenceSampler
@@ -51,7 +50,7 @@ def leading_rows(pieces: Sequence[Piece]) -> int:
 class ActiveRequest:
     """A request in the engine, with a sequence for each of its `n` answers."""
 
-    request: Request
+    request: "Request"
     on_token: "TokenListener | None" = None
     sequences: "list[ActiveSequence]" = field(default_factory=list)
     completions: "dict[int, Completion]" = field(default_factory=dict)
@@ -99,9 +98,9 @@ class ActiveSequence:
     capacity_chunks: int = 0
     used_chunks: int = 0
     output: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list["TokenLogprob"] = field(default_factory=list)
     """One for each token of `output`, if the request asked for them."""
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list["TokenLogprob"] = field(default_factory=list)
     """One for each computed token of the prompt but the first, if the request asked for them."""
     held: int = 0
     """Tokens whose keys and values are in the sequence's row: all but the last sampled one."""
@@ -120,7 +119,7 @@ class ActiveSequence:
     """Prompt tokens to compute in the current step."""
 
     @property
-    def request(self) -> Request:
+    def request(self) -> "Request":
         return self.parent.request
 
     @property
