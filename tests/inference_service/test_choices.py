@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from engine_helpers import CHUNK, MemoryCache, answers, ask, make_engine, plain_answer, tokens_of
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from core.clock import ManualClock
 from core.records import FinishReason, Request
@@ -33,27 +31,6 @@ def test_choices_differ_and_the_first_is_the_only_one_of_a_request_for_one(qwen2
     # The prompt once, and its last token for each of the others.
     assert engine.stats.prefilled_tokens == len(PROMPT) + 3
     assert (several.prompt_tokens, several.computed_tokens) == (len(PROMPT), len(PROMPT))
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    counts=st.lists(st.integers(1, 6), min_size=1, max_size=4),
-    rows=st.integers(1, 5),
-    reuse=st.booleans(),
-    budget=st.sampled_from([0, 5, 16]),
-)
-def test_choices_are_the_same_in_any_company(
-    qwen2: LoadedModel, counts: list[int], rows: int, reuse: bool, budget: int
-) -> None:
-    requests = [
-        ask(str(number), tokens_of(number, 5 + 7 * number), 3 + number, n=count, temperature=0.9, seed=number)
-        for number, count in enumerate(counts)
-    ]
-    expected = {one.request_id: token_ids(answers(make_engine(qwen2).run([one]))[one.request_id]) for one in requests}
-    cache = MemoryCache(qwen2.chunk_shape(CHUNK)) if reuse else None
-    engine = make_engine(qwen2, cache=cache, max_running=rows, step_prefill_tokens=budget)
-    assert {name: token_ids(one) for name, one in answers(engine.run(requests)).items()} == expected
-    assert not list(engine._rows)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 9])

@@ -1,13 +1,10 @@
 """Requests enter and leave between steps: answers equal those of the model alone, and none is delayed for long."""
 
-import random
 import weakref
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from core.clock import ManualClock
 from core.records import FinishReason
@@ -64,37 +61,6 @@ class Watch:
         prompts = [len(piece.tokens) for piece in pieces if piece.row not in running]
         self.passes.append((len(pieces) - len(prompts), prompts))
         return self._forward(pieces)
-
-
-@given(
-    seed=st.integers(0, 1 << 30),
-    budget=st.sampled_from([0, 1, 3, 8, 20]),
-    rows=st.integers(1, 5),
-    cached=st.booleans(),
-)
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whoever_comes_when_every_answer_is_the_models_own(
-    model: LoadedModel, seed: int, budget: int, rows: int, cached: bool
-) -> None:
-    """Arrivals between steps, short and long prompts, shared prefixes, pieces, moved and swapped rows."""
-    chance = random.Random(seed)
-    cache = MemoryCache(model.chunk_shape(CHUNK)) if cached else None
-    engine = make_engine(model, cache=cache, max_running=rows, step_prefill_tokens=budget)
-    base = tokens_of(1, 40)
-    requests = []
-    for number in range(10):
-        own = tokens_of(chance.randrange(3), chance.choice([1, 4, 9, 20]))
-        requests.append(ask(f"r{number}", base[: chance.choice([0, 8, 16, 40])] + own, chance.randint(1, 8)))
-    done: list[Completion | Failure] = []
-    for request in requests:
-        engine.submit(request, 0.0)
-        for _ in range(chance.randrange(4)):
-            done += engine.step()
-    found = answers(done + (finish(engine) if engine.unfinished else []))
-    assert len(found) == len(requests)
-    for request in requests:
-        wanted = plain_answer(model, request.prompt_token_ids, request.max_new_tokens)
-        assert found[request.request_id].token_ids == wanted
 
 
 def test_a_step_computes_no_more_prompt_tokens_than_its_budget(model: LoadedModel) -> None:

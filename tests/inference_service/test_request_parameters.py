@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_helpers import CHUNK, EOS_ID, MemoryCache, answers, ask, make_engine, plain_answer, tokens_of
-from hypothesis import HealthCheck, given, settings
+from engine_helpers import CHUNK, EOS_ID, MemoryCache, answers, ask, make_engine, tokens_of
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.records import FinishReason, Request
@@ -207,32 +207,3 @@ def test_an_end_token_has_no_logprob(qwen2: LoadedModel) -> None:
     assert found.finish_reason is FinishReason.STOP
     assert found.logprobs is not None
     assert len(found.logprobs) == len(found.token_ids) == 3
-
-
-# Cancelling.
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cancelled=st.dictionaries(st.integers(0, 9), st.integers(0, 12), max_size=6))
-def test_cancelled_requests_are_answered_by_nothing_and_change_no_other(
-    qwen2: LoadedModel, cancelled: dict[int, int]
-) -> None:
-    """`cancelled` gives the step after which a request is cancelled: queued, in pieces or decoding."""
-    requests = [ask(str(number), tokens_of(number, 5 + 4 * number), 4 + number) for number in range(10)]
-    engine = make_engine(qwen2, cache=MemoryCache(qwen2.chunk_shape(CHUNK)), max_running=3, step_prefill_tokens=16)
-    for request in requests:
-        engine.submit(request, 0.0)
-    found: dict[str, Completion] = {}
-    gone: set[str] = set()
-    step = 0
-    while engine.unfinished:
-        for number, after in cancelled.items():
-            if after == step and engine.cancel(requests[number]):
-                gone.add(str(number))
-                assert not engine.cancel(requests[number])
-        found |= answers(engine.step())
-        step += 1
-    assert gone | found.keys() == {request.request_id for request in requests}
-    assert not gone & found.keys()
-    for name, one in found.items():
-        assert one.token_ids == plain_answer(qwen2, requests[int(name)].prompt_token_ids or (), 4 + int(name))
