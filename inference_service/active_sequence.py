@@ -79,6 +79,7 @@ class ActiveSequence:
     stream: "TextStream | None" = None
     """Its text so far, if the request's tokens are told as they come."""
     queued: bool = False
+    """True while it is in the scheduler's queue."""
     left: bool = False
     """True once it is out of the engine."""
     arrival: int = 0

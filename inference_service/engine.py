@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cache.protocol import ChunkShape, KVCache, ModelIdentity
 
 TokenListener = Callable[[TokenEvent], None]
-"""Is called for each token of an answer, in `step`."""
+"""Called in `step` for each token of an answer. If it raises, the request fails."""
 
 
 @dataclass(frozen=True)

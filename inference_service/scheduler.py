@@ -119,8 +119,8 @@ class Scheduler:
 
         Half of the budget belongs to the prompt that has been in pieces for longest, so that it ends. The rest first
         goes to prompts that began later, the shortest first, and then to new ones, so that a long prompt does not hold
-        short ones. A new one whose chunks are being fetched from Redis lets others pass that leave it its room.
-        Among long prompts alone the shortest takes a whole pass, whatever the budget.
+        short ones. While chunks of a new one are being fetched from Redis, others may begin before it, but its row and
+        its tokens stay reserved. If only long prompts are left, the shortest takes a whole pass, whatever the budget.
         """
         chosen: list[ActiveSequence] = []
         prefilling = self._rows.prefilling
@@ -271,11 +271,11 @@ class _Room:
         self._held_tokens += sequence.weight
 
     def free_row(self, *, is_long: bool) -> int:
-        """The lowest free row, where a sequence may run soon; for a long prompt the highest, in nobody's way."""
+        """The lowest free row, next to those that run; for a long prompt the highest, so that no other must swap."""
         return self._rows[-1] if is_long else self._rows[0]
 
     def give(self, sequence: ActiveSequence) -> None:
-        """The sequence has begun in its row, and this step's piece of it is chosen."""
+        """Take the row and tokens of a sequence that has begun. Its piece for this step has been chosen."""
         self._rows.remove(sequence.row)
         self._partial += not sequence.ends_prompt
         self._held_tokens += sequence.weight
