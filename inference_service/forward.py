@@ -84,7 +84,9 @@ class ForwardPass:
         draws = [sequence.draw for sequence in sequences]
         asked = [place for place, draw in enumerate(draws) if draw and sequences[place].request.logprobs is not None]
         # A copy: sampling may overwrite the logits.
-        own_logits = logits[asked] if asked else None
+        own_logits = None
+        if asked:
+            own_logits = logits.clone() if len(asked) == len(logits) else logits[asked]
         tokens = self._sampler.sample(logits, draws)
         if own_logits is not None:
             _add_logprobs([(sequences[place], tokens[place]) for place in asked], own_logits)
@@ -112,6 +114,8 @@ def _add_logprobs(drawn: Sequence[tuple[ActiveSequence, Sampled]], logits: torch
         return
     sequences = [drawn[place][0] for place in usable]
     tokens = [token for _, token in drawn if isinstance(token, int)]
-    found = token_logprobs(logits[usable], tokens, [sequence.request.logprobs or 0 for sequence in sequences])
+    if len(usable) < len(drawn):
+        logits = logits[usable]
+    found = token_logprobs(logits, tokens, [sequence.request.logprobs or 0 for sequence in sequences])
     for sequence, logprob in zip(sequences, found, strict=True):
         sequence.logprobs.append(logprob)

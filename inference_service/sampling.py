@@ -16,8 +16,7 @@ grammar excludes, temperature, top-k, top-p, min-p. Those that `transformers` ha
 and frequency penalty and bias are OpenAI's. Of tokens with equal logits a filter keeps all or none.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -116,13 +115,13 @@ class SequenceSampler:
         assert self._seen is not None
         return self._seen.with_output(output)
 
-    def added(self, output: Sequence[int]) -> tuple[_Ids, _Numbers]:
-        """Token ids, and what presence and frequency penalty and bias add to their logits. An id may be there twice."""
-        ids, amounts = self._bias
-        if self._subtracted is None:
-            return ids, amounts
-        of_answer, subtracted = self._subtracted.of(output)
-        return np.concatenate([ids, of_answer]), np.concatenate([amounts, -subtracted])
+    def added(self, output: Sequence[int]) -> list[tuple[_Ids, _Numbers]]:
+        """Token ids, and what is added to their logits: by the bias, and by presence and frequency penalty."""
+        parts = [self._bias] if len(self._bias[0]) else []
+        if self._subtracted is not None:
+            ids, subtracted = self._subtracted.of(output)
+            parts.append((ids, -subtracted))
+        return parts
 
     @property
     def end_tokens(self) -> Collection[int]:
@@ -189,6 +188,9 @@ def _arrays(bias: Mapping[int, float]) -> tuple[_Ids, _Numbers]:
 
 
 _NO_BIAS = _arrays({})
+_ALLOWED = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(bool)
+_LIMITS = torch.from_numpy(np.where(_ALLOWED, np.inf, -np.inf).astype(np.float32))
+"""`[256, 8]`: the largest logit that each of 8 tokens may have, by the byte that has their bits."""
 
 
 class _Seen:
@@ -216,15 +218,23 @@ class _Subtracted:
     def __init__(self, sampling: Sampling) -> None:
         self._presence = sampling.presence_penalty
         self._frequency = sampling.frequency_penalty
-        self._counts: Counter[int] = Counter()
+        self._places: dict[int, int] = {}
+        self._ids = np.empty(64, dtype=np.int64)
+        self._counts = np.zeros(64)
         self._output = 0
 
     def of(self, output: Sequence[int]) -> tuple[_Ids, _Numbers]:
         """The ids of `output` once each, and the penalty of each."""
-        self._counts.update(output[self._output :])
+        for token in output[self._output :]:
+            place = self._places.setdefault(token, len(self._places))
+            if place == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._ids[place] = token
+            self._counts[place] += 1
         self._output = len(output)
-        ids, counts = _arrays(self._counts)
-        return ids, self._presence + self._frequency * counts
+        end = len(self._places)
+        return self._ids[:end], self._presence + self._frequency * self._counts[:end]
 
 
 class _Uniforms:
@@ -294,13 +304,11 @@ class BatchSampler:
         if not (groups.constrained or groups.unfiltered or groups.filtered):
             return [*_known(*largest(logits))]
         logits = logits.float().contiguous()
-        given, refused = None, {}
+        hidden, refused = None, {}
         if groups.constrained:
-            # A constraint can hide a value that is not finite.
-            given = logits.amax(-1)
             constrained = [(row, draw) for row in groups.constrained if (draw := draws[row]) is not None]
-            self._constrain(logits, constrained)
-            refused = self._mask(logits, [(row, draw) for row, draw in constrained if draw.sampler.has_grammar])
+            hidden = self._constrain(logits, constrained)
+            refused = self._mask(logits, [(row, draw) for row, draw in constrained if draw.sampler.has_grammar], hidden)
         sampled = len(groups.unfiltered) + len(groups.filtered)
         tokens = torch.zeros(len(logits), dtype=torch.long, device=self._device)
         witness = torch.zeros(len(logits), device=self._device)
@@ -317,7 +325,7 @@ class BatchSampler:
                 found, of_found = choose(logits[index], chosen)
                 tokens.index_copy_(0, index, found)
                 witness.index_copy_(0, index, of_found)
-        known = _known(tokens, witness if given is None else witness + 0 * given)
+        known = _known(tokens, witness if hidden is None else witness + hidden)
         tokens_or_errors: list[Sampled] = [
             self._drawn_again(logits[row : row + 1], draws[row]) if token == _NONE_TAKEN else token
             for row, token in enumerate(known)
@@ -335,35 +343,55 @@ class BatchSampler:
                 break
         return token
 
-    def _constrain(self, logits: torch.Tensor, draws: Sequence[tuple[int, Draw]]) -> None:
-        """Penalise, forbid and force tokens of the given rows, in place."""
+    def _constrain(self, logits: torch.Tensor, draws: Sequence[tuple[int, Draw]]) -> torch.Tensor:
+        """Penalise, forbid and force tokens of the given rows, in place.
+
+        Returns `[rows]`: 0, or NaN where that hides a value of the row that is not finite. Penalties and bias hide
+        none.
+        """
         vocabulary = logits.shape[1]
         flat = logits.view(-1)
         penalised = [(row, draw.sampler.seen(draw.output), draw) for row, draw in draws if draw.sampler.penalised]
         if penalised:
-            ids, counts = _flat_ids(((row, seen) for row, seen, _ in penalised), vocabulary)
+            ids, counts = _flat_ids([(row, seen) for row, seen, _ in penalised], vocabulary)
             penalties = np.repeat([draw.sampler.sampling.repetition_penalty for *_, draw in penalised], counts)
             index, penalty = self._there(ids, torch.long), self._there(penalties, torch.float32)
-            scores = flat[index]
+            scores = flat.index_select(0, index)
             # An id that is there twice is penalised once: both write the same value.
-            flat[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
-        added = [(row, *draw.sampler.added(draw.output)) for row, draw in draws]
-        ids, _ = _flat_ids(((row, ids) for row, ids, _ in added), vocabulary)
-        if ids.size:
-            amounts = np.concatenate([amounts[ids < vocabulary] for _, ids, amounts in added])
+            flat.index_copy_(0, index, torch.where(scores < 0, scores * penalty, scores / penalty))
+        added = [(row, *part) for row, draw in draws for part in draw.sampler.added(draw.output)]
+        if added:
+            ids, _ = _flat_ids([(row, ids) for row, ids, _ in added], vocabulary)
+            amounts = np.concatenate(
+                [amounts if _are_below(ids, vocabulary) else amounts[ids < vocabulary] for _, ids, amounts in added]
+            )
             flat.index_add_(0, self._there(ids, torch.long), self._there(amounts, torch.float32))
+        hidden = torch.zeros(len(logits), device=self._device)
         for row, draw in draws:
             if forced := draw.sampler.forced(draw.index):
+                hidden[row] = 0 * logits[row].amax()
                 logits[row] = -torch.inf
                 logits[row, list(forced)] = 0.0
-        ids, _ = _flat_ids(((row, draw.sampler.forbidden(draw.index)) for row, draw in draws), vocabulary)
+        forbidden = [(row, draw.sampler.forbidden(draw.index)) for row, draw in draws]
+        ids, counts = _flat_ids(forbidden, vocabulary)
         if ids.size:
-            flat[self._there(ids, torch.long)] = -torch.inf
+            index = self._there(ids, torch.long)
+            # Minus infinity is no fault: it is less than 0 here.
+            hidden.index_add_(
+                0,
+                self._there(np.repeat([row for row, _ in forbidden], counts), torch.long),
+                0 * flat.index_select(0, index).clamp_(min=0),
+            )
+            flat.index_fill_(0, index, -torch.inf)
+        return hidden
 
-    def _mask(self, logits: torch.Tensor, draws: Sequence[tuple[int, Draw]]) -> dict[int, UserError]:
+    def _mask(
+        self, logits: torch.Tensor, draws: Sequence[tuple[int, Draw]], hidden: torch.Tensor
+    ) -> dict[int, UserError]:
         """Set the logits of tokens that the grammars of the given rows exclude to minus infinity, in place.
 
-        Returns the rows that no token is left for, and why; their logits are as they were.
+        Makes `hidden` NaN where that hides a value of the row that is not finite. Returns the rows that no token is
+        left for, and why; their logits are as they were.
         """
         vocabulary = logits.shape[1]
         refused: dict[int, UserError] = {}
@@ -376,10 +404,15 @@ class BatchSampler:
                 refused[row] = error
             else:
                 rows.append(row)
-        if rows:
-            excluded = np.unpackbits(~bits[: len(rows)].view(np.uint8), axis=1, count=vocabulary, bitorder="little")
-            index, mask = self._there(rows, torch.long), self._there(excluded.view(np.bool_), torch.bool)
-            logits[index] = logits[index].masked_fill_(mask, -torch.inf)
+        if not rows:
+            return refused
+        # A table of bytes instead of `masked_fill`, which a CPU does token by token.
+        (limits,) = self._kept(torch.float32, 1, len(rows), 32 * bits.shape[1])
+        by_byte = self._there(bits[: len(rows)].view(np.uint8).ravel(), torch.int32)
+        torch.index_select(_LIMITS.to(self._device), 0, by_byte, out=limits.view(-1, 8))
+        for row, limit in zip(rows, limits[:, :vocabulary], strict=True):
+            hidden[row] += 0 * logits[row].amax()
+            torch.minimum(logits[row], limit, out=logits[row])
         return refused
 
     def _unfiltered(
@@ -549,6 +582,16 @@ def _gathered(logits: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor,
     return ids, logits.gather(1, ids.clamp(max=vocabulary - 1)).masked_fill_(ids >= vocabulary, -torch.inf)
 
 
+def greatest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logits of each row, in falling order, and their token ids; `[rows, count]` of each."""
+    if 4 * count * BLOCK > logits.shape[1]:
+        values, ids = logits.topk(count)
+        return values, ids
+    ids, scores = _gathered(logits, _by_block(logits, torch.amax).topk(count, sorted=False).indices)
+    found = scores.topk(count)
+    return found.values, ids.gather(1, found.indices)
+
+
 def _greatest(logits: torch.Tensor, block_max: torch.Tensor, count: int) -> torch.Tensor:
     """`[rows, count]`: the largest logits of each row, in falling order."""
     if 4 * count > block_max.shape[1]:
@@ -568,7 +611,14 @@ def _first_above(cumulated: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.minimum(above, end).clamp_(max=cumulated.shape[1] - 1)
 
 
-def _flat_ids(rows: Iterable[tuple[int, _Ids]], vocabulary: int) -> tuple[_Ids, list[int]]:
+def _are_below(ids: _Ids, vocabulary: int) -> bool:
+    return not ids.size or int(ids.max()) < vocabulary
+
+
+def _flat_ids(rows: Sequence[tuple[int, _Ids]], vocabulary: int) -> tuple[_Ids, list[int]]:
     """Places of token ids in the flattened logits, and how many each row has. Ids beyond the logits are left out."""
-    parts = [row * vocabulary + ids[ids < vocabulary] for row, ids in rows]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64), [len(part) for part in parts]
+    if not rows:
+        return np.empty(0, dtype=np.int64), []
+    kept = [ids if _are_below(ids, vocabulary) else ids[ids < vocabulary] for _, ids in rows]
+    counts = [len(ids) for ids in kept]
+    return np.concatenate(kept) + vocabulary * np.repeat([row for row, _ in rows], counts), counts
