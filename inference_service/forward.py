@@ -9,7 +9,7 @@ import torch
 from core.clock import Clock
 from core.records import TokenLogprob
 from inference_service.active_sequence import ActiveSequence, Piece
-from inference_service.logprobs import token_logprobs
+from inference_service.logprobs import sample_with_logprobs, token_logprobs
 from inference_service.protocol import ModelRunner
 from inference_service.sampling import BatchSampler, Sampled
 from inference_service.stats import EngineStats
@@ -82,14 +82,11 @@ class ForwardPass:
             ]
             logits = logits[[end - 1 for end in ends]]
         draws = [sequence.draw for sequence in sequences]
-        asked = [place for place, draw in enumerate(draws) if draw and sequences[place].request.logprobs is not None]
-        # A copy: sampling may overwrite the logits.
-        own_logits = None
-        if asked:
-            own_logits = logits.clone() if len(asked) == len(logits) else logits[asked]
-        tokens = self._sampler.sample(logits, draws)
-        if own_logits is not None:
-            _add_logprobs([(sequences[place], tokens[place]) for place in asked], own_logits)
+        asked = [sequence.request.logprobs if draw else None for sequence, draw in zip(sequences, draws, strict=True)]
+        tokens, logprobs = sample_with_logprobs(self._sampler, logits, draws, asked)
+        for sequence, logprob in zip(sequences, logprobs, strict=True):
+            if logprob is not None:
+                sequence.logprobs.append(logprob)
         for sequence, found in zip(sequences, prompt_logprobs, strict=True):
             sequence.prompt_logprobs += found or []
         return [None if found is None else token for token, found in zip(tokens, prompt_logprobs, strict=True)]
@@ -105,17 +102,3 @@ def _prompt_logprobs(sequence: ActiveSequence, piece: Piece, logits: torch.Tenso
     if not bool(logits.amax(-1).isfinite().all()):
         return None
     return token_logprobs(logits, tokens, [sequence.request.prompt_logprobs or 0] * len(tokens)) if tokens else []
-
-
-def _add_logprobs(drawn: Sequence[tuple[ActiveSequence, Sampled]], logits: torch.Tensor) -> None:
-    """`logits` `[drawn, vocabulary]`. A sequence without a token fails, and needs none."""
-    usable = [place for place, (_, token) in enumerate(drawn) if isinstance(token, int)]
-    if not usable:
-        return
-    sequences = [drawn[place][0] for place in usable]
-    tokens = [token for _, token in drawn if isinstance(token, int)]
-    if len(usable) < len(drawn):
-        logits = logits[usable]
-    found = token_logprobs(logits, tokens, [sequence.request.logprobs or 0 for sequence in sequences])
-    for sequence, logprob in zip(sequences, found, strict=True):
-        sequence.logprobs.append(logprob)

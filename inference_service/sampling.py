@@ -288,16 +288,20 @@ class BatchSampler:
         self._device = torch.device("cpu")
         self._on_cpu = True
         self._memory: dict[torch.dtype, torch.Tensor] = {}
+        self._before: list[tuple[torch.Tensor | slice, torch.Tensor]] | None = None
+        """Places in the flattened logits that were overwritten, and what was there, if that is to be restored."""
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, draws: Sequence[Draw | None]) -> list[Sampled]:
+    def sample(
+        self, logits: torch.Tensor, draws: Sequence[Draw | None], *, keeps_logits: bool = False
+    ) -> list[Sampled]:
         """A token for each row of `logits` `[rows, vocabulary]`; none where a row's logits are not finite.
 
         A row has an error where its grammar is too complex at this place, or leaves no token.
 
         A row's logits are finite if their maximum is: impossible tokens may have minus infinity. A row whose draw is
-        none gives its largest logit. May overwrite `logits`. Waits for the device once, at the end, but for the rare
-        row of which no proposal was taken; on a CPU, where that costs nothing, more often.
+        none gives its largest logit. Overwrites `logits` unless `keeps_logits`. Waits for the device once, at the end,
+        but for the rare row of which no proposal was taken; on a CPU, where that costs nothing, more often.
         """
         self._device, self._on_cpu = logits.device, logits.device.type == "cpu"
         groups = _grouped(draws)
@@ -305,6 +309,7 @@ class BatchSampler:
             return [*_known(*largest(logits))]
         logits = logits.float().contiguous()
         hidden, refused = None, {}
+        self._before = [] if keeps_logits else None
         if groups.constrained:
             constrained = [(row, draw) for row in groups.constrained if (draw := draws[row]) is not None]
             hidden = self._constrain(logits, constrained)
@@ -332,6 +337,11 @@ class BatchSampler:
         ]
         for row, error in refused.items():
             tokens_or_errors[row] = error
+        for place, before in reversed(self._before or ()):
+            if isinstance(place, slice):
+                logits.view(-1)[place] = before
+            else:
+                logits.view(-1).index_copy_(0, place, before)
         return tokens_or_errors
 
     def _drawn_again(self, logits: torch.Tensor, draw: Draw | None) -> int | None:
@@ -356,7 +366,7 @@ class BatchSampler:
             ids, counts = _flat_ids([(row, seen) for row, seen, _ in penalised], vocabulary)
             penalties = np.repeat([draw.sampler.sampling.repetition_penalty for *_, draw in penalised], counts)
             index, penalty = self._there(ids, torch.long), self._there(penalties, torch.float32)
-            scores = flat.index_select(0, index)
+            scores = self._read(flat, index)
             # An id that is there twice is penalised once: both write the same value.
             flat.index_copy_(0, index, torch.where(scores < 0, scores * penalty, scores / penalty))
         added = [(row, *part) for row, draw in draws for part in draw.sampler.added(draw.output)]
@@ -365,11 +375,14 @@ class BatchSampler:
             amounts = np.concatenate(
                 [amounts if _are_below(ids, vocabulary) else amounts[ids < vocabulary] for _, ids, amounts in added]
             )
-            flat.index_add_(0, self._there(ids, torch.long), self._there(amounts, torch.float32))
+            index = self._there(ids, torch.long)
+            if self._before is not None:
+                self._read(flat, index)
+            flat.index_add_(0, index, self._there(amounts, torch.float32))
         hidden = torch.zeros(len(logits), device=self._device)
         for row, draw in draws:
             if forced := draw.sampler.forced(draw.index):
-                hidden[row] = 0 * logits[row].amax()
+                hidden[row] = 0 * self._read(flat, slice(row * vocabulary, (row + 1) * vocabulary)).amax()
                 logits[row] = -torch.inf
                 logits[row, list(forced)] = 0.0
         forbidden = [(row, draw.sampler.forbidden(draw.index)) for row, draw in draws]
@@ -380,7 +393,7 @@ class BatchSampler:
             hidden.index_add_(
                 0,
                 self._there(np.repeat([row for row, _ in forbidden], counts), torch.long),
-                0 * flat.index_select(0, index).clamp_(min=0),
+                0 * self._read(flat, index).clamp(min=0),
             )
             flat.index_fill_(0, index, -torch.inf)
         return hidden
@@ -411,9 +424,19 @@ class BatchSampler:
         by_byte = self._there(bits[: len(rows)].view(np.uint8).ravel(), torch.int32)
         torch.index_select(_LIMITS.to(self._device), 0, by_byte, out=limits.view(-1, 8))
         for row, limit in zip(rows, limits[:, :vocabulary], strict=True):
-            hidden[row] += 0 * logits[row].amax()
+            hidden[row] += 0 * self._read(logits.view(-1), slice(row * vocabulary, (row + 1) * vocabulary)).amax()
             torch.minimum(logits[row], limit, out=logits[row])
         return refused
+
+    def _read(self, flat: torch.Tensor, place: torch.Tensor | slice) -> torch.Tensor:
+        """The logits at places that are about to be overwritten."""
+        if isinstance(place, slice):
+            values = flat[place] if self._before is None else flat[place].clone()
+        else:
+            values = flat.index_select(0, place)
+        if self._before is not None:
+            self._before.append((place, values))
+        return values
 
     def _unfiltered(
         self, logits: torch.Tensor, draws: Sequence[Draw], attempt: int = 0

@@ -233,6 +233,13 @@ def test_a_bias_does_not_get_around_a_format(qwen2: LoadedModel) -> None:
     assert answer(qwen2, wanted, logit_bias={byte("x"): 100.0, byte("b"): -100.0}).text == "abc"
 
 
+def test_each_of_several_answers_is_in_the_format(qwen2: LoadedModel) -> None:
+    found = answer(qwen2, as_format(type="regex", regex="[a-z]{3}"), n=5, temperature=1.0, seed=2)
+    texts = [one.text for one in found.choices]
+    assert all(re.fullmatch("[a-z]{3}", text) for text in texts)
+    assert len(set(texts)) > 1
+
+
 def test_a_stop_string_ends_an_answer_in_a_format_too(qwen2: LoadedModel) -> None:
     found = answer(qwen2, as_format(type="choice", choice=["one two"]), max_new_tokens=20, stop=(" t",))
     assert (found.text, found.finish_reason) == ("one", FinishReason.STOP)
@@ -443,6 +450,29 @@ def test_a_value_that_is_not_finite_is_not_hidden_by_a_grammar() -> None:
     logits[0, 200] = torch.nan
     samplers = [sampler_of(as_format(type="choice", choice=["a"])) for _ in range(2)]
     assert BatchSampler().sample(logits, [Draw(one, ()) for one in samplers]) == [None, byte("a")]
+
+
+def test_logits_can_be_kept() -> None:
+    """Whatever the rows are constrained by; the tokens are the same."""
+    everything: dict[str, Any] = {
+        "temperature": 0.8,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "logit_bias": {5: 2.0, 7: -100.0},
+        "min_new_tokens": 9,
+    }
+    rules = TokenRules(suppressed=(5, 9), forced_last=(3, 4))
+    samplers = [
+        sampler_of(as_format(type="choice", choice=["aaaaab"]), seed=1, **everything),
+        SequenceSampler(Sampling(seed=2, **everything), rules, prompt=[5, 5, 6], end_tokens=(EOS_ID,)),
+        SequenceSampler(Sampling(seed=3), rules, most_tokens=5),
+        SequenceSampler(Sampling(seed=4, temperature=1.0, top_k=5)),
+    ]
+    draws = [Draw(one, [byte("a")] * 4) for one in samplers]
+    logits = torch.randn(len(draws), 300, generator=torch.Generator().manual_seed(5))
+    kept = logits.clone()
+    assert BatchSampler().sample(kept, draws, keeps_logits=True) == BatchSampler().sample(logits.clone(), draws)
+    assert torch.equal(kept, logits)
 
 
 def test_the_state_is_a_function_of_the_answer() -> None:
