@@ -371,10 +371,11 @@ class BatchSampler:
             flat.index_copy_(0, index, torch.where(scores < 0, scores * penalty, scores / penalty))
         added = [(row, *part) for row, draw in draws for part in draw.sampler.added(draw.output)]
         if added:
-            ids, _ = _flat_ids([(row, ids) for row, ids, _ in added], vocabulary)
-            amounts = np.concatenate(
-                [amounts if _are_below(ids, vocabulary) else amounts[ids < vocabulary] for _, ids, amounts in added]
-            )
+            ids, counts = _flat_ids([(row, ids) for row, ids, _ in added], vocabulary)
+            parts = [amounts for _, _, amounts in added]
+            if sum(counts) < sum(map(len, parts)):
+                parts = [amounts[ids < vocabulary] for _, ids, amounts in added]
+            amounts = np.concatenate(parts)
             index = self._there(ids, torch.long)
             if self._before is not None:
                 self._read(flat, index)
@@ -634,14 +635,14 @@ def _first_above(cumulated: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.minimum(above, end).clamp_(max=cumulated.shape[1] - 1)
 
 
-def _are_below(ids: _Ids, vocabulary: int) -> bool:
-    return not ids.size or int(ids.max()) < vocabulary
-
-
 def _flat_ids(rows: Sequence[tuple[int, _Ids]], vocabulary: int) -> tuple[_Ids, list[int]]:
     """Places of token ids in the flattened logits, and how many each row has. Ids beyond the logits are left out."""
     if not rows:
         return np.empty(0, dtype=np.int64), []
-    kept = [ids if _are_below(ids, vocabulary) else ids[ids < vocabulary] for _, ids in rows]
+    kept = [ids for _, ids in rows]
+    ids = np.concatenate(kept)
+    if ids.size and int(ids.max()) >= vocabulary:
+        kept = [ids[ids < vocabulary] for ids in kept]
+        ids = np.concatenate(kept)
     counts = [len(ids) for ids in kept]
-    return np.concatenate(kept) + vocabulary * np.repeat([row for row, _ in rows], counts), counts
+    return ids + np.repeat([vocabulary * row for row, _ in rows], counts), counts
