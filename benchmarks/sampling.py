@@ -41,7 +41,8 @@ from core.records import JsonSchema, ResponseFormat, Sampling
 from inference_service.grammar_compiler import Grammars
 from inference_service.host_memory import keep_freed_memory
 from inference_service.logprobs import sample_with_logprobs
-from inference_service.sampling import BatchSampler, Draw, SequenceSampler
+from inference_service.sampling import BatchSampler
+from inference_service.sequence_sampler import Draw, SequenceSampler
 
 PLAIN = Sampling(temperature=0.7, seed=1)
 EVERYTHING = Sampling(

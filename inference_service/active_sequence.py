@@ -8,10 +8,9 @@ if TYPE_CHECKING:
     from cache.protocol import Prefetch
     from core.records import Request, TokenLogprob
     from inference_service.completion import Completion
+    from inference_service.detokenize import StopStrings, TextStream
     from inference_service.engine import TokenListener
-    from inference_service.sampling import Draw, SequenceSampler
-    from inference_service.stop_strings import StopStrings
-    from inference_service.text_stream import TextStream
+    from inference_service.sequence_sampler import Draw, SequenceSampler
 
 MOST_SCORED_TOKENS = 64
 """Prompt tokens per pass where their log-probabilities are asked for: each then has logits of a whole vocabulary."""

@@ -19,17 +19,16 @@ from inference_service.active_sequence import ActiveRequest, ActiveSequence, Pie
 from inference_service.answer import completion_of, finish_reason, tell_token
 from inference_service.completion import Completion, Failure, combined, timed_out
 from inference_service.config import EngineConfig
+from inference_service.detokenize import StopStrings, TextStream
 from inference_service.engine import EngineInfo, TokenListener
 from inference_service.forward import ForwardPass, NotFiniteError, Outcome
 from inference_service.prefix_reuse import PrefixReuse
 from inference_service.prompts import end_tokens_of, grammar_of, prompt_tokens
 from inference_service.protocol import ServedModel
 from inference_service.rows import RowTable
-from inference_service.sampling import SequenceSampler
 from inference_service.scheduler import MOST_PASS_TOKENS, Limits, Scheduler
+from inference_service.sequence_sampler import SequenceSampler
 from inference_service.stats import EngineStats
-from inference_service.stop_strings import StopStrings
-from inference_service.text_stream import TextStream
 
 logger = logging.getLogger(__name__)
 

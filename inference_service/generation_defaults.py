@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from core.errors import UserError, one_line
 from core.records import Request, Sampling
-from inference_service.sampling import TokenRules
+from inference_service.sequence_sampler import TokenRules
 
 logger = logging.getLogger(__name__)
 

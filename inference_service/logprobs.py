@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from core.records import TokenLogprob
-from inference_service.sampling import BatchSampler, Draw, Sampled, greatest
+from inference_service.sampling import BatchSampler, Sampled, greatest
+from inference_service.sequence_sampler import Draw
 
 CHUNK_ELEMENTS = 1 << 20
 """Logits whose exponentials are held at a time. Of more, memory would cost more than the exponentials."""

@@ -4,7 +4,7 @@ from core.errors import UserError
 from core.records import Request, Sampling
 from inference_service.grammar import AnswerGrammar
 from inference_service.protocol import ServedModel
-from inference_service.sampling import TokenRules
+from inference_service.sequence_sampler import TokenRules
 
 
 def prompt_tokens(request: Request, model: ServedModel) -> list[int]:

@@ -26,7 +26,8 @@ from inference_service.detokenize import answer_text
 from inference_service.grammar import AnswerGrammar
 from inference_service.grammar_compiler import Grammars
 from inference_service.model import LoadedModel
-from inference_service.sampling import BatchSampler, Draw, SequenceSampler, TokenRules
+from inference_service.sampling import BatchSampler
+from inference_service.sequence_sampler import Draw, SequenceSampler, TokenRules
 from inference_service.transformers_engine import load_checked_model
 
 PROMPT = tokens_of(11, 19)

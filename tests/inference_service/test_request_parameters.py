@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from core.records import FinishReason, Request
 from inference_service.byte_tokenizer import byte_tokenizer
 from inference_service.completion import Completion, Failure
-from inference_service.detokenize import UNFINISHED, answer_text
+from inference_service.detokenize import UNFINISHED, StopStrings, answer_text
 from inference_service.logprobs import LEAST_LOGPROB, token_logprobs
 from inference_service.model import LoadedModel
-from inference_service.stop_strings import StopStrings
 
 PROMPT = tokens_of(11, 19)
 PARAMETERS: dict[str, Any] = {

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from core.records import Sampling
 from inference_service.generation_defaults import seed_of
 from inference_service.model import LoadedModel
-from inference_service.sampling import BLOCK, GROUP, PROPOSALS, BatchSampler, Draw, SequenceSampler, TokenRules, largest
+from inference_service.sampling import BLOCK, GROUP, BatchSampler, largest
+from inference_service.sequence_sampler import PROPOSALS, Draw, SequenceSampler, TokenRules
 
 PROMPT = tokens_of(11, 19)
 SEEDS = [6571135640840770423, 6148575346284461587, 7878416158528451816]

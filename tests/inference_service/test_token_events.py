@@ -11,9 +11,8 @@ from made_tokenizers import KINDS
 from core.records import FinishReason
 from inference_service.byte_tokenizer import byte_tokenizer
 from inference_service.completion import TokenEvent
-from inference_service.detokenize import answer_text
+from inference_service.detokenize import TextStream, answer_text
 from inference_service.model import LoadedModel
-from inference_service.text_stream import TextStream
 
 BYTES = byte_tokenizer()
 TOKENIZERS = {"bytes": BYTES, **{kind: KINDS[kind]() for kind in ("byte_level_bpe", "prefixed_bpe", "metaspace_bpe")}}
