@@ -255,24 +255,42 @@ class BatchSampler:
         """
         temperature = self._temperatures(draws)
         block_max = _by_block(logits, torch.amax)
-        least = self._least_kept(logits, block_max, temperature, [draw.sampler.sampling for draw in draws])
-        # All that is kept lies in blocks whose maximum is kept. How many those are is only asked where that is free.
-        count = block_max.shape[1]
-        if self._on_cpu:
-            count = max(1, int((block_max >= least).sum(-1).max()))
-        blocks = block_max.topk(count, sorted=False).indices.sort().values
-        ids, scores = _gathered(logits, blocks)
         greatest = block_max.amax(-1, keepdim=True)
+        samplings = [draw.sampler.sampling for draw in draws]
+        ids, scores, least = self._candidates(logits, block_max, temperature, samplings)
         weights = (scores - greatest).double().div_(temperature).exp_().masked_fill_(scores < least, 0.0)
         cumulated = weights.cumsum(-1)
         uniform = self._there([draw.sampler.uniforms(draw.index)[0, 0] for draw in draws], torch.float64)[:, None]
         tokens = ids.gather(1, _first_above(cumulated, uniform * cumulated[:, -1:]))
         return tokens[:, 0], greatest[:, 0]
 
+    def _candidates(
+        self, logits: torch.Tensor, block_max: torch.Tensor, temperature: torch.Tensor, samplings: Sequence[Sampling]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids in rising order and their logits, `[rows, n]` of each, and the least logit to keep, `[rows, 1]`.
+
+        All that is kept is among them.
+        """
+        least, (values, ids) = self._least_kept(logits, block_max, temperature, samplings)
+        if self._on_cpu and bool((values[:, -1:] < least).all()):
+            # The largest logits have all that is kept, ties included.
+            ids, order = ids.sort()
+            return ids, values.gather(1, order), least
+        # All that is kept lies in blocks whose maximum is kept. How many those are is only asked where that is free.
+        count = block_max.shape[1]
+        if self._on_cpu:
+            count = max(1, int((block_max >= least).sum(-1).max()))
+        blocks = block_max.topk(count, sorted=False).indices.sort().values
+        ids, scores = _gathered(logits, blocks)
+        return ids, scores, least
+
     def _least_kept(
         self, logits: torch.Tensor, block_max: torch.Tensor, temperature: torch.Tensor, samplings: Sequence[Sampling]
-    ) -> torch.Tensor:
-        """`[rows, 1]`: the least logit that top-k, top-p and min-p keep, each after the one before it."""
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """`[rows, 1]`: the least logit that top-k, top-p and min-p keep, each after the one before it.
+
+        And the largest logits of each row with their token ids, `[rows, n]` of each, as many as were looked at.
+        """
         vocabulary = logits.shape[1]
         top_k = [min(one.top_k, vocabulary) or vocabulary for one in samplings]
         nucleus = any(one.top_p < 1 and one.top_k == 0 for one in samplings)
@@ -286,11 +304,12 @@ class BatchSampler:
         if nucleus:
             log_mass = _by_block(logits / temperature.float(), torch.logsumexp).double()
             whole = log_mass.sub_(block_max.amax(-1, keepdim=True) / temperature).exp_().sum(-1, keepdim=True)
-        width = min(vocabulary, max(limited, default=0) or _FEW_CANDIDATES)
+        # One more than top-k keeps, to see a tie.
+        width = min(vocabulary, max(limited) + 1 if limited else _FEW_CANDIDATES)
         if nucleus and not self._on_cpu:
             width = vocabulary
         while True:
-            values = _greatest(logits, block_max, width)
+            values, ids = _greatest(logits, block_max, width)
             weights = (values - values[:, :1]).double().div_(temperature).exp_()
             cumulated = weights.cumsum(-1)
             total = torch.where(k < vocabulary, cumulated.gather(1, k.clamp(max=width) - 1), whole)
@@ -304,7 +323,7 @@ class BatchSampler:
             width = min(vocabulary, 16 * width)
         least = values.gather(1, (count - 1).clamp_(min=0))
         least = torch.where(unlimited, -torch.inf, least)
-        return torch.maximum(least, values[:, :1] + temperature * min_p.log())
+        return torch.maximum(least, values[:, :1] + temperature * min_p.log()), (values, ids)
 
     def _kept(self, dtype: torch.dtype, count: int, rows: int, columns: int) -> torch.Tensor:
         """`[count, rows, columns]` in memory that the next call uses too: new memory costs a CPU as much as its use."""
@@ -382,20 +401,18 @@ def _gathered(logits: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor,
 
 def greatest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest logits of each row, in falling order, and their token ids; `[rows, count]` of each."""
-    if 4 * count * BLOCK > logits.shape[1]:
+    return _greatest(logits, _by_block(logits, torch.amax), count)
+
+
+def _greatest(logits: torch.Tensor, block_max: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, where `block_max` `[rows, blocks]` is known."""
+    if 4 * count > block_max.shape[1]:
         values, ids = logits.topk(count)
         return values, ids
-    ids, scores = _gathered(logits, _by_block(logits, torch.amax).topk(count, sorted=False).indices)
+    # They lie in the `count` blocks with the largest maxima.
+    ids, scores = _gathered(logits, block_max.topk(count, sorted=False).indices)
     found = scores.topk(count)
     return found.values, ids.gather(1, found.indices)
-
-
-def _greatest(logits: torch.Tensor, block_max: torch.Tensor, count: int) -> torch.Tensor:
-    """`[rows, count]`: the largest logits of each row, in falling order."""
-    if 4 * count > block_max.shape[1]:
-        return logits.topk(count).values
-    # They lie in the `count` blocks with the largest maxima.
-    return _gathered(logits, block_max.topk(count, sorted=False).indices)[1].topk(count).values
 
 
 def _first_above(cumulated: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

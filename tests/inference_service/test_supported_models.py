@@ -254,9 +254,11 @@ class MaskChanged(Runner):
 
     change: Callable[[torch.Tensor], torch.Tensor]
 
-    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, masks: Masks) -> torch.Tensor:
+    def _forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, masks: Masks, logit_rows: int = 1
+    ) -> torch.Tensor:
         wrong = {window: type(self).change(mask) for window, mask in masks.items()}
-        return super()._forward(input_ids, position_ids, wrong)
+        return super()._forward(input_ids, position_ids, wrong, logit_rows)
 
 
 class SeesWhatFollows(MaskChanged):
@@ -272,8 +274,10 @@ class BlindToTheFirst(MaskChanged):
 
 
 class PositionsOff(Runner):
-    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, masks: Masks) -> torch.Tensor:
-        return super()._forward(input_ids, position_ids * 2, masks)
+    def _forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, masks: Masks, logit_rows: int = 1
+    ) -> torch.Tensor:
+        return super()._forward(input_ids, position_ids * 2, masks, logit_rows)
 
 
 @pytest.mark.parametrize("runner", [SeesWhatFollows, BlindToTheFirst, PositionsOff], ids=lambda c: c.__name__)
