@@ -1,4 +1,4 @@
-"""The answer of one sequence: when it ends, what is told of it meanwhile, and what it is in the end."""
+"""Decides when the answer of a sequence ends, reports its tokens, and makes its completion."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def finish_reason(sequence: ActiveSequence, max_len: int, now_ms: float) -> Fini
 
 
 def tell_token(sequence: ActiveSequence, reason: FinishReason | None) -> None:
-    """Tell the newest token of a sequence, once, if its request wants that. `reason`: as of `finish_reason`."""
+    """Report the newest token of a sequence once, if its request asked for that. `reason`: of `finish_reason`."""
     on_token, stream = sequence.parent.on_token, sequence.stream
     if (
         on_token is None

@@ -1,7 +1,7 @@
-"""What becomes of a request: an answer with what the engine counted and timed, or a reason why there is none."""
+"""The results of a request: a completion with counts and times of the engine, or a failure with its reason."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from core.records import Choice, FinishReason, Request, Sampling, TokenLogprob
 
@@ -88,23 +88,11 @@ def combined(completions: Sequence[Completion]) -> Completion:
     steps = sum(one.decode_steps for one in completions)
     rows = sum(one.decode_rows * one.decode_steps for one in completions if one.decode_rows is not None)
     last = max(completions, key=lambda one: one.last_token_ms or 0.0)
-    return Completion(
-        request=first.request,
+    return replace(
+        first,
         choices=tuple(choice for one in completions for choice in one.choices),
-        prompt_logprobs=first.prompt_logprobs,
-        sampling=first.sampling,
-        prompt_tokens=first.prompt_tokens,
-        local_tokens=first.local_tokens,
-        remote_tokens=first.remote_tokens,
-        computed_tokens=first.computed_tokens,
         decode_steps=max(one.decode_steps for one in completions),
         decode_rows=rows / steps if steps else None,
-        began_with=first.began_with,
-        cache_capacity_chunks=first.cache_capacity_chunks,
-        cache_used_chunks=first.cache_used_chunks,
-        arrived_ms=first.arrived_ms,
-        began_ms=first.began_ms,
-        first_token_ms=first.first_token_ms,
         last_token_ms=last.last_token_ms,
         finished_ms=max(one.finished_ms for one in completions),
     )

@@ -17,7 +17,7 @@ from inference_service.stats import EngineStats
 logger = logging.getLogger(__name__)
 
 Outcome = int | Exception
-"""What a pass gives to a sequence: the token that follows its piece, or why there is none."""
+"""The result of a pass for one sequence: the token that follows its piece, or the error."""
 
 
 class NotFiniteError(Exception):

@@ -1,4 +1,4 @@
-"""Which tokens may come next in an answer, so that it is JSON, matches an expression, or is one of some choices."""
+"""Restricts the next token, so that an answer is JSON, matches an expression, or is one of some choices."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -16,7 +16,7 @@ Bits = NDArray[np.uint32]
 
 
 def allow(bits: Bits, tokens: Collection[int]) -> None:
-    """Set the bits of tokens; those beyond the bits are left out."""
+    """Set the bits of tokens. Tokens that have no bit are ignored."""
     for token in tokens:
         if token < 32 * len(bits):
             bits[token // 32] |= np.uint32(1 << token % 32)
@@ -30,10 +30,10 @@ def exclude(bits: Bits, tokens: Collection[int]) -> None:
 
 
 class AnswerGrammar:
-    """What one answer may still be. The state is a function of the answer so far: asking changes nothing."""
+    """The grammar of one answer. Its state depends on the answer so far alone, so asking changes nothing."""
 
     def __init__(self, matcher: "LLMatcher", tokens: int, end_tokens: Collection[int]) -> None:
-        """`tokens`: of the tokenizer; `end_tokens`: those that the library takes for the end of a text."""
+        """`tokens`: size of the tokenizer's vocabulary; `end_tokens`: the library's end of a text."""
         self._matcher = matcher
         self._end_tokens = end_tokens
         self._consumed = 0
@@ -70,9 +70,9 @@ _REASONS = {
     "too many": "too large or too complex",
     "items; max": "too large or too complex",
 }
-"""What parts of the library's messages mean to a user."""
+"""Plain reasons for parts of the library's messages."""
 _DETAIL = re.compile(r"^error: (.*)$|\(in regex\): (?!regex parse error)(.*)$", re.MULTILINE)
-"""What is wrong, within the library's messages about regular expressions, which quote them whole."""
+"""Finds the reason in a message of the library about a regular expression, which quotes the whole expression."""
 
 
 def reason_of(matcher: "LLMatcher") -> str:

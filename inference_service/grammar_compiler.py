@@ -22,7 +22,7 @@ from core.records import ResponseFormat
 from inference_service.grammar import AnswerGrammar, one_line_of, reason_of
 
 KEPT_GRAMMARS = 64
-"""Compiled grammars that are kept for later requests: those used last."""
+"""Maximum number of compiled grammars that are kept for later requests. The least recently used one is dropped."""
 LIMITS = LLParserLimits(
     max_grammar_size=20_000,
     max_items_in_row=10_000,
@@ -37,9 +37,9 @@ MAX_MULTIPLE = 10_000
 """Largest common multiple of all `multipleOf` of a schema. An automaton counts remainders, so that a million takes 13 s
 to compile, which no bound of the library prevents."""
 PROBED_TOKENS = 3
-"""Tokens that a new grammar is asked for before the first request with it is taken."""
+"""Number of tokens for which a new grammar is tried before it is accepted."""
 WHITESPACE = r"[ \t\n\r]{1,64}"
-"""Between two parts of JSON. Without a bound a model that favours line breaks writes them to the end of its answer."""
+"""Blanks between two parts of JSON. Without a bound, some models write line breaks until the answer's last token."""
 JSON_OBJECT = {"type": "object"}
 
 
@@ -51,7 +51,7 @@ class Grammars:
         self._source = tokenizer
         self._end_tokens = end_tokens
         self._compiled: OrderedDict[str, LLMatcher | str] = OrderedDict()
-        """By format, as JSON: what to copy for an answer, or why it is refused."""
+        """For each format, as JSON: the grammar to copy for an answer, or the reason why the format is refused."""
 
     def of(self, response_format: ResponseFormat) -> AnswerGrammar:
         """The grammar of one answer that is to begin. Raises `UserError` for a format that cannot be enforced."""
@@ -69,7 +69,7 @@ class Grammars:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer | str:
-        """The tokenizer as the library has it, or why no format is possible with it."""
+        """The tokenizer in the library's form, or the reason why no format is possible with it."""
         if not self._end_tokens:
             return "this model has no end token to end such an answer"
         try:
@@ -92,13 +92,13 @@ class Grammars:
 
 
 def _field(response_format: ResponseFormat) -> str:
-    """The field of a request that a fault in its format is in."""
+    """The name of the request's field that holds the format, for error messages."""
     field = {"json_schema": ".json_schema.schema", "regex": ".regex", "choice": ".choice"}.get(response_format.type, "")
     return f"response_format{field}"
 
 
 def _grammar(response_format: ResponseFormat) -> str | None:
-    """The format as the library reads it; none for a schema that would take too long to compile."""
+    """The format in the library's form; none for a schema that would take too long to compile."""
     if response_format.regex is not None:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(response_format.regex, use_ascii='dws')}/")
     if response_format.choice is not None:

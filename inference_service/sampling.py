@@ -38,7 +38,7 @@ _FEW_CANDIDATES = 64
 _NOT_FINITE, _NONE_TAKEN = -1, -2
 
 Sampled = int | UserError | None
-"""What a row gives: a token, why there can be none, or nothing where its logits are not finite."""
+"""The result of a row: a token, an error if its grammar leaves none, or None if its logits are not finite."""
 
 
 _ALLOWED = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(bool)
